@@ -1,0 +1,135 @@
+"""What travels between the roles: `Items` into encoders, `Features` between encoder, fusion and decoder.
+
+One mask rule everywhere: bool, True = real, right-padded, masked positions are zero. Letters in shapes: B rows of the
+batch, N items, S raw positions, T tokens, D width, V classes or vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Items:
+    """The items of one modality that exist in a batch, packed.
+
+    An absent row is a missing modality; a repeated row is several items in one sample.
+    """
+
+    data: Tensor  # (N, ...) pixels (N, C, H, W) | waveform (N, S) | ids (N, S)
+    mask: Tensor  # (N, S) bool
+    rows: Tensor  # (N,) long, the batch row of each item, ascending
+    batch: int  # B
+
+    def __len__(self) -> int:
+        return int(self.rows.shape[0])
+
+    @property
+    def lengths(self) -> Tensor:
+        """Real positions of each item, (N,) long."""
+        return self.mask.sum(1)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Items:
+        data, mask, rows = (t.to(device, non_blocking=non_blocking) for t in (self.data, self.mask, self.rows))
+        return replace(self, data=data, mask=mask, rows=rows)
+
+    def pin_memory(self) -> Items:
+        return replace(self, data=self.data.pin_memory(), mask=self.mask.pin_memory(), rows=self.rows.pin_memory())
+
+
+@dataclass
+class Features:
+    """A sequence of vectors for each item or row, with its mask: the only thing that travels between roles."""
+
+    tokens: Tensor  # (B or N, T, D)
+    mask: Tensor  # (B or N, T) bool
+    ids: Tensor | None = None  # (B, T) long, -1 where a position is not a text token
+    loss: Tensor | None = None  # (B, T) bool, positions that are training targets
+    pooled: Tensor | None = None  # (B or N, P), the encoder's own summary of an item when it has one
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.mask.sum(1)
+
+    @property
+    def present(self) -> Tensor:
+        """Rows that hold at least one real token, (B,) bool."""
+        return self.mask.any(1)
+
+    def to_rows(self, rows: Tensor, batch: int) -> Features:
+        """Gather items into batch rows: tokens of one row's items follow each other, summaries are averaged.
+
+        Rows without an item come out fully masked and zero.
+        """
+        n, t, d = self.tokens.shape
+        one_each = n == batch and bool((rows == torch.arange(batch, device=rows.device)).all())
+        if one_each:
+            return self
+        lengths = self.lengths
+        totals = lengths.new_zeros(batch).index_add_(0, rows, lengths)
+        before = lengths.cumsum(0) - lengths  # tokens of all earlier items
+        first = (totals.cumsum(0) - totals)[rows]  # tokens of all earlier rows (items are sorted by row)
+        position = (before - first)[:, None] + torch.arange(t, device=rows.device)[None]
+        width = max(int(totals.max()), 1) if batch else 1
+        tokens = self.tokens.new_zeros(batch, width, d)
+        mask = self.mask.new_zeros(batch, width)
+        where = (rows[:, None].expand(n, t)[self.mask], position[self.mask])
+        tokens = tokens.index_put(where, self.tokens[self.mask])
+        mask[where] = True
+        pooled = None
+        if self.pooled is not None:
+            counts = torch.zeros(batch, device=rows.device).index_add_(0, rows, torch.ones(n, device=rows.device))
+            pooled = self.pooled.new_zeros(batch, self.pooled.shape[1]).index_add(0, rows, self.pooled)
+            pooled = pooled / counts.clamp(min=1)[:, None].to(pooled.dtype)
+        return Features(tokens=tokens, mask=mask, pooled=pooled)
+
+
+Bundle = dict[str, Features]  # "text", "image", "audio", ..., "fused"
+
+
+@dataclass
+class Output:
+    """What a decoder's forward returns: logits, the mean loss when targets were given, and the mask of real positions."""
+
+    logits: Tensor  # (B, V) or (B, T, V)
+    loss: Tensor | None = None  # ()
+    mask: Tensor | None = None  # (B,) or (B, T) bool
+
+
+@dataclass
+class Batch:
+    """One collated batch: items by modality, encoded targets, and where the rows came from."""
+
+    items: dict[str, Items]
+    size: int
+    targets: Any = None  # what Decoder.encode_targets returned
+    raw_targets: list[Any] = field(default_factory=list)
+    index: list[int] = field(default_factory=list)  # row numbers in the data source
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        items = {name: part.to(device, non_blocking) for name, part in self.items.items()}
+        targets = self.targets
+        if isinstance(targets, Tensor):
+            targets = targets.to(device, non_blocking=non_blocking)
+        return replace(self, items=items, targets=targets)
+
+    def pin_memory(self) -> Batch:
+        items = {name: part.pin_memory() for name, part in self.items.items()}
+        targets = self.targets.pin_memory() if isinstance(self.targets, Tensor) else self.targets
+        return replace(self, items=items, targets=targets)
+
+
+def pad_sequences(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Right-pad tensors of shape (S_i, ...) with zeros to (N, S, ...) and return them with their (N, S) mask."""
+    longest = max((len(s) for s in sequences), default=0)
+    data = sequences[0].new_zeros(len(sequences), longest, *sequences[0].shape[1:])
+    mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
+    for i, sequence in enumerate(sequences):
+        data[i, : len(sequence)] = sequence
+        mask[i, : len(sequence)] = True
+    return data, mask

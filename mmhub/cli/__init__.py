@@ -1,0 +1,1 @@
+"""The `mmhub` command. One module per command, imported only when it runs."""

@@ -1,0 +1,103 @@
+"""`mmhub plugins`: what is installed, what it offers, and what is wrong with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mmhub.cli.output import emit, json_option, table
+from mmhub.errors import NotFoundError, PluginError, did_you_mean
+from mmhub.plugins import Component, Plugin, get_index, install_line, load_target
+from mmhub.registry import read_registries
+
+
+@click.group()
+def plugins() -> None:
+    """List and explain installed plugins."""
+
+
+@plugins.command()
+@click.option("--rescan", is_flag=True, help="Look at every installed package again instead of using the cache.")
+@json_option
+def ls(rescan: bool, as_json: bool) -> None:
+    """List installed plugins and their state."""
+    found = get_index(rescan).plugins
+    rows = [
+        (one.distribution, one.version, one.status, len(one.components), one.problem or one.summary) for one in found
+    ]
+    text = table(["plugin", "version", "status", "components", "summary"], rows)
+    emit({"plugins": [_row(plugin) for plugin in found]}, as_json, text)
+
+
+@plugins.command()
+@click.argument("name")
+@click.option("--load", is_flag=True, help="Import everything it offers, and say what fails. Runs its code.")
+@json_option
+def show(name: str, load: bool, as_json: bool) -> None:
+    """Show what the plugin NAME offers, and its problems."""
+    index = get_index()
+    plugin = index.plugin(name) or index.plugin(f"mmhub-{name}")
+    if plugin is None:
+        raise _not_installed(name, [one.distribution for one in index.plugins])
+    failures = _failures(plugin) if load else []
+    data = _row(plugin) | ({"failures": failures} if load else {})
+    emit(data, as_json, _describe(plugin, failures, load))
+    if failures:
+        raise PluginError(f"{plugin} has parts that cannot be loaded: {len(failures)}", failures[0])
+
+
+def _row(plugin: Plugin) -> dict[str, Any]:
+    return {
+        "distribution": plugin.distribution,
+        "version": plugin.version,
+        "status": plugin.status,
+        "problem": plugin.problem,
+        "summary": plugin.summary,
+        "manifest": plugin.manifest,
+        "components": [
+            {"kind": part.spec.kind, "name": part.spec.name, "id": part.id, "summary": part.spec.summary}
+            for part in plugin.components
+        ],
+        "commands": [{"name": command.name, "summary": command.summary} for command in plugin.commands],
+        "models": sorted(plugin.models),
+        "hooks": list(plugin.hooks),
+    }
+
+
+def _describe(plugin: Plugin, failures: list[str], loaded: bool) -> str:
+    lines = [f"{plugin}: {plugin.summary}" if plugin.summary else str(plugin), f"status: {plugin.status}"]
+    lines += [f"problem: {plugin.problem}"] if plugin.problem else []
+    lines += [f"manifest: {plugin.manifest}"] if plugin.manifest else []
+    parts = table(["kind", "name", "summary"], [_cells(part) for part in plugin.components])
+    commands = [f"command: mmhub {command.name}  {command.summary}".rstrip() for command in plugin.commands]
+    models = [f"model: {name}  {entry.summary}".rstrip() for name, entry in plugin.models.items()]
+    lines += [*commands, *models, *(f"hook: {hook}" for hook in plugin.hooks), *([parts] if parts else [])]
+    lines += [f"fails: {failure}" for failure in failures]
+    return "\n".join(lines + (["everything it offers can be imported"] if loaded and not failures else []))
+
+
+def _cells(part: Component) -> tuple[str, str, str]:
+    return part.spec.kind, part.spec.name, part.spec.summary
+
+
+def _failures(plugin: Plugin) -> list[str]:
+    if plugin.status != "ok":
+        return [plugin.problem]
+    targets = [(part.spec.factory, f"{part.spec.kind} {part.spec.name!r}") for part in plugin.components]
+    targets += [(command.factory, f"the command '{command.name}'") for command in plugin.commands]
+    targets += [(plugin.module + ":__name__", "its hooks")] if plugin.module else []
+    failures = []
+    for target, what in targets:
+        try:
+            load_target(target, what, plugin.distribution, plugin.version)
+        except PluginError as error:
+            failures.append(error.message)
+    return failures
+
+
+def _not_installed(name: str, installed: list[str]) -> NotFoundError:
+    registries = read_registries()
+    requirement = registries.plugin_requirement(name) or registries.plugin_requirement(f"mmhub-{name}")
+    hint = install_line([requirement]) if requirement else did_you_mean(name, installed) or "see `mmhub plugins ls`"
+    return NotFoundError(f"the plugin '{name}' is not installed", hint)

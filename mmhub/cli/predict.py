@@ -1,0 +1,132 @@
+"""`mmhub predict`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mmhub.cli.options import columns_options, device_option, parse_mapping, parse_names, urls_option
+from mmhub.cli.output import emit, json_option, note, quiet_option
+from mmhub.errors import InputError, UsageError
+
+
+@click.command()
+@click.argument("name")
+@click.option("--text", multiple=True, help="A text (repeatable).")
+@click.option("--image", multiple=True, metavar="FILE", help="An image file (repeatable).")
+@click.option("--audio", multiple=True, metavar="FILE", help="An audio file (repeatable).")
+@click.option("--input", "others", multiple=True, metavar="MODALITY=VALUE", help="Any other modality (repeatable).")
+@click.option("--data", help="A table or folder of samples instead.")
+@columns_options
+@click.option("--out", type=click.Path(path_type=Path), help="Write one JSON line a sample to this file.")
+@click.option("--batch-size", default=32, show_default=True)
+@device_option
+@urls_option
+@quiet_option
+@json_option
+def predict(
+    name: str,
+    text: tuple[str, ...],
+    image: tuple[str, ...],
+    audio: tuple[str, ...],
+    others: tuple[str, ...],
+    data: str | None,
+    inputs: str | None,
+    columns: str | None,
+    out: Path | None,
+    batch_size: int,
+    device: str,
+    allow_urls: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Run the model NAME on one or more samples.
+
+    Several modalities given once each make one sample; options given several times make several samples, paired in
+    order. A modality left out is missing, and models that fuse modalities cope with that.
+    """
+    given = {"text": list(text), "image": list(image), "audio": list(audio)}
+    for part in others:
+        key, value = _pair(part)
+        given.setdefault(key, []).append(value)
+    given = {key: values for key, values in given.items() if values}
+    if bool(given) == bool(data):
+        raise UsageError("give samples with --text, --image, --audio, or a table with --data", "not both, not neither")
+    if out and out.exists():
+        raise UsageError(f"'{out}' exists", "name another file with --out")
+    samples = _zip(given) if given else []
+    from mmhub.hub import load
+    from mmhub.interfaces import Policy
+
+    model = load(name, device=device)
+    policy = Policy(urls=allow_urls)
+    if data:
+        predictions = _predict_table(model, data, inputs, columns, batch_size, policy)
+    else:
+        predictions = _predict_samples(model, samples, batch_size, policy)
+    if out:
+        _write(out, predictions)
+        note(f"{len(predictions)} predictions in {out}", quiet)
+    if not out or as_json:
+        emit({"predictions": predictions}, as_json, "\n".join(_line(answer) for answer in predictions))
+
+
+def _pair(part: str) -> tuple[str, str]:
+    key, equals, value = part.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--input {part!r} is not of the form modality=value", "e.g. --input tabular=row.json")
+    return key, value
+
+
+def _zip(given: dict[str, list[str]]) -> list[dict[str, Any]]:
+    counts = {len(values) for values in given.values()}
+    if len(counts) > 1:
+        shown = ", ".join(f"{len(values)} {key}" for key, values in given.items())
+        raise UsageError(f"the options do not pair up: {shown}", "give each as often, or use --data with a table")
+    return [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
+
+
+def _predict_samples(model: Any, samples: list[dict[str, Any]], batch_size: int, policy: Any) -> list[dict[str, Any]]:
+    answers: list[dict[str, Any]] = model.predict(samples, batch_size=batch_size, policy=policy)
+    return answers
+
+
+def _predict_table(
+    model: Any, data: str, inputs: str | None, columns: str | None, batch_size: int, policy: Any
+) -> list[dict[str, Any]]:
+    from mmhub.data.loader import usable
+    from mmhub.data.sources import open_rows
+    from mmhub.evaluation import input_columns
+
+    rows = open_rows(data, columns=parse_names(columns) or list(model.columns.names) or None)
+    wanted = input_columns(model, rows, parse_mapping(inputs, "--inputs"))
+    answers: list[dict[str, Any]] = []
+    for start in range(0, len(rows), batch_size):
+        stop = min(start + batch_size, len(rows))
+        samples = [{m: usable(m, rows[i].get(c), rows.folder(i)) for m, c in wanted.items()} for i in range(start, stop)]
+        try:
+            answers += model.predict(samples, batch_size=batch_size, policy=policy)
+        except InputError as error:
+            place = rows.where(start + (error.row or 0))
+            column = f", column '{wanted[error.modality]}'" if error.modality in wanted else ""
+            raise InputError(f"{place}{column}: {error.message}", error.hint) from None
+    return answers
+
+
+def _write(out: Path, predictions: list[dict[str, Any]]) -> None:
+    from mmhub.files import disk_errors, write_file
+
+    with disk_errors("the predictions", out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in predictions))
+
+
+def _line(answer: dict[str, Any]) -> str:
+    if "label" in answer:
+        return f"{answer['label']}\t{answer['score']:.4f}"
+    if "labels" in answer:
+        return ", ".join(answer["labels"]) or "(none)"
+    return str(answer.get("value", answer.get("text", json.dumps(answer, ensure_ascii=False))))

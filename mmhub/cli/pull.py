@@ -1,0 +1,38 @@
+"""`mmhub pull`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mmhub.cli.output import emit, json_option, quiet_option
+
+
+@click.command()
+@click.argument("name")
+@click.option("--revision", help="Branch, tag or commit.")
+@click.option("--out", type=click.Path(path_type=Path), help="Put the files here instead of into the cache.")
+@quiet_option
+@json_option
+def pull(name: str, revision: str | None, out: Path | None, quiet: bool, as_json: bool) -> None:
+    """Fetch the model NAME and check every file against its hash.
+
+    A model that needs a plugin which is not installed fails before its weights are fetched, and says what to install.
+    """
+    if quiet or as_json:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+    from mmhub.checkpoint import read_config, verify_files
+    from mmhub.hub import pull as run
+
+    folder = run(name, revision=revision, local_dir=out)
+    config = read_config(folder)
+    verify_files(folder, config)
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
+    emit({"name": name, "path": str(folder), "task": config.task, "files": files}, as_json, str(folder))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())

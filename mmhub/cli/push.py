@@ -1,0 +1,57 @@
+"""`mmhub push`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mmhub.cli.output import emit, json_option, note, quiet_option, table
+
+
+@click.command()
+@click.argument("model")
+@click.argument("repo")
+@click.option("--license", "license_", default="", metavar="ID", help="Licence of the model, e.g. apache-2.0.")
+@click.option("-m", "--message", default="", help="Commit message.")
+@click.option("--private/--public", default=None, help="For a new repository.")
+@click.option("--revision", help="Branch to push to.")
+@click.option("--tag", default="", help="Tag the commit.")
+@click.option("--dry-run", is_flag=True, help="List what would be sent, and send nothing.")
+@quiet_option
+@json_option
+def push(
+    model: str,
+    repo: str,
+    license_: str,
+    message: str,
+    private: bool | None,
+    revision: str | None,
+    tag: str,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Publish MODEL (a checkpoint folder or name) to REPO (org/name) as one commit.
+
+    The Hub is the one HF_ENDPOINT names, else the public one; log in with `hf auth login`.
+    """
+    from mmhub.hub import pull
+    from mmhub.hub import push as run
+
+    folder = pull(model)
+    pushed = run(
+        folder, repo, license=license_, message=message, private=private, revision=revision, tag=tag, dry_run=dry_run
+    )
+    data: dict[str, Any] = {
+        "repo": pushed.repo,
+        "url": pushed.url,
+        "commit": pushed.commit,
+        "files": pushed.files,
+        "deleted": list(pushed.deleted),
+        "dry_run": pushed.dry_run,
+    }
+    total = sum(pushed.files.values())
+    note(f"{len(pushed.files)} files, {total:,} bytes" + (" would be sent" if dry_run else " sent"), quiet)
+    text = table(["file", "bytes"], sorted(pushed.files.items())) if dry_run else f"{pushed.url} @ {pushed.commit}"
+    emit(data, as_json, text)

@@ -1,0 +1,41 @@
+"""`mmhub train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mmhub.cli.output import emit, json_option, quiet_option
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/<recipe's name>]")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key, e.g. train.epochs=3.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run folder.")
+@quiet_option
+@json_option
+def train(
+    recipe: Path, out: Path | None, overrides: tuple[str, ...], resume: bool, quiet: bool, as_json: bool
+) -> None:
+    """Train a model from a RECIPE (a TOML file).
+
+    The run folder gets metrics.jsonl, resumable checkpoints/, and model/, a checkpoint folder ready for
+    `mmhub eval`, `predict` and `push`. Ctrl-C saves, and --resume goes on from there.
+    """
+    from mmhub.config import read_recipe
+
+    read_recipe(recipe, overrides)  # a wrong recipe is reported before torch loads
+    from mmhub.engine import train as run
+
+    result = run(recipe, out or Path("runs") / recipe.stem, resume=resume, quiet=quiet, overrides=overrides)
+    shown = "  ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
+    data = {
+        "out": str(result.out),
+        "model": str(result.model),
+        "metrics": result.metrics,
+        "steps": result.steps,
+        "seconds": result.seconds,
+    }
+    emit(data, as_json, f"{result.model}  {shown}")

@@ -1,0 +1,179 @@
+"""Recipes: the strict TOML description of a training run, its overrides, and its resolved form."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from mmhub.errors import InputError, NotFoundError, UsageError, did_you_mean
+
+
+class _Table(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A table of a recipe: unknown keys are errors."""
+
+
+class PartRecipe(_Table):
+    """One component: `use` names it, `config` is its own configuration, `init` a source of pretrained weights."""
+
+    use: str = ""
+    config: dict[str, Any] = {}
+    init: str = ""
+    freeze: bool = False
+    lr_multiplier: float = 1.0
+
+
+class ModelRecipe(_Table):
+    """The parts of a model; or `base`, the name of a published model to go on training."""
+
+    base: str = ""
+    encoders: dict[str, PartRecipe] = {}
+    fusion: PartRecipe | None = None
+    decoder: PartRecipe | None = None
+    tokenizer: dict[str, Any] | None = None
+
+
+Source = str | list[str] | dict[str, str]
+
+
+class DataRecipe(_Table):
+    """Where rows come from and which column feeds which modality.
+
+    `valid_fraction` splits a validation set off the training rows when `valid` is not given.
+    """
+
+    train: Source = ""
+    valid: Source = ""
+    valid_fraction: float = 0.0
+    inputs: dict[str, str] = {}
+    target: str = ""
+    columns: list[str] = []
+    on_error: Literal["stop", "skip"] = "stop"
+    allow_urls: bool = False
+    workers: int | Literal["auto"] = "auto"
+
+
+class TrainRecipe(_Table):
+    """The training loop. Steps are optimizer steps; `warmup` below 1 is a share of them, else their number."""
+
+    epochs: int = 5
+    max_steps: int = 0  # 0 = no limit besides epochs
+    batch_size: int = 32
+    accumulate: int = 1  # batches per optimizer step
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = 0.06
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0  # 0 = off
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "auto"
+    eval_every: int = 0  # optimizer steps, 0 = once an epoch
+    patience: int = 0  # evaluations without improvement before stopping, 0 = never
+    checkpoint_every: int = 500  # optimizer steps between resumable checkpoints
+    keep: int = 2  # resumable checkpoints kept
+    log_every: int = 10  # optimizer steps
+
+
+class CardRecipe(_Table):
+    """What the model card says beyond what training knows."""
+
+    license: str = ""
+    summary: str = ""
+    language: list[str] = []
+    datasets: list[str] = []
+
+
+class Recipe(_Table):
+    """A whole recipe. `folder` is where relative paths start from; it is no key of the file."""
+
+    task: str
+    seed: int = 0
+    model: ModelRecipe = msgspec.field(default_factory=ModelRecipe)
+    data: DataRecipe = msgspec.field(default_factory=DataRecipe)
+    train: TrainRecipe = msgspec.field(default_factory=TrainRecipe)
+    card: CardRecipe = msgspec.field(default_factory=CardRecipe)
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check the recipe at `path`, with `key.path=value` overrides applied.
+
+    Raises:
+        NotFoundError, InputError, UsageError: each names the file and, where there is one, the key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        raise NotFoundError(f"no recipe '{path}'", did_you_mean(path.name, near) or "check the path") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the recipe '{path}': {getattr(error, 'strerror', None) or error}") from None
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"'{path}' is not valid TOML: {error}") from None
+    for override in overrides:
+        apply_override(table, override)
+    return check_recipe(table, str(path))
+
+
+def check_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Turn plain data into a checked `Recipe`."""
+    from mmhub.interfaces.config import decode_config
+    from mmhub.interfaces.task import find_task
+
+    recipe = decode_config(Recipe, table, where)
+    find_task(recipe.task)
+    _check_ranges(recipe, where)
+    return recipe
+
+
+def _check_ranges(recipe: Recipe, where: str) -> None:
+    train, data = recipe.train, recipe.data
+    at_least_one = ("epochs", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every")
+    for key in at_least_one:
+        if getattr(train, key) < 1:
+            raise UsageError(f"{where}: train.{key} is {getattr(train, key)}", "it must be at least 1")
+    for key in ("learning_rate", "min_learning_rate", "warmup", "weight_decay", "clip_norm", "max_steps", "patience"):
+        if not getattr(train, key) >= 0:
+            raise UsageError(f"{where}: train.{key} is {getattr(train, key)}", "it must not be negative")
+    if not 0 <= data.valid_fraction < 1:
+        raise UsageError(f"{where}: data.valid_fraction is {data.valid_fraction}", "it must be in [0, 1)")
+    if data.valid and data.valid_fraction:
+        raise UsageError(f"{where}: data.valid and data.valid_fraction are both given", "keep one")
+
+
+def apply_override(table: dict[str, Any], override: str) -> None:
+    """Apply one `--set key.path=value`; the value is TOML, and plain text where it is not."""
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {override!r} is not of the form key=value", "e.g. --set train.epochs=3")
+    steps = [step.strip() for step in key.split(".")]
+    for step in steps[:-1]:
+        table = table.setdefault(step, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"--set {override!r}: {step!r} is a value, not a table")
+    table[steps[-1]] = _toml_value(value.strip())
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the resolved recipe as TOML text."""
+    import tomlkit
+
+    return tomlkit.dumps(_without_none(msgspec.to_builtins(recipe)))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,147 @@
+"""From rows to batches: decode, pack and order, deterministically by seed, epoch and row, whatever the worker count."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mmhub.batch import Batch
+from mmhub.data.sources import Rows
+from mmhub.errors import InputError
+from mmhub.interfaces import Decoder, Policy
+
+
+@dataclass
+class Loaded:
+    """What a worker returns: a batch, or the error that stops the run; errors of skipped rows as text."""
+
+    batch: Batch | None = None
+    error: InputError | None = None
+    skipped: list[str] = field(default_factory=list)
+
+
+class _Indexed(Dataset[tuple[int, dict[str, Any]]]):
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
+        return index, self.rows[index]
+
+
+@dataclass
+class Collate:
+    """Turn table rows into a batch.
+
+    `seed` switches training-time augmentation on; it and the row number alone decide what happens to a row.
+    """
+
+    rows: Rows
+    processors: Mapping[str, Any]
+    inputs: Mapping[str, str]  # modality -> column
+    decoder: Decoder | None = None
+    target: str = ""
+    policy: Policy = field(default_factory=Policy)
+    skip: bool = False
+    seed: int | None = None
+
+    def __call__(self, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> Loaded:
+        kept = list(samples)
+        skipped: list[str] = []
+        while kept:
+            try:
+                return Loaded(self._batch(kept), skipped=skipped)
+            except InputError as error:
+                if error.row is None or not self.skip:
+                    return Loaded(error=self._explain(error, kept), skipped=skipped)
+                skipped.append(str(self._explain(error, kept)))
+                del kept[error.row]
+        return Loaded(skipped=skipped)
+
+    def _batch(self, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> Batch:
+        raw = {
+            modality: [usable(modality, row.get(column), self.rows.folder(i)) for i, row in samples]
+            for modality, column in self.inputs.items()
+        }
+        for position in range(len(samples)):
+            if all(values[position] is None for values in raw.values()):
+                error = InputError(f"none of {', '.join(self.inputs.values())} is given")
+                error.row = position
+                raise error
+        seeds = None if self.seed is None else [row_seed(self.seed, i) for i, _ in samples]
+        items = {name: self.processors[name](values, self.policy, seeds) for name, values in raw.items()}
+        batch = Batch(items=items, size=len(samples), index=[i for i, _ in samples])
+        if self.decoder is not None and self.target:
+            batch.raw_targets = [row.get(self.target) for _, row in samples]
+            batch.targets = self.decoder.encode_targets(batch.raw_targets)
+        return batch
+
+    def _explain(self, error: InputError, samples: Sequence[tuple[int, Any]]) -> InputError:
+        if error.row is None:
+            return error
+        column = self.inputs.get(error.modality or "", self.target if error.modality is None else "")
+        place = self.rows.where(samples[error.row][0]) + (f", column '{column}'" if column else "")
+        hint = error.hint or ('fix the row, or set data.on_error = "skip"' if not self.skip else None)
+        return InputError(f"{place}: {error.message}", hint)
+
+
+def usable(modality: str, value: Any, folder: Path | None = None) -> Any:
+    """Return a cell's raw input, None where the cell is empty; text may be the empty string.
+
+    A relative path is looked for beside the table first.
+    """
+    if isinstance(value, Mapping) and value.get("bytes") is None and "array" not in value:
+        return usable(modality, value.get("path"), folder)
+    if isinstance(value, float) and math.isnan(value):  # pandas' missing value
+        return None
+    if modality == "text" or not isinstance(value, str):
+        return value
+    if value and folder is not None and (folder / value).exists():
+        return folder / value
+    return value or None
+
+
+def row_seed(seed: int, row: int) -> int:
+    """A seed for one row, independent of batches and workers."""
+    return (seed * 0x9E3779B97F4A7C15 + row * 0xBF58476D1CE4E5B9 + 1) % 2**63
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The shuffled row order of an epoch."""
+    generator = torch.Generator().manual_seed(row_seed(seed, epoch))
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def batches_of(order: Sequence[int], size: int) -> list[list[int]]:
+    """Cut an order into batches; the last may be smaller."""
+    return [list(order[i : i + size]) for i in range(0, len(order), size)]
+
+
+def load_batches(
+    collate: Collate, order: Sequence[Sequence[int]], workers: int = 0, pin_memory: bool = False
+) -> Iterator[Loaded]:
+    """Yield what `collate` makes of each list of row numbers, in order, decoding in `workers` processes."""
+    loader = DataLoader(
+        _Indexed(collate.rows),
+        batch_sampler=order,  # type: ignore[arg-type]
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+    )
+    yield from loader
+
+
+def worker_count(choice: int | str, device: torch.device) -> int:
+    """'auto' decodes in worker processes only beside a GPU: on a CPU they would take the cores from training."""
+    if choice != "auto":
+        return int(choice)
+    return min(8, max(1, (os.cpu_count() or 2) - 1)) if device.type == "cuda" else 0

@@ -1,0 +1,36 @@
+"""Where to compute, and in what precision."""
+
+from __future__ import annotations
+
+import torch
+
+from mmhub.errors import UsageError
+
+
+def find_device(choice: str = "auto") -> torch.device:
+    """Return the device for 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'; auto takes the fastest there is.
+
+    Raises:
+        UsageError: it does not exist here.
+    """
+    if choice == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(name)
+    try:
+        device = torch.device(choice)
+    except RuntimeError:
+        raise UsageError(f"unknown device {choice!r}", "use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"no device {choice!r} here: {torch.cuda.device_count()} CUDA devices", "use auto or cpu")
+    return device
+
+
+def find_precision(choice: str, device: torch.device) -> torch.dtype:
+    """Return the dtype to compute in: 'auto' is bfloat16 on a GPU that has it, else float32.
+
+    On CPUs without native bfloat16 arithmetic autocast is many times slower than float32, so auto never picks it.
+    """
+    if choice == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[choice]

@@ -1,0 +1,88 @@
+"""What a run tells: metrics.jsonl, plug-in trackers, a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mmhub.plugins import call_hook
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """What trackers learn about a run (hook `mmhub_train_callbacks`)."""
+
+    folder: Path
+    config: Mapping[str, Any]  # the resolved recipe as plain data
+    total_steps: int
+
+
+class Reporter:
+    """Report to people on stderr and to machines in metrics.jsonl; `quiet` silences the former."""
+
+    def __init__(self, run: TrainRun, *, quiet: bool, start_step: int) -> None:
+        self.run, self.quiet = run, quiet
+        self._path = run.folder / "metrics.jsonl"
+        self._drop_lines_after(start_step)
+        self._bar = tqdm(
+            total=run.total_steps, initial=start_step, unit="step", disable=quiet or not sys.stderr.isatty(),
+            dynamic_ncols=True, leave=False,
+        )  # fmt: skip
+        self._callbacks = call_hook("mmhub_train_callbacks", run=run)
+        self._tell("on_start", run)
+
+    def step(self, loss: float) -> None:
+        self._bar.update()
+        self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl and hand the numbers to the trackers."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        flat = {key: value for key, value in values.items() if not isinstance(value, dict)}
+        flat |= {f"{k}/{name}": v for k, part in values.items() if isinstance(part, dict) for name, v in part.items()}
+        self._tell("on_log", step, flat)
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            tqdm.write(text, file=sys.stderr)
+
+    def watch(self, parts: Iterator[Any], total: int) -> Iterator[Any]:
+        """Show the progress of an evaluation."""
+        yield from tqdm(
+            parts, total=total, desc="evaluating", unit="batch", leave=False,
+            disable=self.quiet or not sys.stderr.isatty(),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self._bar.close()
+        self._tell("on_end", self.run)
+
+    def _tell(self, event: str, *args: Any) -> None:
+        """Call every tracker; one that fails is dropped with a line, and training goes on."""
+        for callback in list(self._callbacks):
+            try:
+                getattr(callback, event)(*args)
+            except Exception as error:
+                self._callbacks.remove(callback)
+                name = f"{type(callback).__module__}.{type(callback).__qualname__}"
+                print(f"warning: tracker {name} failed and is off: {type(error).__name__}: {error}", file=sys.stderr)
+
+    def _drop_lines_after(self, step: int) -> None:
+        """A resumed run repeats the steps after its checkpoint: their old lines go."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # half a line, from a crash
+        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,90 @@
+"""Let the tokens of all modalities attend to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmhub.batch import Bundle, Features
+from mmhub.errors import UsageError
+from mmhub.fusion.missing import keep_modalities
+from mmhub.interfaces import ComponentConfig, Fusion, Stream
+from mmhub.layers import TransformerEncoder
+
+
+class Attention(Fusion):
+    """A Transformer over a learned query token, then each modality's summary and tokens.
+
+    A missing modality is one learned stand-in token. The query keeps one position valid in every row, and its output
+    is the row's summary: `fused` holds all positions (B, 1 + T', D) with `pooled` (B, D).
+    """
+
+    class Config(ComponentConfig):
+        """`dim` must be a multiple of `heads`; `tokens = false` lets only the summaries take part (faster)."""
+
+        dim: int = 128
+        depth: int = 2
+        heads: int = 4
+        dropout: float = 0.1
+        modality_dropout: float = 0.3
+        tokens: bool = True
+
+        def __post_init__(self) -> None:
+            if self.dim % self.heads:
+                raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
+
+    def __init__(self, config: Config, inputs: Mapping[str, Stream]) -> None:
+        super().__init__(config, inputs)
+        if not inputs:
+            raise UsageError("attention fusion needs at least one encoder")
+        dim = config.dim
+        self.token_norms = nn.ModuleDict({name: nn.LayerNorm(s.dim) for name, s in inputs.items()})
+        self.token_projections = nn.ModuleDict({name: nn.Linear(s.dim, dim) for name, s in inputs.items()})
+        pooled = {name: s.pooled for name, s in inputs.items() if s.pooled}
+        self.pooled_norms = nn.ModuleDict({name: nn.LayerNorm(width) for name, width in pooled.items()})
+        self.pooled_projections = nn.ModuleDict({name: nn.Linear(width, dim) for name, width in pooled.items()})
+        self.kinds = nn.ParameterDict({name: _vector(dim) for name in inputs})
+        self.stand_ins = nn.ParameterDict({name: _vector(dim) for name in inputs})
+        self.query = _vector(dim)
+        self.encoder = TransformerEncoder(dim, config.depth, config.heads, dropout=config.dropout)
+        self.outputs = {"fused": Stream(dim, pooled=dim)}
+
+    def forward(self, bundle: Bundle, plan: Any = None, embed: Any = None) -> Bundle:
+        present = torch.stack([bundle[name].present for name in self.inputs], dim=1)
+        if self.training and self.config.modality_dropout and len(self.inputs) > 1:
+            present = keep_modalities(present, self.config.modality_dropout)
+        batch = present.shape[0]
+        tokens = [self.query.expand(batch, 1, -1)]
+        masks = [present.new_ones(batch, 1)]
+        for i, name in enumerate(self.inputs):
+            part, mask = self._modality(name, bundle[name], present[:, i])
+            tokens.append(part)
+            masks.append(mask)
+        x, mask = torch.cat([t.to(tokens[-1].dtype) for t in tokens], dim=1), torch.cat(masks, dim=1)
+        x = self.encoder(x, mask)
+        return bundle | {"fused": Features(x, mask, pooled=x[:, 0])}
+
+    def _modality(self, name: str, features: Features, present: Tensor) -> tuple[Tensor, Tensor]:
+        """One modality's summary-or-stand-in token (always valid) followed by its tokens."""
+        projected = self.token_projections[name](self.token_norms[name](features.tokens))
+        real = features.mask & present[:, None]
+        if features.pooled is not None and name in self.pooled_projections:
+            head = self.pooled_projections[name](self.pooled_norms[name](features.pooled))
+        else:
+            weights = real.unsqueeze(-1).to(projected.dtype)
+            head = (projected * weights).sum(1) / weights.sum(1).clamp(min=1)
+        head = torch.where(present[:, None], head, self.stand_ins[name].to(head.dtype))[:, None]
+        first = present.new_ones(present.shape[0], 1)
+        if not self.config.tokens:
+            return head + self.kinds[name], first
+        part = torch.cat([head, projected * real.unsqueeze(-1).to(projected.dtype)], dim=1)
+        return part + self.kinds[name], torch.cat([first, real], dim=1)
+
+
+def _vector(dim: int) -> nn.Parameter:
+    vector = nn.Parameter(torch.empty(dim))
+    nn.init.normal_(vector, std=0.02)
+    return vector

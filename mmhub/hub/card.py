@@ -1,0 +1,142 @@
+"""The model card: metadata the Hub indexes and a generated section, merged into whatever the user wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmhub.checkpoint import CheckpointConfig
+from mmhub.interfaces import find_task
+
+START, END = "<!-- mmhub: generated from here -->", "<!-- mmhub: to here; text outside is kept -->"
+
+
+def read_card(text: str) -> tuple[dict[str, Any], str]:
+    """Split a README into its YAML metadata and its text."""
+    import yaml
+
+    found = re.match(r"\A---\s*\n(.*?\n)---\s*(\n|\Z)", text, re.DOTALL)
+    if not found:
+        return {}, text
+    try:
+        data = yaml.safe_load(found[1])
+    except yaml.YAMLError:
+        return {}, text
+    return (data if isinstance(data, dict) else {}), text[found.end() :]
+
+
+def merge_card(
+    folder: Path,
+    config: CheckpointConfig,
+    *,
+    name: str,
+    old: str = "",
+    metadata: Mapping[str, Any] | None = None,
+    summary: str = "",
+) -> str:
+    """Return the README for a checkpoint: `old` with our metadata keys and generated section renewed.
+
+    Keys and text that mmhub does not generate stay as the user left them.
+    """
+    import yaml
+
+    data, text = read_card(old)
+    data |= {key: value for key, value in (metadata or {}).items() if value}
+    data["library_name"] = "mmhub"
+    modalities = tuple(role.removesuffix("_encoder") for role in config.components if role.endswith("_encoder"))
+    tag = find_task(config.task).pipeline_tag(modalities)
+    if tag:
+        data["pipeline_tag"] = tag
+    data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), "mmhub", config.task, *modalities]))
+    results = read_results(folder)
+    if results:
+        data["model-index"] = [_model_index(name, config.task, tag, results)]
+    section = f"{START}\n{_section(folder, config, name, modalities, results, summary)}\n{END}"
+    body = _replace_section(text, section, name)
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The measured results stored in the checkpoint's eval/ folder."""
+    return [json.loads(path.read_text()) for path in sorted((folder / "eval").glob("*.json"))]
+
+
+def _replace_section(text: str, section: str, name: str) -> str:
+    if START in text and END in text:
+        before, _, rest = text.partition(START)
+        return before + section + rest.partition(END)[2]
+    kept = text.strip()
+    return f"\n{kept}\n\n{section}\n" if kept else f"\n# {name}\n\n{section}\n"
+
+
+def _model_index(name: str, task: str, tag: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    entries = []
+    for result in results:
+        subsets = {"": result["metrics"], **result.get("subsets", {})}
+        metrics = [
+            {"type": key, "name": f"{key} ({subset} only)" if subset else key, "value": round(float(value), 6)}
+            for subset, values in subsets.items()
+            for key, value in values.items()
+            if isinstance(value, (int, float)) and key != "rows"
+        ]
+        dataset = {"name": result.get("data", "data"), "type": result.get("data", "data")}
+        entries.append({"task": {"type": tag or task, "name": task}, "dataset": dataset, "metrics": metrics})
+    return {"name": name, "results": entries}
+
+
+def _section(
+    folder: Path,
+    config: CheckpointConfig,
+    name: str,
+    modalities: Sequence[str],
+    results: Sequence[Mapping[str, Any]],
+    summary: str,
+) -> str:
+    takes = " and ".join(modalities)
+    lines = [summary or f"A {config.task} model that takes {takes}, made with mmhub.", "", "## Use", "", "```sh"]
+    needs = " ".join(f'"{r["distribution"]}{r["specifier"]}"' for r in config.requires)
+    options = " ".join(f"--{m} {'TEXT' if m == 'text' else 'FILE'}" for m in modalities)
+    lines += [f"pip install {needs}", f"mmhub predict {name} {options}", "```", ""]
+    if len(modalities) > 1:
+        lines += ["Any subset of the inputs works; what is missing is left out of the command.", ""]
+    lines += ["## Parts", "", "| part | component |", "|---|---|"]
+    lines += [f"| {role} | `{record.use}` |" for role, record in config.components.items()]
+    for result in results:
+        lines += ["", f"## Results on {result.get('data', 'held-out data')} ({result['rows']} rows)", ""]
+        lines += _table(result)
+    lines += ["", "## Training", "", *_training(folder), "", "## Intended use and limits", ""]
+    lines += [
+        "Measured on the data named above and on nothing else. Check it on your own data, for each group of people it",
+        "affects, before you rely on it, and do not use it to decide about people without a person who can overrule it.",
+    ]
+    return "\n".join(lines)
+
+
+def _table(result: Mapping[str, Any]) -> list[str]:
+    rows = {"all inputs given": result["metrics"], **{f"{k} only": v for k, v in result.get("subsets", {}).items()}}
+    keys = [key for key, value in result["metrics"].items() if isinstance(value, (int, float))]
+    lines = ["| inputs | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
+    for label, values in rows.items():
+        cells = (f"{values[key]:.4f}" if key in values else "" for key in keys)
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _training(folder: Path) -> list[str]:
+    path = folder / "provenance.json"
+    if not path.is_file():
+        return ["Not recorded."]
+    facts = json.loads(path.read_text())
+    data = facts.get("data", {}).get("train", {})
+    source = ", ".join(f"`{file['name']}` ({file['sha256'][:12]})" for file in data.get("files", []))
+    lines = [
+        f"{facts.get('steps', '?')} optimizer steps over {data.get('rows', '?')} rows of {source or 'unrecorded data'},"
+        f" seed {facts.get('seed', '?')}, in {facts.get('seconds', '?')} s on {facts.get('hardware', '?')}."
+    ]
+    versions = facts.get("versions", {})
+    if versions:
+        lines.append("Versions: " + ", ".join(f"{key} {value}" for key, value in versions.items()) + ".")
+    return lines

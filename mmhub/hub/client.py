@@ -1,0 +1,118 @@
+"""The Hub client: endpoint and token passed explicitly, one cache per endpoint, errors in our words.
+
+huggingface_hub sends the stored token to whatever endpoint is set, and keys its cache by repository id alone, so that
+two hubs would mix; both are settled here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmhub.errors import MmhubError, NetworkError, NotFoundError
+
+
+def endpoint() -> str:
+    """Return the Hub's address: HF_ENDPOINT, else the public Hub."""
+    from huggingface_hub import constants
+
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or str(constants.ENDPOINT)
+
+
+def is_public_hub() -> bool:
+    return endpoint() in ("https://huggingface.co", "https://hf.co")
+
+
+def token() -> str | bool:
+    """Return the token to send, or False for none.
+
+    A token stored by `hf auth login` goes to the public Hub alone; another endpoint gets HF_TOKEN, if that is set.
+    """
+    from huggingface_hub import get_token
+
+    found = get_token() if is_public_hub() else os.environ.get("HF_TOKEN")
+    return found or False
+
+
+def cache_dir() -> Path:
+    """Return the folder model files are cached in: the Hugging Face cache, with a sub-folder for another endpoint."""
+    from huggingface_hub import constants
+
+    root = Path(constants.HF_HUB_CACHE)
+    return root if is_public_hub() else root / "endpoints" / re.sub(r"[^\w.-]+", "_", endpoint().split("://")[-1])
+
+
+def api() -> Any:
+    from huggingface_hub import HfApi
+
+    from mmhub import __version__
+
+    return HfApi(endpoint=endpoint(), token=token(), library_name="mmhub", library_version=__version__)
+
+
+def download_options() -> dict[str, Any]:
+    """Arguments for huggingface_hub's download functions."""
+    return {"endpoint": endpoint(), "token": token(), "cache_dir": cache_dir()}
+
+
+@contextmanager
+def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
+    """Turn the client's exceptions into ours, one line each."""
+    from huggingface_hub import errors
+
+    at = f"at {endpoint()}"
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise MmhubError(f"'{repo}' {at} is gated", "accept its terms on its page, then `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        hint = "check the name; a private repository needs `hf auth login` or HF_TOKEN"
+        raise NotFoundError(f"no repository '{repo}' {at}", hint) from None
+    except errors.RevisionNotFoundError:
+        raise NotFoundError(f"'{repo}' {at} has no revision '{revision}'", "check the branch, tag or commit") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise _unreachable(repo) from None
+    except errors.EntryNotFoundError as error:
+        found = re.search(r"/resolve/[^/]+/(\S+?)\.?(\s|$)", str(error))
+        file = found[1] if found else "a file"
+        raise NotFoundError(f"'{repo}' {at} has no {file}", "it may be no mmhub checkpoint") from None
+    except errors.HFValidationError as error:
+        raise NotFoundError(f"'{repo}' is no repository name: {str(error).splitlines()[0]}") from None
+    except errors.HfHubHTTPError as error:
+        raise _http_error(repo, error) from None
+    except (ConnectionError, TimeoutError) as error:
+        raise NetworkError(f"cannot reach {endpoint()}: {_first_line(error)}", _OFFLINE_HINT) from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
+            raise NetworkError(f"cannot reach {endpoint()}: {_first_line(error)}", _OFFLINE_HINT) from None
+        raise
+
+
+_OFFLINE_HINT = "check the network, HF_ENDPOINT and proxy settings; models pulled before still load"
+
+
+def _unreachable(repo: str) -> NetworkError:
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return NetworkError(f"'{repo}' is not in the cache, and HF_HUB_OFFLINE is set", "unset it, or pull it first")
+    return NetworkError(f"'{repo}' is not in the cache, and {endpoint()} cannot be reached", _OFFLINE_HINT)
+
+
+def _http_error(repo: str, error: Any) -> MmhubError:
+    status = getattr(error.response, "status_code", 0)
+    text = _first_line(getattr(error, "server_message", None) or error)
+    if status == 412:
+        return MmhubError(f"'{repo}' was changed by somebody else while pushing", "push again to build on their commit")
+    if status in (401, 403):
+        return MmhubError(f"{endpoint()} does not let you do that to '{repo}': {text}", "check your token's rights")
+    if status in (408, 429) or status >= 500:
+        return NetworkError(f"{endpoint()} answered {status} for '{repo}': {text}", "try again later")
+    return MmhubError(f"{endpoint()} answered {status} for '{repo}': {text}")
+
+
+def _first_line(error: Any) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

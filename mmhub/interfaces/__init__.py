@@ -1,0 +1,23 @@
+"""The contracts plugins implement: Processor, Encoder, Fusion, Decoder and Task, and the policy for raw inputs."""
+
+from mmhub.interfaces.config import ComponentConfig, decode_config, encode_config
+from mmhub.interfaces.raw import Policy, describe_raw, raw_bytes
+from mmhub.interfaces.roles import Decoder, Encoder, Fusion, Processor, Stream
+from mmhub.interfaces.task import TASKS, Task, find_task
+
+__all__ = [
+    "TASKS",
+    "ComponentConfig",
+    "Decoder",
+    "Encoder",
+    "Fusion",
+    "Policy",
+    "Processor",
+    "Stream",
+    "Task",
+    "decode_config",
+    "describe_raw",
+    "encode_config",
+    "find_task",
+    "raw_bytes",
+]

@@ -1,0 +1,82 @@
+"""Strict component configuration: frozen, keyword-only records whose unknown keys fail with a suggestion."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from mmhub.errors import UsageError, did_you_mean
+
+T = TypeVar("T")
+
+
+class ComponentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
+    """Base of a component's `Config`, which lives in the class it builds.
+
+    Values are JSON: names and numbers, never import paths. Raise ValueError in `__post_init__` for a bad value.
+    """
+
+
+def decode_config(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    """Build `cls` from plain data, or raise UsageError naming `where`, the key, and the nearest known key.
+
+    >>> class Config(ComponentConfig):
+    ...     dim: int = 8
+    >>> decode_config(Config, {"dmi": 4}, "model.fusion.config")
+    Traceback (most recent call last):
+    mmhub.errors.UsageError: model.fusion.config: unknown key 'dmi'; did you mean 'dim'?
+    """
+    try:
+        return msgspec.convert(dict(table), cls)
+    except msgspec.ValidationError as error:
+        raise _explain(cls, str(error), where) from None
+
+
+def encode_config(config: Any) -> dict[str, Any]:
+    """Return a config as plain JSON data."""
+    data = msgspec.to_builtins(config)
+    assert isinstance(data, dict)
+    return data
+
+
+def _explain(cls: type, text: str, where: str) -> UsageError:
+    message, _, path = text.partition(" - at `$")
+    steps = re.findall(r"\.([\w-]+)|\[(\.\.\.|\d+)\]", path.rstrip("`"))
+    inside = [name or index for name, index in steps]
+    place = ".".join([where, *inside]) if inside else where
+    unknown = re.search(r"unknown field `(.+?)`", message)
+    if unknown:
+        known = _fields_at(cls, inside)
+        hint = did_you_mean(unknown[1], known) or f"known keys: {', '.join(sorted(known)) or 'none'}"
+        return UsageError(f"{place}: unknown key {unknown[1]!r}", hint)
+    missing = re.search(r"missing required field `(.+?)`", message)
+    if missing:
+        return UsageError(f"{place}: the key {missing[1]!r} is missing", f"add `{missing[1]} = ...`")
+    return UsageError(f"{place}: {message[:1].lower()}{message[1:]}".replace("`", "'"))
+
+
+def _fields_at(cls: Any, path: list[str]) -> list[str]:
+    """The field names of the struct that `path` (keys and indices) leads to inside `cls`."""
+    kind = msgspec.inspect.type_info(cls)
+    for step in path:
+        kind = _step(kind, step)
+    kind = _struct_in(kind)
+    return [field.encode_name for field in kind.fields] if isinstance(kind, msgspec.inspect.StructType) else []
+
+
+def _struct_in(kind: Any) -> Any:
+    if isinstance(kind, msgspec.inspect.UnionType):
+        return next((t for t in kind.types if isinstance(t, msgspec.inspect.StructType)), kind)
+    return kind
+
+
+def _step(kind: Any, step: str) -> Any:
+    kind = _struct_in(kind)
+    if isinstance(kind, msgspec.inspect.StructType):
+        return next((field.type for field in kind.fields if field.encode_name == step), kind)
+    if isinstance(kind, msgspec.inspect.UnionType):
+        return next((_step(t, step) for t in kind.types if hasattr(t, "value_type") or hasattr(t, "item_type")), kind)
+    return getattr(kind, "value_type", None) or getattr(kind, "item_type", kind)

@@ -1,0 +1,227 @@
+"""The roles a plugin can play: Processor, Encoder, Fusion, Decoder.
+
+Interfaces are abstract and implementations final: a plugin fills in the abstract methods and overrides no others,
+except where a docstring says so. How a missing or repeated modality, freezing, devices, saving and loading work is the
+model's business, never a plugin's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from mmhub.batch import Bundle, Features, Items, Output, pad_sequences
+from mmhub.errors import InputError, UsageError
+from mmhub.interfaces.config import ComponentConfig
+from mmhub.interfaces.raw import Policy
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The widths of one entry of a bundle: `dim` of its tokens, `pooled` of its own summary if it has one."""
+
+    dim: int
+    pooled: int | None = None
+
+    @property
+    def summary(self) -> int:
+        """Width of `mmhub.layers.summary` of this stream."""
+        return self.pooled or self.dim
+
+
+class Processor(ABC):
+    """Turn raw inputs of one modality into packed tensors.
+
+    Its whole state is JSON (`state`) plus named files (`files`, for example tokenizer.json), never pickle.
+    """
+
+    modality: ClassVar[str]
+    needs_fit: bool = False  # must `fit` be called on training data before use?
+    augments: bool = False  # does `read` use the generator that training passes?
+
+    @abstractmethod
+    def read(self, raw: Any, policy: Policy, rng: torch.Generator | None = None) -> Tensor:
+        """Decode one raw input into a tensor whose first dimension is its length where the modality has one.
+
+        `rng` is given in training alone, seeded by sample and epoch, and only if `augments` is set.
+
+        Raises:
+            InputError: `raw` is not a usable input of this modality.
+        """
+
+    def pack(self, items: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Join at least one item into (data, mask); right-pads the first dimension. Override for fixed-size items."""
+        return pad_sequences(items)
+
+    def fit(self, raws: Iterable[Any]) -> None:
+        """Learn state such as a vocabulary from training inputs. Called once, and only if `needs_fit` is set."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Return JSON data from which `from_state` rebuilds this processor."""
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files that belong to the state, by Hugging Face's name for them, such as tokenizer.json."""
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def from_state(cls, state: Mapping[str, Any], files: Mapping[str, bytes]) -> Self:
+        """Rebuild a processor from what `state` and `files` returned."""
+
+    def __call__(self, raw: Sequence[Any | None], policy: Policy, seeds: Sequence[int] | None = None) -> Items:
+        """Turn one raw input, list of raw inputs or None for each batch row into packed items.
+
+        `seeds`, one a row, switches training-time augmentation on.
+        """
+        read: list[Tensor] = []
+        rows: list[int] = []
+        for row, value in enumerate(raw):
+            rng = torch.Generator().manual_seed(seeds[row]) if seeds is not None and self.augments else None
+            for item in _as_items(value):
+                try:
+                    read.append(self.read(item, policy, rng))
+                except InputError as error:
+                    error.row, error.modality = row, self.modality
+                    raise
+                rows.append(row)
+        if read:
+            data, mask = self.pack(read)
+        else:
+            data, mask = torch.zeros(0), torch.zeros(0, 0, dtype=torch.bool)
+        return Items(data=data, mask=mask, rows=torch.tensor(rows, dtype=torch.long), batch=len(raw))
+
+
+def _as_items(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+class Encoder(nn.Module, ABC):
+    """Turn items of one modality into features. An encoder sees items only: never rows, never a missing input.
+
+    Attributes:
+        modality: "text", "image", "audio" or a plugin's own.
+        dim: width D of the tokens. pooled_dim: width of `Features.pooled`, None if the encoder gives none.
+        padding_invariant: padding an item changes no real output. If False, mmhub runs items of equal length together.
+        config, processor: what the encoder was built from, complete enough to rebuild it.
+    """
+
+    Config: ClassVar[type[ComponentConfig]]
+    modality: ClassVar[str]
+    padding_invariant: bool
+    dim: int
+    pooled_dim: int | None = None
+    config: Any
+    processor: Any
+
+    @classmethod
+    @abstractmethod
+    def make_processor(cls, config: Any, tokenizer: Mapping[str, Any] | None = None) -> Processor:
+        """Build the processor this encoder needs; `tokenizer` is the recipe's `[model.tokenizer]` table, if any."""
+
+    @classmethod
+    @abstractmethod
+    def load_processor(cls, config: Any, state: Mapping[str, Any], files: Mapping[str, bytes]) -> Processor:
+        """Rebuild a saved processor (usually `SomeProcessor.from_state(state, files)`)."""
+
+    @abstractmethod
+    def __init__(self, config: Any, processor: Any) -> None:
+        """Build with fresh weights; must work while parameters are on the meta device."""
+        super().__init__()
+        self.config, self.processor = config, processor
+
+    @abstractmethod
+    def forward(self, data: Tensor, mask: Tensor) -> Features:
+        """Encode N >= 1 items: data (N, ...), mask (N, S) -> tokens (N, T, D), mask (N, T)[, pooled (N, P)]."""
+
+    @classmethod
+    def from_library(cls, config: Any, path: Path, tokenizer: Mapping[str, Any] | None = None) -> Self:
+        """Build with the weights of the wrapped library's own checkpoint, a file or folder. Override where one exists.
+
+        Only safetensors and JSON may be read, and no code from the checkpoint may run.
+        """
+        raise UsageError(
+            f"{cls.__name__} has no library format to read '{path}' from",
+            "give `init` the name of a checkpoint saved by mmhub",
+        )
+
+    @property
+    def stream(self) -> Stream:
+        return Stream(self.dim, self.pooled_dim)
+
+
+class Fusion(nn.Module, ABC):
+    """Combine the streams of a bundle. Rows may lack any modality; a fusion that mixes learns what stands in for it.
+
+    Attributes:
+        inputs: the streams it was built for. outputs: the streams it returns.
+    """
+
+    Config: ClassVar[type[ComponentConfig]]
+    inputs: dict[str, Stream]
+    outputs: dict[str, Stream]
+    config: Any
+
+    @abstractmethod
+    def __init__(self, config: Any, inputs: Mapping[str, Stream]) -> None:
+        super().__init__()
+        self.config, self.inputs = config, dict(inputs)
+
+    @abstractmethod
+    def forward(self, bundle: Bundle, plan: Any = None, embed: Any = None) -> Bundle:
+        """Combine features by row. `bundle` holds every input stream, rows without an item fully masked.
+
+        `plan` and `embed` serve fusions that interleave text and media: the segment plan, and the token embedding of
+        the language model, which stays its owner.
+        """
+
+
+class Decoder(nn.Module, ABC):
+    """Turn features into logits, a loss and predictions.
+
+    Attributes:
+        tasks: names of the tasks it serves. needs: streams it reads; () means `fused`, or the only stream there is.
+    """
+
+    Config: ClassVar[type[ComponentConfig]]
+    tasks: ClassVar[tuple[str, ...]]
+    needs: ClassVar[tuple[str, ...]] = ()
+    config: Any
+
+    @abstractmethod
+    def __init__(self, config: Any, inputs: Mapping[str, Stream]) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def fit(cls, config: Any, targets: Iterable[Any]) -> Any:
+        """Return `config` completed with what the training targets say, such as the label names."""
+        return config
+
+    @abstractmethod
+    def encode_targets(self, targets: Sequence[Any]) -> Any:
+        """Turn raw targets, one a row, into what `forward` takes.
+
+        Raises:
+            InputError: a target is missing, of the wrong type, or unknown (`row` is set).
+        """
+
+    def references(self, targets: Sequence[Any]) -> list[Any]:
+        """Return raw targets in the form in which `predict` answers, for metrics."""
+        return list(targets)
+
+    @abstractmethod
+    def forward(self, bundle: Bundle, targets: Any = None) -> Output:
+        """Return logits, and the mean loss over the batch if targets are given."""
+
+    @abstractmethod
+    def predict(self, output: Output, details: bool = True) -> list[dict[str, Any]]:
+        """Return one JSON-ready answer a row; `details` adds what only people read, such as every label's score."""

@@ -1,0 +1,71 @@
+"""Metrics from predictions and references, by name. All are exact over the whole data set, not averages of batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Metric = Callable[[Sequence[Mapping[str, Any]], Sequence[Any]], dict[str, float]]
+
+
+def accuracy(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]) -> dict[str, float]:
+    """Share of rows whose predicted label is the reference."""
+    hits = sum(p["label"] == r for p, r in zip(predictions, references, strict=True))
+    return {"accuracy": hits / len(references)}
+
+
+def macro_f1(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]) -> dict[str, float]:
+    """F1 averaged over the labels that occur in references or predictions, each weighing the same."""
+    predicted = [p["label"] for p in predictions]
+    labels = set(references) | set(predicted)
+    pairs = list(zip(predicted, references, strict=True))
+    return {"f1": sum(_f1(*_counts(pairs, label)) for label in labels) / len(labels)}
+
+
+def _counts(pairs: Sequence[tuple[Any, Any]], label: Any) -> tuple[int, int, int]:
+    hit = sum(p == r == label for p, r in pairs)
+    return hit, sum(p == label for p, _ in pairs), sum(r == label for _, r in pairs)
+
+
+def _f1(hit: int, predicted: int, actual: int) -> float:
+    return 2 * hit / (predicted + actual) if predicted + actual else 0.0
+
+
+def multilabel(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]) -> dict[str, float]:
+    """F1 over all (row, label) decisions, its mean over labels, and the share of rows with exactly the right set."""
+    sets = [(set(p["labels"]), set(r)) for p, r in zip(predictions, references, strict=True)]
+    labels = set().union(*(p | r for p, r in sets))
+    counts = {x: (sum(x in p and x in r for p, r in sets), *_sizes(sets, x)) for x in labels}
+    micro = _f1(*(sum(c[i] for c in counts.values()) for i in range(3)))
+    macro = sum(_f1(*c) for c in counts.values()) / len(labels) if labels else 0.0
+    return {"f1": micro, "f1_macro": macro, "exact_match": sum(p == r for p, r in sets) / len(sets)}
+
+
+def _sizes(sets: Sequence[tuple[set[Any], set[Any]]], label: Any) -> tuple[int, int]:
+    return sum(label in p for p, _ in sets), sum(label in r for _, r in sets)
+
+
+def regression(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]) -> dict[str, float]:
+    """Mean squared and absolute error, and R2 (the share of variance explained; 0 if the references do not vary)."""
+    pairs = [(float(p["value"]), float(r)) for p, r in zip(predictions, references, strict=True)]
+    mse = math.fsum((p - r) ** 2 for p, r in pairs) / len(pairs)
+    mean = math.fsum(r for _, r in pairs) / len(pairs)
+    variance = math.fsum((r - mean) ** 2 for _, r in pairs) / len(pairs)
+    mae = math.fsum(abs(p - r) for p, r in pairs) / len(pairs)
+    return {"mse": mse, "mae": mae, "r2": 1 - mse / variance if variance else 0.0}
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": accuracy,
+    "f1": macro_f1,
+    "multilabel": multilabel,
+    "regression": regression,
+}
+
+
+def measure(
+    names: Sequence[str], predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]
+) -> dict[str, float]:
+    """Return the values of all the metrics called `names`; both sequences hold one entry a row, at least one."""
+    return {key: value for name in names for key, value in METRICS[name](predictions, references).items()}

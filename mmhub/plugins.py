@@ -1,0 +1,394 @@
+"""The installed plugins as objects: look a component up by name, import it, call hooks, check requirements.
+
+Finding plugins on disk is `mmhub.discovery`'s work. Code of a plugin runs only in `Component.load` and `call_hook`, and
+whatever it raises (KeyboardInterrupt apart) is contained there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mmhub.discovery import CORE, Record, canonical, cause, command_table, find_plugins, problem_lines, strict
+from mmhub.errors import NotFoundError, PluginError, TrustError, did_you_mean
+from mmhub.spec import CommandSpec, ComponentSpec, ModelSpec
+
+if TYPE_CHECKING:
+    import pluggy
+
+__all__ = [
+    "Advice",
+    "Component",
+    "Index",
+    "Plugin",
+    "Unmet",
+    "call_hook",
+    "command_table",
+    "explain_unmet",
+    "get_index",
+    "install_line",
+    "load_target",
+    "problem_lines",
+    "unmet_requirements",
+]
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component of an installed plugin; nothing of it is imported before `load`."""
+
+    spec: ComponentSpec
+    distribution: str
+    version: str
+
+    @property
+    def id(self) -> str:
+        """The full id, which is unique for its kind."""
+        return f"{self.distribution}/{self.spec.name}"
+
+    def load(self) -> Any:
+        """Import and return the class that builds this component.
+
+        Raises:
+            PluginError: the plugin's code failed, or has no such class.
+        """
+        return load_target(self.spec.factory, f"{self.spec.kind} {self.spec.name!r}", self.distribution, self.version)
+
+    def config_type(self) -> Any:
+        """Import and return the class of this component's configuration."""
+        if not self.spec.config:
+            return self.load().Config
+        what = f"the configuration of {self.spec.kind} {self.spec.name!r}"
+        return load_target(self.spec.config, what, self.distribution, self.version)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugin:
+    """An installed plugin. `status` is "ok", "broken", "incompatible" or "disabled", and `problem` says why."""
+
+    distribution: str
+    version: str
+    summary: str
+    status: str
+    problem: str
+    manifest: str  # path of its mmhub.toml, '' if it has none
+    module: str  # the module its hooks are in, '' if it has none
+    hooks: tuple[str, ...]
+    components: tuple[Component, ...]
+    commands: tuple[CommandSpec, ...]
+    models: Mapping[str, ModelSpec]
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}"
+
+
+class Advice(Protocol):
+    """What the registries know about plugins; `key` is "kind:name"."""
+
+    def preferred(self, key: str) -> str | None:
+        """Return the distribution that `[prefer]` chooses for `key`."""
+
+    def requirement(self, key: str) -> str | None:
+        """Return what to install for `key`, such as `mmhub-x>=0.1,<1`."""
+
+    def plugin_requirement(self, distribution: str) -> str | None:
+        """Return what to install for a distribution that a registry lists."""
+
+
+class NoAdvice:
+    """Advice of somebody who knows no registry."""
+
+    def preferred(self, key: str) -> str | None:
+        return None
+
+    def requirement(self, key: str) -> str | None:
+        return None
+
+    def plugin_requirement(self, distribution: str) -> str | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Index:
+    """All installed plugins, the core included. Short names work while they are unique for their kind."""
+
+    plugins: tuple[Plugin, ...] = field(default=())
+
+    def usable(self) -> Iterator[Plugin]:
+        """Yield the plugins whose status is ok."""
+        return (plugin for plugin in self.plugins if plugin.status == "ok")
+
+    def plugin(self, distribution: str) -> Plugin | None:
+        """Return the plugin of that name, whatever its status."""
+        wanted = canonical(distribution)
+        return next((plugin for plugin in self.plugins if plugin.distribution == wanted), None)
+
+    def components(self, kind: str | None = None) -> list[Component]:
+        """Return the usable components, of one kind or all."""
+        every = (component for plugin in self.usable() for component in plugin.components)
+        return [component for component in every if kind in (None, component.spec.kind)]
+
+    def find(self, kind: str, name: str, advice: Callable[[], Advice] = NoAdvice) -> Component:
+        """Return the component called `name`, a short name or a full id such as "mmhub-x/name".
+
+        `advice` is asked only when the name is missing or not unique.
+
+        Raises:
+            PluginError: two plugins provide it, its plugin cannot be used, or its plugin is known and not installed.
+            NotFoundError: no plugin that anybody knows of provides it.
+        """
+        matches = [component for component in self.components(kind) if _matches(component, name)]
+        if not matches:
+            raise self._missing(kind, name, advice())
+        if len(matches) > 1:
+            preferred = advice().preferred(f"{kind}:{name}")
+            matches = [component for component in matches if component.distribution == preferred] or matches
+        if len(matches) > 1:
+            raise _ambiguous(kind, name, matches)
+        return matches[0]
+
+    def _missing(self, kind: str, name: str, advice: Advice) -> PluginError | NotFoundError:
+        owner, _, short = name.rpartition("/")
+        key, owner = f"{kind}:{short}", canonical(owner)
+        for plugin in self.plugins:
+            declared = any(component.spec.kind == kind and _matches(component, name) for component in plugin.components)
+            if plugin.status != "ok" and (declared or plugin.distribution == owner):
+                return _unusable(f"{kind} {name!r}", plugin)
+        requirement = advice.plugin_requirement(owner) if owner else advice.requirement(key)
+        if requirement:
+            return self._uninstalled(f"{kind} {name!r}", requirement)
+        names = [component.spec.name for component in self.components(kind)]
+        known = f"available: {', '.join(sorted(set(names)))}" if names else f"no installed plugin provides any {kind}"
+        return NotFoundError(
+            f"there is no {kind} {name!r}", " ".join(filter(None, [did_you_mean(short, names), known]))
+        )
+
+    def _uninstalled(self, what: str, requirement: str) -> PluginError:
+        plugin = self.plugin(_distribution_of(requirement))
+        if plugin and plugin.status != "ok":
+            return _unusable(what, plugin)
+        if plugin:
+            return PluginError(f"{what} is not in the installed {plugin}", install_line([requirement], upgrade=True))
+        return PluginError(
+            f"{what} is in the plugin {_distribution_of(requirement)}, which is not installed",
+            install_line([requirement]),
+        )
+
+
+_index: Index | None = None
+
+
+def get_index(rescan: bool = False) -> Index:
+    """Return the index of installed plugins, built once per process.
+
+    Raises:
+        PluginError: a plugin has a problem, and MMHUB_STRICT_PLUGINS=1 is set.
+    """
+    global _index
+    if _index is None or rescan:
+        _index = _read_index(rescan)
+        if strict():
+            problem_lines()
+    return _index
+
+
+def install_line(requirements: Iterable[str], upgrade: bool = False) -> str:
+    """Return the one command that installs `requirements`, as a hint."""
+    quoted = " ".join(f'"{requirement}"' for requirement in requirements)
+    return f"install: pip install {'--upgrade ' if upgrade else ''}{quoted}"
+
+
+def _read_index(rescan: bool) -> Index:
+    try:
+        return Index(tuple(_plugin(record) for record in find_plugins(rescan)))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        if rescan:
+            raise
+        return _read_index(rescan=True)  # the cache was tampered with
+
+
+def _plugin(record: Record) -> Plugin:
+    import msgspec
+
+    distribution, version = record["distribution"], record["version"]
+    specs = msgspec.convert(record["components"], list[ComponentSpec])
+    plain = ("distribution", "version", "summary", "status", "problem", "manifest", "module")
+    return Plugin(
+        **{key: msgspec.convert(record[key], str) for key in plain},
+        hooks=tuple(msgspec.convert(record["hooks"], list[str])),
+        components=tuple(Component(spec, distribution, version) for spec in specs),
+        commands=tuple(msgspec.convert(record["commands"], list[CommandSpec])),
+        models=msgspec.convert(record["models"], dict[str, ModelSpec]),
+    )
+
+
+def _matches(component: Component, name: str) -> bool:
+    owner, _, short = name.rpartition("/")
+    return component.spec.name == short and (not owner or canonical(owner) == component.distribution)
+
+
+def _ambiguous(kind: str, name: str, matches: Sequence[Component]) -> PluginError:
+    providers = " and ".join(f"{component.distribution} {component.version}" for component in matches)
+    first = matches[0]
+    return PluginError(
+        f"{kind} {name!r} is provided by {providers}",
+        f'write "{first.id}", or add under [prefer] in registry.toml: "{kind}:{name}" = "{first.distribution}"',
+    )
+
+
+def _unusable(what: str, plugin: Plugin) -> PluginError:
+    return PluginError(
+        f"{what} is in {plugin}, which is {plugin.status}: {plugin.problem}",
+        f"see `mmhub plugins show {plugin.distribution}`",
+    )
+
+
+def load_target(target: str, what: str, distribution: str, version: str) -> Any:
+    """Import "module:attribute" of a plugin, turning whatever its code raises into a PluginError of one line."""
+    module, _, path = target.partition(":")
+    try:
+        value: Any = import_module(module)
+        for step in path.split("."):
+            value = getattr(value, step)
+        return value
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin may even call sys.exit
+        raise PluginError(
+            f"plugin {distribution} {version} cannot load {what}: {cause(error)}",
+            f"see `mmhub plugins show {distribution} --load`",
+        ) from error
+
+
+# --- hooks
+
+_manager: pluggy.PluginManager | None = None
+
+
+def call_hook(name: str, **kwargs: Any) -> list[Any]:
+    """Call one hook of every plugin that declares it, and return all the items they gave as one flat list.
+
+    A plugin that fails costs one line on stderr and its own items, nothing else.
+
+    Raises:
+        PluginError: a plugin failed, and MMHUB_STRICT_PLUGINS=1 is set.
+    """
+    items: list[Any] = []
+    for plugin in get_index().usable():
+        if name in plugin.hooks:
+            items += _call_one(plugin, name, kwargs)
+    return items
+
+
+def _call_one(plugin: Plugin, name: str, kwargs: Mapping[str, Any]) -> list[Any]:
+    try:
+        manager = _register(plugin)
+        others = [other for key, other in manager.list_name_plugin() if key != plugin.distribution]
+        results = manager.subset_hook_caller(name, others)(**kwargs)
+        return [item for result in results for item in result]  # a generator runs here, inside the guard
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        line = f"plugin {plugin} failed in {name}: {cause(error)} (mmhub plugins show {plugin.distribution} --load)"
+        if strict():
+            raise PluginError(line) from error
+        print(line, file=sys.stderr)
+        return []
+
+
+def _register(plugin: Plugin) -> pluggy.PluginManager:
+    """Import a plugin's hook module on first use. One bad module never stays registered."""
+    global _manager
+    import pluggy
+
+    from mmhub import hookspecs
+
+    if _manager is None:
+        _manager = pluggy.PluginManager("mmhub")
+        _manager.add_hookspecs(hookspecs)
+    if not _manager.has_plugin(plugin.distribution):
+        _manager.register(import_module(plugin.module), plugin.distribution)
+    return _manager
+
+
+# --- what a checkpoint requires
+
+
+@dataclass(frozen=True)
+class Unmet:
+    """One requirement of a checkpoint that this environment does not meet; `problem` says how."""
+
+    distribution: str
+    specifier: str
+    problem: str
+    plugin: Plugin | None = None
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.distribution}{self.specifier}"
+
+
+def unmet_requirements(requires: Sequence[Mapping[str, Any]], index: Index) -> list[Unmet]:
+    """Compare the `requires` records of a checkpoint's config.json with what is installed. Imports no plugin.
+
+    Raises:
+        TrustError: a record is not a plain distribution name and version specifier.
+    """
+    checked = (_check(record, index) for record in requires)
+    return [unmet for unmet in checked if unmet]
+
+
+def explain_unmet(name: str, unmet: Sequence[Unmet]) -> PluginError:
+    """Return the error that says what `name` needs, with everything to install in one command."""
+    plugins = "1 plugin" if len(unmet) == 1 else f"{len(unmet)} plugins"
+    listed = ", ".join(f"{one.distribution} {one.specifier}".strip() + f" ({one.problem})" for one in unmet)
+    install = [one.requirement for one in unmet if one.plugin is None or one.plugin.status == "ok"]
+    look = [f"see `mmhub plugins show {one.distribution}`" for one in unmet if one.requirement not in install]
+    hints = [install_line(install)] if install else []
+    return PluginError(f"{name} needs {plugins}: {listed}", "; ".join([*hints, *look]))
+
+
+def _check(record: Mapping[str, Any], index: Index) -> Unmet | None:
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    given, specifier = record.get("distribution"), record.get("specifier", "")
+    if not isinstance(given, str) or not isinstance(specifier, str):
+        raise TrustError(f"the checkpoint's config.json requires {dict(record)!r}, which names no distribution")
+    try:  # these words end up in a command that people paste into a shell
+        parsed = Requirement(f"{given}{specifier}")
+    except InvalidRequirement:
+        parsed = None
+    if parsed is None or parsed.name != given or parsed.url or parsed.extras or parsed.marker:
+        raise TrustError(f"the checkpoint's config.json requires {given + specifier!r}, which is no valid requirement")
+    plugin = index.plugin(given)
+    version = plugin.version if plugin else _installed_version(given)
+    if version is None:
+        return Unmet(given, specifier, "not installed")
+    if not parsed.specifier.contains(version, prereleases=True):
+        reason = str(record.get("reason") or "")
+        return Unmet(given, specifier, f"{version} installed{': ' if reason else ''}{reason}")
+    if plugin and plugin.status != "ok":
+        return Unmet(given, specifier, f"{plugin.version} is {plugin.status}: {plugin.problem}", plugin)
+    return None
+
+
+def _installed_version(distribution: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    if canonical(distribution) == CORE:
+        from mmhub import __version__
+
+        return __version__
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _distribution_of(requirement: str) -> str:
+    from packaging.requirements import Requirement
+
+    return canonical(Requirement(requirement).name)

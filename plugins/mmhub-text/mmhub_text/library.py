@@ -1,0 +1,281 @@
+"""Reading and building encoders of the transformers library, without ever running or keeping anyone's code.
+
+A model is described by `model_type` and the hyper-parameters its configuration class declares; nothing else of a
+config.json is kept, and only safetensors weights are read.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+    MODEL_MAPPING,
+    MODEL_MAPPING_NAMES,
+)
+from transformers.utils import logging
+
+from mmhub.errors import MmhubError, NotFoundError, TrustError, UsageError, did_you_mean
+from mmhub_text.tokenizer import parse_tokenizer
+
+DEFAULT_LENGTH = 512  # tokens, where a model has no limit of its own
+
+# Declared by every configuration, but not hyper-parameters: bookkeeping, task heads, or switches of the output.
+_NOT_OURS = {
+    *("architectures", "transformers_version", "id2label", "label2id", "num_labels", "problem_type", "dtype"),
+    *("torch_dtype", "output_hidden_states", "output_attentions", "return_dict", "use_cache", "name_or_path"),
+    *("auto_map", "trust_remote_code", "attn_implementation", "experts_implementation", "quantization_config"),
+    *("add_cross_attention", "is_encoder_decoder", "gradient_checkpointing", "tie_word_embeddings", "kwargs", "self"),
+}
+# Their positions start after the padding id, so that many of `max_position_embeddings` cannot be used.
+_OFFSET_POSITIONS = {
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "mpnet"),
+    *("longformer", "ibert", "xmod"),
+}
+# Right padding, with a mask, changes no real token; held by a test that runs each of them.
+PADDING_INVARIANT = {
+    *("albert", "bart", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "gpt2"),
+    *("llama", "mbart", "modernbert", "mpnet", "mt5", "qwen3", "rembert", "roberta", "roformer", "t5"),
+    *("umt5", "xlm-roberta"),
+}
+# Files that tokenizers were kept in before tokenizer.json.
+_VOCABULARIES = ("vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "spm.model")
+
+
+def describe_model(table: Mapping[str, Any]) -> PreTrainedConfig:
+    """Build the library's configuration from a table of `model_type` and hyper-parameters.
+
+    Raises:
+        UsageError: the type or a key is unknown (near matches are suggested), or a value is not possible.
+    """
+    kind = _model_type(table)
+    _encoder_class(CONFIG_MAPPING[kind])
+    values = {key: value for key, value in table.items() if key != "model_type"}
+    known = _hyperparameters(CONFIG_MAPPING[kind])
+    for key in values:
+        if key not in known:
+            hint = did_you_mean(key, known) or f"it has, among others: {', '.join(sorted(known)[:8])}"
+            raise UsageError(f"model_type {kind!r} has no setting {key!r}", hint)
+    try:
+        with _quiet():
+            config: PreTrainedConfig = AutoConfig.for_model(kind, **values)
+    except Exception as error:  # whatever the configuration class makes of a bad value
+        raise UsageError(f"model_type {kind!r} does not accept these settings: {_one_line(error)}") from None
+    config.use_cache = False  # decoder-only types would keep keys and values that nobody asks for
+    return config
+
+
+def complete_table(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return `model_type` and every hyper-parameter, as plain data that `describe_model` accepts."""
+    known = _hyperparameters(type(config)) - set(config.attribute_map)
+    values = {key: value for key, value in config.to_dict().items() if key in known and _is_plain(value)}
+    return {"model_type": config.model_type, **values}
+
+
+def read_description(folder: Path, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """Read config.json of a transformers folder and apply `changes` to its hyper-parameters."""
+    table = _read_table(folder / "config.json")
+    if not table:
+        raise NotFoundError(f"'{folder}' holds no config.json", "give `init` a transformers folder")
+    kind = _model_type(table)
+    if changes.get("model_type", kind) != kind:
+        raise UsageError(f"'{folder}' holds a {kind!r}, not a {changes['model_type']!r}", "leave model_type out")
+    # The class itself translates older spellings; only what it declares survives.
+    raw = {key: value for key, value in table.items() if key not in _NOT_OURS and key[:1] != "_"}
+    try:
+        with _quiet():
+            config = CONFIG_MAPPING[kind].from_dict(raw)
+    except Exception as error:
+        raise TrustError(f"'{folder / 'config.json'}' is not usable: {_one_line(error)}") from None
+    return describe_model(complete_table(config) | dict(changes))
+
+
+def build_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the encoder with fresh weights."""
+    kind, both = _encoder_class(type(config)), config.is_encoder_decoder  # the library changes it while it builds
+    try:
+        with _quiet():
+            return _encoder_part(kind(config, **_no_pooler(kind)), both)
+    except Exception as error:  # widths that do not fit each other
+        raise UsageError(f"a {config.model_type!r} cannot be built with these settings: {_one_line(error)}") from error
+
+
+def load_model(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+    """Build the encoder with the safetensors weights of a transformers folder, in fp32.
+
+    Raises:
+        TrustError: there are no such weights, or they lack tensors or have other shapes than config.json says.
+    """
+    if not any(folder.glob("model*.safetensors*")):
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        found = f" (only {', '.join(others)}, which could run code)" if others else ""
+        raise TrustError(f"'{folder}' holds no model.safetensors{found}", "convert the weights to safetensors")
+    kind, both = _encoder_class(type(config)), config.is_encoder_decoder
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True} | _no_pooler(kind)
+    try:
+        with _quiet():
+            model, report = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
+    except Exception as error:  # damaged files, other shapes
+        raise TrustError(f"the weights in '{folder}' cannot be loaded: {_one_line(error)}") from None
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise TrustError(f"the weights in '{folder}' lack {len(missing)} tensor(s), such as {missing[0]!r}")
+    return _encoder_part(model, both)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Read tokenizer.json of a transformers folder, or convert its older tokenizer files."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        return parse_tokenizer(path.read_bytes(), str(path))
+    if not any((folder / name).is_file() for name in _VOCABULARIES):  # else the library makes up an empty one
+        raise NotFoundError(f"'{folder}' holds no tokenizer", "it should hold a tokenizer.json")
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return parse_tokenizer(tokenizer.backend_tokenizer.to_str(), str(folder))
+    except MmhubError:
+        raise
+    except Exception as error:
+        message = f"the tokenizer files in '{folder}' cannot be read: {_one_line(error)}"
+        raise TrustError(message, "save them as tokenizer.json") from None
+
+
+def read_pooling(folder: Path) -> str:
+    """Return how a sentence-transformers folder summarises a text, `mean` for any other folder.
+
+    Raises:
+        UsageError: in a way we do not have.
+    """
+    modes = _read_table(folder / "1_Pooling" / "config.json")
+    chosen = [key.removeprefix("pooling_mode_") for key, on in modes.items() if key.startswith("pooling_mode_") and on]
+    names = {"mean_tokens": "mean", "cls_token": "cls"}
+    if len(chosen) > 1 or not set(chosen) <= set(names):
+        raise UsageError(
+            f"'{folder}' pools by {' and '.join(chosen)}", 'set pooling = "mean" or "cls" to go on without'
+        )
+    return names[chosen[0]] if chosen else "mean"
+
+
+def read_length(folder: Path, config: PreTrainedConfig) -> int:
+    """Return the number of tokens a folder's model was made for: the smallest limit any of its files names."""
+    limits = [
+        _read_table(folder / "sentence_bert_config.json").get("max_seq_length"),
+        _read_table(folder / "tokenizer_config.json").get("model_max_length"),
+        position_limit(config),
+    ]
+    real = [int(limit) for limit in limits if isinstance(limit, (int, float)) and 0 < limit < 10**9]
+    return min(real, default=DEFAULT_LENGTH)
+
+
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens the model has positions for, special ones included; None if there is no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    if config.model_type in _OFFSET_POSITIONS:
+        return positions - (config.pad_token_id if config.pad_token_id is not None else 0) - 1
+    return positions
+
+
+def find_folder(path: Path) -> Path:
+    """Return the folder that holds config.json: `path`, or the first module of a sentence-transformers folder."""
+    modules = _read_json(path / "modules.json")
+    if (path / "config.json").is_file() or not (isinstance(modules, list) and modules and isinstance(modules[0], dict)):
+        return path
+    first = path / str(modules[0].get("path", ""))
+    return first if first.resolve().is_relative_to(path.resolve()) else path
+
+
+def _model_type(table: Mapping[str, Any]) -> str:
+    kind = table.get("model_type")
+    known = {*MODEL_MAPPING_NAMES, *MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES}
+    if not kind:
+        raise UsageError("transformers needs to know the model", 'give `init`, or config = {model_type = "bert", ...}')
+    if kind not in known:
+        own = "it needs code of its own, which mmhub never runs" if table.get("auto_map") else None
+        raise UsageError(f"transformers has no model_type {kind!r}", own or did_you_mean(str(kind), known))
+    return str(kind)
+
+
+def _hyperparameters(kind: type[PreTrainedConfig]) -> set[str]:
+    declared = set(inspect.signature(kind.__init__).parameters) | set(kind.attribute_map)
+    return {key for key in declared - _NOT_OURS if key[:1] != "_"}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is JSON data without private keys."""
+    if isinstance(value, dict):
+        keys = all(isinstance(key, str) and key not in _NOT_OURS and key[:1] != "_" for key in value)
+        return keys and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float))
+
+
+def _encoder_class(described: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    kind = MODEL_FOR_TEXT_ENCODING_MAPPING.get(described, None) or MODEL_MAPPING.get(described, None)
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    if kind is None or kind.main_input_name != "input_ids" or "hidden_size" not in _hyperparameters(described):
+        raise UsageError(f"model_type {described.model_type!r} does not encode text", 'use one such as "bert" or "t5"')
+    result: type[PreTrainedModel] = kind
+    return result
+
+
+def _no_pooler(kind: type[PreTrainedModel]) -> dict[str, Any]:
+    """Leave out the layer behind `pooler_output`, which nothing here reads."""
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind.__init__).parameters else {}
+
+
+def _encoder_part(model: PreTrainedModel, both: bool) -> PreTrainedModel:
+    """Return the encoder if the model has `both` it and a decoder."""
+    if both:
+        model = model.get_encoder()
+    if isinstance(pooler := getattr(model, "pooler", None), torch.nn.Module):
+        pooler.requires_grad_(False)  # built by types that cannot leave it out; it would never get a gradient
+    return model
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, {} if there is no file."""
+    table = _read_json(path)
+    if not isinstance(table, dict | None):
+        raise TrustError(f"'{path}' should hold a JSON object")
+    return table or {}
+
+
+def _read_json(path: Path) -> Any:
+    """Return the content of a JSON file, None if there is no file."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise TrustError(f"'{path}' is not readable JSON: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library's loading bars, reports and advice off the terminal."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
