@@ -58,7 +58,7 @@ class Site:
         info = self.packages / f"{module}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: a fake\n")
-        points = f'[mmhub.manifest]\n{name} = {module}:mmhub.toml\n[mmhub]\n{name} = {module}.parts\n'
+        points = f"[mmhub.manifest]\n{name} = {module}:mmhub.toml\n[mmhub]\n{name} = {module}.parts\n"
         (info / "entry_points.txt").write_text(points if entry_points is None else entry_points)
         return package
 
@@ -70,7 +70,7 @@ class Site:
 
     def environment(self) -> dict[str, str]:
         """The variables of a process that sees this site and nothing of the developer's own settings."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("MMHUB_", "HF_"))}
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("MMHUB_", "HF_", "PYTHON"))}
         path = f"{self.packages}{os.pathsep}{ROOT}"
         return kept | {"PYTHONPATH": path, "MMHUB_CACHE": str(self.cache), "MMHUB_CONFIG": str(self.config)}
 

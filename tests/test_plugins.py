@@ -148,6 +148,17 @@ def test_unreadable_entry_points_of_one_distribution_do_not_hide_the_others(site
     assert "entry points cannot be read" in plugin("mmhub-fake-bad").problem
 
 
+def test_an_import_hook_that_exits_while_a_plugin_is_looked_up_is_contained(site: Site, monkeypatch: Any) -> None:
+    class Finder:
+        def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+            if name == "mmhub_fake":
+                raise SystemExit("from a finder")
+
+    site.install("mmhub-fake")
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    assert plugin("mmhub-fake").problem == "SystemExit: from a finder"
+
+
 def test_an_editable_install_is_found_where_its_source_is(site: Site, tmp_path: Path, monkeypatch: Any) -> None:
     package = site.install("mmhub-fake")
     source = tmp_path / "source"
@@ -327,7 +338,9 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(site: Site, monkeypat
 # --- hooks
 
 
-def test_a_hook_imports_just_the_plugins_that_declare_it_and_gives_a_flat_list(site: Site, monkeypatch: Any) -> None:
+def test_a_hook_imports_just_the_plugins_that_declare_it_and_gives_a_flat_list(
+    site: Site, monkeypatch: Any, capsys: Any
+) -> None:
     monkeypatch.setenv("MMHUB_PLUGINS", "mmhub-fake mmhub-fake-idle")
     good = """
         from mmhub.spec import hookimpl
@@ -340,6 +353,7 @@ def test_a_hook_imports_just_the_plugins_that_declare_it_and_gives_a_flat_list(s
     site.install("mmhub-fake-idle", parts="raise AssertionError('imported')")
     assert call_hook("mmhub_train_callbacks", run=40) == [41, 42]
     assert call_hook("mmhub_train_callbacks", run=0) == [1, 2]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

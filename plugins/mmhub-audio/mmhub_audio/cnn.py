@@ -20,7 +20,7 @@ class CNN(ScratchEncoder):
 
     class Config(ScratchConfig, frozen=True):
         dim: int = 128
-        channels: tuple[int, ...] = (24, 48, 72, 96)  # one stage each
+        channels: tuple[int, ...] = (16, 32, 48, 64)  # one stage each
         dropout: float = 0.1
 
         def __post_init__(self) -> None:

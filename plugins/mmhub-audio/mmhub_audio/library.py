@@ -9,6 +9,7 @@ from typing import Any
 
 import safetensors
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from mmhub.errors import TrustError, UsageError, did_you_mean
@@ -60,14 +61,25 @@ def sampling_rate(preprocessor: Mapping[str, Any], wanted: int, folder: Path) ->
     return wanted
 
 
-def check_table(table: Mapping[str, Value], known: Iterable[str], where: str) -> None:
-    """Raise ValueError if `table` holds a key that is not in the allow-list `known`."""
+def configure(factory: Any, table: Mapping[str, Value], known: Iterable[str], component: str) -> Any:
+    """Build a transformers configuration from a `table` whose keys must be in the allow-list `known`.
+
+    Raises:
+        UsageError: a key is not in the list, or transformers refuses a value.
+    """
+    _check_keys(table, known, component)
+    try:
+        return factory(**table)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UsageError(f"{component}: {' '.join(str(error).split())}", "correct the `config` table") from None
+
+
+def _check_keys(table: Mapping[str, Value], known: Iterable[str], component: str) -> None:
     known = sorted(known)
     for key in table:
         if key not in known:
-            raise ValueError(
-                f"{where} takes no {key!r}; {did_you_mean(key, known) or 'known keys: ' + ', '.join(known)}"
-            )
+            hint = did_you_mean(key, known) or f"known keys: {', '.join(known)}"
+            raise UsageError(f"the `config` table of {component} takes no {key!r}", hint)
 
 
 def build(factory: Any, hyper: Any, component: str) -> Any:

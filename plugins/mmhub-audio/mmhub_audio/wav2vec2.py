@@ -18,7 +18,7 @@ from mmhub.interfaces import ComponentConfig, Encoder
 from mmhub_audio.library import (
     Value,
     build,
-    check_table,
+    configure,
     load_exactly,
     model_config,
     read_json,
@@ -170,13 +170,9 @@ def _library_config(cls: type[Wav2Vec2Family], table: Mapping[str, Value]) -> An
     table = _QUIET | dict(table)
     if not table["apply_spec_augment"]:
         table |= {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}  # or an unused parameter would be made
-    try:
-        check_table(table, cls.keys, f"{cls.name}'s `config` table")
-        hyper = cls.library[0](**table)
-        if hyper.feat_extract_norm not in ("group", "layer"):
-            raise ValueError(f"feat_extract_norm must be 'group' or 'layer', not {hyper.feat_extract_norm!r}")
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{cls.name}: {' '.join(str(error).split())}") from None
+    hyper = configure(cls.library[0], table, cls.keys, cls.name)
+    if hyper.feat_extract_norm not in ("group", "layer"):
+        raise UsageError(f"{cls.name}: feat_extract_norm must be 'group' or 'layer', not {hyper.feat_extract_norm!r}")
     return hyper
 
 

@@ -13,18 +13,18 @@ from typing import Any, Self
 import msgspec
 import torch
 import torch.nn.functional as F
-import torchaudio
 import transformers
 from torch import Tensor
+from transformers.audio_utils import mel_filter_bank
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mmhub.batch import Features
-from mmhub.errors import InputError, UsageError
+from mmhub.errors import InputError
 from mmhub.interfaces import ComponentConfig, Encoder, Policy, Processor, decode_config, describe_raw, encode_config
 from mmhub_audio.library import (
     Value,
     build,
-    check_table,
+    configure,
     load_exactly,
     model_config,
     read_json,
@@ -69,9 +69,10 @@ class WhisperProcessor(Processor):
     def __init__(self, config: Config) -> None:
         self.config = config
         self._audio = AudioProcessor(AudioProcessor.Config(sample_rate=_RATE))
-        self._filters = torchaudio.functional.melscale_fbanks(
-            _WINDOW // 2 + 1, 0.0, 8000.0, config.n_mels, _RATE, norm="slaney", mel_scale="slaney"
+        filters = mel_filter_bank(
+            _WINDOW // 2 + 1, config.n_mels, 0.0, 8000.0, _RATE, norm="slaney", mel_scale="slaney"
         )
+        self._filters = torch.from_numpy(filters).to(torch.float32)
 
     def read(self, raw: Any, policy: Policy, rng: torch.Generator | None = None) -> Tensor:
         samples = self._audio.read(raw, policy)
@@ -164,9 +165,4 @@ class Whisper(Encoder):
 
 def _library_config(table: Mapping[str, Value]) -> Any:
     """Build transformers' configuration from a table of allowed keys."""
-    try:
-        check_table(table, _KEYS, "whisper's `config` table")
-        factory: Any = transformers.WhisperConfig
-        return factory(**table)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"whisper: {' '.join(str(error).split())}") from None
+    return configure(transformers.WhisperConfig, table, _KEYS, "whisper")

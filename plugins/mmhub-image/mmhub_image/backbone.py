@@ -21,6 +21,7 @@ from mmhub.batch import Features
 from mmhub.errors import NotFoundError, TrustError, UsageError, did_you_mean
 from mmhub.interfaces import ComponentConfig, Encoder
 from mmhub_image.augment import Augment
+from mmhub_image.build import build_timm
 from mmhub_image.processor import ImageProcessor
 
 _SIZE = msgspec.Meta(ge=1, le=4096)
@@ -139,11 +140,10 @@ def _build(config: TimmEncoder.Config) -> nn.Module:
     if config.pool:
         options["global_pool"] = config.pool
     try:
-        model: nn.Module = timm.create_model(config.architecture, pretrained=False, **options)
+        return build_timm(config.architecture, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         given = ", ".join(f"{key}={value}" for key, value in options.items() if key != "num_classes")
         raise UsageError(f"timm cannot build {config.architecture!r} with {given or 'its defaults'}: {error}") from None
-    return model
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -203,7 +203,8 @@ def _fit_weights(model: nn.Module, weights: dict[str, Tensor], architecture: str
 
 def _without_classifier(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    prefixes = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    # A classifier "head.fc" may have a norm or hidden layer beside it, which a model without classes lacks as well.
+    prefixes = tuple(f"{name.split('.')[0]}." for name in ((names,) if isinstance(names, str) else names))
     own = model.state_dict()
     return {key: value for key, value in weights.items() if key in own or not key.startswith(prefixes)}
 

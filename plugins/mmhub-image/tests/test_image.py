@@ -288,6 +288,24 @@ def test_it_builds_on_the_meta_device(architecture: str) -> None:
     assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in full.state_dict().items()}
 
 
+@pytest.mark.parametrize("architecture", ["test_vit", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_weights_fill_a_model_built_without_data(architecture: str, monkeypatch: Any) -> None:
+    full = build(architecture, image_size=64)
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module: torch.nn.Module, name: str, value: torch.nn.Parameter | None) -> None:
+        register(module, name, value if value is None else torch.nn.Parameter(value.detach().to("meta")))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "register_parameter", on_meta)
+        empty = TimmEncoder(full.config, full.processor).eval()
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    empty.load_state_dict(full.state_dict(), assign=True)
+    items = full.processor([picture()], POLICY)
+    with torch.no_grad():
+        torch.testing.assert_close(empty(items.data, items.mask), full(items.data, items.mask), rtol=0, atol=0)
+
+
 def test_config_and_processor_rebuild_the_encoder() -> None:
     encoder = build("test_vit", image_size=64, augment="flip", crop_pct=1.0)
     state = json.loads(json.dumps(encoder.processor.state()))

@@ -90,6 +90,7 @@ def test_only_hyperparameters_survive_from_a_config(tmp_path: Path, texts: list[
     encoder = Transformers.from_library(Transformers.Config(), folder)
     assert not {*evil, "architectures", "transformers_version"} & set(encoder.config.config)
     assert encoder.model.config._attn_implementation == "sdpa"
+    assert not any("pooler" in key for key in encoder.state_dict())
 
 
 def test_unknown_types_with_code_of_their_own_are_refused(tmp_path: Path, texts: list[str]) -> None:
