@@ -92,9 +92,29 @@ class Features:
 Bundle = dict[str, Features]  # "text", "image", "audio", ..., "fused"
 
 
+def rows_with(bundle: Bundle, names: Sequence[str]) -> Tensor:
+    """The numbers of the rows in which all of `names` are present, (R,) long."""
+    masks = [bundle[name].present for name in names]
+    present = torch.stack(masks).all(0) if masks else next(iter(bundle.values())).present | True
+    return present.nonzero().squeeze(1)
+
+
+def only(bundle: Bundle, names: Sequence[str], rows: Tensor) -> Bundle:
+    """The given rows with the streams in `names` alone, the others as if they had never been there."""
+    parts: Bundle = {}
+    for name, features in bundle.items():
+        tokens, mask = features.tokens[rows], features.mask[rows]
+        pooled = None if features.pooled is None else features.pooled[rows]
+        if name not in names:
+            tokens, mask = torch.zeros_like(tokens[:, :1]), torch.zeros_like(mask[:, :1])
+            pooled = None if pooled is None else torch.zeros_like(pooled)
+        parts[name] = replace(features, tokens=tokens, mask=mask, pooled=pooled)
+    return parts
+
+
 @dataclass
 class Output:
-    """What a decoder's forward returns: logits, the mean loss when targets were given, and the mask of real positions."""
+    """What a decoder returns: logits, the mean loss when targets were given, and the mask of real positions."""
 
     logits: Tensor  # (B, V) or (B, T, V)
     loss: Tensor | None = None  # ()
@@ -125,8 +145,8 @@ class Batch:
 
 
 def pad_sequences(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Right-pad tensors of shape (S_i, ...) with zeros to (N, S, ...) and return them with their (N, S) mask."""
-    longest = max((len(s) for s in sequences), default=0)
+    """Right-pad N >= 1 tensors of shape (S_i, ...) with zeros to (N, S, ...); return them with their (N, S) mask."""
+    longest = max(len(sequence) for sequence in sequences)
     data = sequences[0].new_zeros(len(sequences), longest, *sequences[0].shape[1:])
     mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
     for i, sequence in enumerate(sequences):

@@ -66,11 +66,11 @@ def build_model(
 
     `folder` is where relative paths in `init` start from.
     """
+    torch.manual_seed(seed)
     if recipe.base:
         return _from_base(task, recipe, values, columns, folder)
     if not recipe.encoders:
         raise UsageError("the recipe names no encoder", "add [model.encoders.text], .image or .audio")
-    torch.manual_seed(seed)
     encoders: dict[str, Encoder] = {}
     sources: dict[str, Component] = {}
     for modality, part in recipe.encoders.items():
@@ -88,12 +88,13 @@ def build_model(
     return model
 
 
-def _from_base(
-    task: Task, recipe: ModelRecipe, values: Values, columns: Columns | None, folder: Path | None
-) -> Model:
+def _from_base(task: Task, recipe: ModelRecipe, values: Values, columns: Columns | None, folder: Path | None) -> Model:
     """A published model to go on with; its encoders may be frozen, and a new decoder may replace its own."""
-    if any(part.use or part.config or part.init for part in recipe.encoders.values()) or recipe.fusion:
-        raise UsageError("model.base brings its own encoders and fusion", "keep only freeze and lr_multiplier there")
+    own = any(part.use or part.config or part.init for part in recipe.encoders.values())
+    if own or recipe.fusion or recipe.tokenizer:
+        raise UsageError(
+            "model.base brings its own encoders, tokenizer and fusion", "keep only freeze and lr_multiplier there"
+        )
     model = load(_local(recipe.base, folder))
     model.task = task
     for modality, part in recipe.encoders.items():
@@ -118,6 +119,11 @@ def _encoder(
     if kind == "mmhub":
         assert path is not None
         return _from_checkpoint(modality, part, path, role, where)
+    if not part.use:
+        raise UsageError(
+            f"{where}: {part.init!r} is no mmhub checkpoint, and the key 'use' is missing",
+            "name the component that reads it, see `mmhub plugins ls`",
+        )
     component = find_component(f"{modality}_encoder", part.use)
     cls: Any = component.load()
     config = decode_config(cls.Config, part.config, f"{where}.config")
@@ -141,13 +147,17 @@ def _from_checkpoint(
 ) -> tuple[Encoder, Component]:
     role = role or f"{modality}_encoder"
     encoder, component = load_encoder(path, role if role.endswith("_encoder") else f"{role}_encoder")
+    if component.spec.kind != f"{modality}_encoder":
+        raise UsageError(f"{where}: init holds an {component.spec.kind}, {component.id}", "name another component")
     if part.use and part.use not in (component.spec.name, component.id):
-        raise UsageError(f"{where}: init holds a {component.id}, not a {part.use}", f'set use = "{component.spec.name}"')
-    saved = encode_config(encoder.config)
-    changed = [key for key, value in part.config.items() if saved.get(key) != value]
-    if changed:
         raise UsageError(
-            f"{where}.config.{changed[0]} is {part.config[changed[0]]!r}, but init has {saved.get(changed[0])!r}",
+            f"{where}: init holds a {component.id}, not a {part.use}", f'set use = "{component.spec.name}"'
+        )
+    saved = encode_config(encoder.config)
+    wanted = encode_config(decode_config(type(encoder.config), saved | part.config, f"{where}.config"))
+    for key in (key for key in part.config if wanted[key] != saved[key]):
+        raise UsageError(
+            f"{where}.config.{key} is {part.config[key]!r}, but init has {saved[key]!r}",
             "leave config out: the checkpoint's own is used",
         )
     return encoder, component

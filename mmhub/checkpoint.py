@@ -5,17 +5,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mmhub import __version__
 from mmhub.errors import MmhubError, NotFoundError, PluginError, TrustError, UsageError, did_you_mean
@@ -31,11 +37,15 @@ SHARD_BYTES = 5 * 10**9
 
 ALLOWED = re.compile(
     r"README\.md|config\.json|provenance\.json|eval/[\w.-]+\.json|LICENSE(\.txt|\.md)?"
-    r"|model\.safetensors(\.index\.json)?|model-[a-z0-9_]+(-\d{5}-of-\d{5})?\.safetensors"
-    r"|tokenizer(-[a-z0-9_]+)?\.json|tokenizer_config\.json|preprocessor_config\.json|processor_config\.json"
-    r"|chat_template\.jinja|generation_config\.json|adapter_config\.json|adapter_model\.safetensors"
+    r"|model\.safetensors(\.index\.json)?|model-[A-Za-z0-9_-]+\.safetensors"
+    r"|(tokenizer|tokenizer_config|preprocessor_config|processor_config|generation_config)(-[A-Za-z0-9_-]+)?\.json"
+    r"|chat_template(-[A-Za-z0-9_-]+)?\.jinja|adapter_config\.json|adapter_model\.safetensors"
 )
-_KEPT = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "provenance.json", "eval")  # a new save keeps the old
+_PROCESSOR_FILE = re.compile(
+    r"(tokenizer|tokenizer_config|preprocessor_config|processor_config)\.json|chat_template\.jinja"
+)
+_USERS = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")  # a new save keeps them, and whatever is not ours
+_UNHASHED = (*_USERS, "config.json", "provenance.json")
 
 
 class ProcessorRecord(msgspec.Struct):
@@ -90,24 +100,33 @@ class CheckpointConfig(msgspec.Struct):
 def save(model: Model, folder: Path) -> Path:
     """Write `model` to `folder` as a checkpoint.
 
+    A card, a licence and files of other kinds stay when an older checkpoint is replaced; measured results and
+    provenance go, for they describe the old weights.
+
     Raises:
         UsageError: the folder holds something that is no checkpoint.
         MmhubError: the disk is full or the folder not writable; an older checkpoint there is untouched.
     """
     if folder.exists() and not is_checkpoint(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"'{folder}' exists and is no mmhub checkpoint", "name another folder")
+    if folder.exists() and folder.samefile(Path.cwd()):
+        raise UsageError(f"'{folder}' is the current folder, which cannot be replaced", "name another folder")
     with disk_errors("the checkpoint", folder), new_folder(folder) as aside:
-        for name in _KEPT:
-            _keep(folder / name, aside / name)
         _write_checkpoint(model, aside)
+        _keep_others(folder, aside)
     return folder
 
 
-def _keep(old: Path, new: Path) -> None:
-    if old.is_dir():
-        shutil.copytree(old, new)
-    elif old.is_file():
-        shutil.copy2(old, new)
+def _keep_others(old: Path, new: Path) -> None:
+    """Copy what the user put beside an older checkpoint."""
+    for path in old.iterdir() if old.is_dir() else ():
+        ours = ALLOWED.fullmatch(path.name) or path.name == "eval" or path.name.endswith(".tmp")
+        if ours and path.name not in _USERS:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, new / path.name, follow_symlinks=False)
 
 
 def _write_checkpoint(model: Model, folder: Path) -> None:
@@ -131,7 +150,7 @@ def _write_checkpoint(model: Model, folder: Path) -> None:
 
 def _file_records(folder: Path) -> dict[str, FileRecord]:
     """Hashes of all files that loading reads; the card and results may be edited later."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in (*_KEPT, "config.json")]
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in _UNHASHED]
     return {path.name: FileRecord(sha256(path), path.stat().st_size) for path in files}
 
 
@@ -140,8 +159,9 @@ def _state(model: Model) -> tuple[dict[str, Tensor], dict[str, str]]:
     state: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
-    for role, part in model.parts().items():
-        for key, tensor in part.state_dict().items():
+    parts = {role: part.state_dict() for role, part in model.parts().items()}  # all alive: no address is used twice
+    for role, tensors in parts.items():
+        for key, tensor in tensors.items():
             name = f"{role}.{key}"
             place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             if tensor.numel() and place in seen:
@@ -156,18 +176,27 @@ def write_weights(state: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
     """Write tensors named `role.name`; return the weights entry (file or index) of each role."""
     from safetensors.torch import save_file
 
+    total = sum(t.nbytes for t in state.values())
+    _check_space(folder, total)
     shards = _shards(state)
     for file, names in shards.items():
+        (folder / file).touch()
+        mode = (folder / file).stat().st_mode & 0o777  # what the umask gives; the library's own files are 0600
         save_file({name: state[name] for name in names}, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)
+        (folder / file).chmod(mode)
     roles = {name.split(".", 1)[0] for name in state}
-    if len(shards) <= 1:
+    if set(shards) == {"model.safetensors"}:
         return dict.fromkeys(roles, "model.safetensors")
-    total = sum(t.nbytes for t in state.values())
     places = {name: file for file, names in shards.items() for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return dict.fromkeys(roles, "model.safetensors.index.json")
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free", str(folder))
 
 
 def _shards(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -195,10 +224,12 @@ def _record(model: Model, role: str, part: nn.Module, weights: Mapping[str, str]
     if isinstance(part, Encoder):
         files = {}
         for name, content in part.processor.files().items():
-            stem, _, ending = name.partition(".")
-            free = not (folder / name).exists() or (folder / name).read_bytes() == content
-            files[name] = name if free else f"{stem}-{role}.{ending}"
-            (folder / files[name]).write_bytes(content)
+            if not _PROCESSOR_FILE.fullmatch(name):
+                raise PluginError(
+                    f"{component.id} {component.version} wants to save the file {name!r}, which no checkpoint may hold",
+                    "report it to the plugin's authors",
+                )
+            files[name] = _write_shared(folder, name, content, role)
         processor = ProcessorRecord(state=part.processor.state(), files=files)
     return ComponentRecord(
         use=component.id,
@@ -207,6 +238,15 @@ def _record(model: Model, role: str, part: nn.Module, weights: Mapping[str, str]
         weights=weights.get(role, ""),
         processor=processor,
     )
+
+
+def _write_shared(folder: Path, name: str, content: bytes, role: str) -> str:
+    """Write a processor's file; where another part has a different one of that name, under a name of its own."""
+    path = folder / name
+    if path.exists() and path.read_bytes() != content:
+        path = path.with_stem(f"{path.stem}-{role}")
+    path.write_bytes(content)
+    return path.name
 
 
 def _requires(model: Model) -> list[dict[str, Any]]:
@@ -228,8 +268,9 @@ def _requires(model: Model) -> list[dict[str, Any]]:
 
 def compatible_range(version: str) -> str:
     """Return the versions that can read what `version` wrote, such as '>=0.3,<1' for 0.3.2."""
-    numbers = [*re.findall(r"\d+", version), "0", "0"]
-    return f">={numbers[0]}.{numbers[1]},<{int(numbers[0]) + 1}"
+    parsed = Version(version)
+    early = ".dev0" if parsed.is_prerelease else ""  # 0.3.0.dev2 comes before 0.3
+    return f">={parsed.major}.{parsed.minor}{early},<{parsed.major + 1}"
 
 
 # -- loading ----------------------------------------------------------------------------------------------------
@@ -238,9 +279,10 @@ def compatible_range(version: str) -> str:
 def is_checkpoint(folder: Path) -> bool:
     """Is there a config.json written by mmhub?"""
     try:
-        return "mmhub_format" in json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+        table = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
         return False
+    return isinstance(table, dict) and "mmhub_format" in table
 
 
 def read_config(folder: Path) -> CheckpointConfig:
@@ -255,13 +297,15 @@ def read_config(folder: Path) -> CheckpointConfig:
     except (FileNotFoundError, NotADirectoryError):
         what = "holds no config.json" if folder.is_dir() else "does not exist"
         raise NotFoundError(f"'{folder}' {what}", "name the folder of an mmhub checkpoint") from None
+    except OSError as error:
+        raise MmhubError(f"cannot read '{path}': {error.strerror}", "check its permissions") from None
     return parse_config(content, str(path))
 
 
 def parse_config(content: bytes, where: str) -> CheckpointConfig:
     """Validate the content of a config.json."""
     try:
-        table = json.loads(content, parse_constant=_no_constant)
+        table = json.loads(content, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise TrustError(f"'{where}' is not valid JSON: {error}", "fetch the checkpoint again") from None
     if not isinstance(table, dict) or "mmhub_format" not in table:
@@ -275,15 +319,45 @@ def parse_config(content: bytes, where: str) -> CheckpointConfig:
         config = msgspec.convert(table, CheckpointConfig)
     except msgspec.ValidationError as error:
         raise TrustError(f"'{where}' is malformed: {error}", "fetch the checkpoint again") from None
-    names = [*config.files, *(f for c in config.components.values() if c.processor for f in c.processor.files.values())]
-    for name in names:
-        if not ALLOWED.fullmatch(name):
-            raise TrustError(f"'{where}' lists the file {name!r}, which no checkpoint may hold")
+    problem = _config_problem(config)
+    if problem:
+        raise TrustError(f"'{where}' {problem}", "fetch the checkpoint again")
     return config
+
+
+def _config_problem(config: CheckpointConfig) -> str | None:
+    """Say what in a config.json of the right form makes no sense, or None."""
+    forbidden = [name for name in config.files if not ALLOWED.fullmatch(name)]
+    if forbidden:
+        return f"lists the file {forbidden[0]!r}, which no checkpoint may hold"
+    for role, record in config.components.items():
+        if role not in ("fusion", "decoder") and not role.endswith("_encoder"):
+            return f"lists the component {role!r}, which is no encoder, fusion or decoder"
+        used = [record.weights] if record.weights else []
+        unlisted = [
+            f for f in (*used, *(record.processor.files.values() if record.processor else ())) if f not in config.files
+        ]
+        if unlisted:
+            return f"uses the file {unlisted[0]!r}, which it does not list"
+    tensors = (*config.tied, *config.tied.values())
+    homeless = [name for name in tensors if name.partition(".")[0] not in config.components]
+    if homeless:
+        return f"ties the tensor {homeless[0]!r}, which belongs to no component"
+    missing = {"fusion", "decoder"} - set(config.components)
+    if missing or len(config.components) < 3:
+        return f"lacks {' and '.join(sorted(missing)) or 'an encoder'}"
+    return None
 
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large a number")
+    return number
 
 
 def check_requirements(name: str, config: CheckpointConfig) -> None:
@@ -325,52 +399,71 @@ def load(folder: Path, *, allow_partial: bool = False, name: str = "") -> Model:
     config = read_config(folder)
     check_requirements(name or str(folder), config)
     verify_files(folder, config)
-    encoders: dict[str, Encoder] = {}
-    sources: dict[str, Component] = {}
-    for role, record in config.components.items():
-        sources[role] = find_component(_kind(role), record.use)
-        if role.endswith("_encoder"):
-            encoders[role.removesuffix("_encoder")] = _build_encoder(sources[role], record, folder)
-    if not {"fusion", "decoder"} <= set(config.components):
-        raise TrustError(f"'{folder}' lacks a fusion or decoder in config.json", "fetch the checkpoint again")
-    streams = {modality: encoder.stream for modality, encoder in encoders.items()}
-    with meta_parameters():
-        fusion = _build(sources["fusion"], config.components["fusion"], streams)
-        decoder = _build(sources["decoder"], config.components["decoder"], fusion.outputs)
-    columns = Columns(config.data.inputs, config.data.target, tuple(config.data.columns))
-    model = Model(find_task(config.task), encoders, fusion, decoder, sources, columns)
+    # What a partial load leaves without values must have started fresh, so that nothing is built on meta then.
+    model = _build_model(config, folder, nullcontext if allow_partial else meta_parameters)
     model.name = name or str(folder)
     _fill(model.parts(), config, folder, allow_partial)
     return model.eval()
 
 
+def _build_model(config: CheckpointConfig, folder: Path, building: Callable[[], AbstractContextManager[None]]) -> Model:
+    try:
+        task = find_task(config.task)
+    except UsageError as error:
+        raise PluginError(f"'{folder}' is for an {error.message}", "upgrade mmhub: pip install -U mmhub") from None
+    sources = {role: find_component(role, record.use) for role, record in config.components.items()}
+    encoders = {
+        role.removesuffix("_encoder"): _build_encoder(sources[role], record, folder, building)
+        for role, record in config.components.items()
+        if role.endswith("_encoder")
+    }
+    streams = {modality: encoder.stream for modality, encoder in encoders.items()}
+    with building():
+        fusion = _build(sources["fusion"], config.components["fusion"], streams)
+        decoder = _build(sources["decoder"], config.components["decoder"], fusion.outputs)
+    columns = Columns(config.data.inputs, config.data.target, tuple(config.data.columns))
+    return Model(task, encoders, fusion, decoder, sources, columns)
+
+
 def load_encoder(folder: Path, role: str) -> tuple[Encoder, Component]:
     """Build one encoder of the checkpoint in `folder`, reading no other part's weights."""
     config = read_config(folder)
-    if role not in config.components:
-        encoders = [name for name in config.components if name.endswith("_encoder")]
+    encoders = [name for name in config.components if name.endswith("_encoder")]
+    if role not in encoders:
         hint = did_you_mean(role, encoders) or f"it has {', '.join(encoders)}"
         raise NotFoundError(f"'{folder}' has no component {role!r}", hint)
     record = config.components[role]
-    component = find_component(_kind(role), record.use)
+    owner = record.use.rpartition("/")[0]
+    unmet = unmet_requirements([r for r in config.requires if r.get("distribution") == owner], get_index())
+    if unmet:
+        raise explain_unmet(f"{folder}#{role}", unmet)
+    component = find_component(role, record.use)
     files = set(record.processor.files.values()) if record.processor else set()
-    verify_files(folder, config, files | _weight_files(folder, record.weights, role))
-    encoder = _build_encoder(component, record, folder)
+    verify_files(folder, config, files | {record.weights})
+    verify_files(folder, config, _weight_files(folder, config, _roles_with_ties(config, {role})))
+    encoder = _build_encoder(component, record, folder, meta_parameters)
     _fill({role: encoder}, config, folder, allow_partial=False)
     return encoder, component
 
 
-def _kind(role: str) -> str:
-    return role if role.endswith("_encoder") else role.split("_")[0]
-
-
-def _build_encoder(component: Component, record: ComponentRecord, folder: Path) -> Encoder:
+def _build_encoder(
+    component: Component,
+    record: ComponentRecord,
+    folder: Path,
+    building: Callable[[], AbstractContextManager[None]],
+) -> Encoder:
     cls: Any = component.load()
     config = _decode(component, cls, record)
     saved = record.processor or ProcessorRecord()
     files = {name: (folder / place).read_bytes() for name, place in saved.files.items()}
-    processor = cls.load_processor(config, saved.state, files)
-    with meta_parameters():
+    try:
+        processor = cls.load_processor(config, saved.state, files)
+    except (UsageError, KeyError, TypeError, ValueError) as error:
+        raise TrustError(
+            f"'{folder}' holds a state that the processor of {component.id} cannot read: {error!r}",
+            "fetch the checkpoint again",
+        ) from None
+    with building():
         encoder: Encoder = cls(config, processor)
     return encoder
 
@@ -396,80 +489,138 @@ def _decode(component: Component, cls: Any, record: ComponentRecord) -> Any:
         raise TrustError(error.message, error.hint) from None
 
 
+class _NoInitialValues(TorchFunctionMode):
+    """Draw no normal numbers for meta tensors: torch imports its compiler for that, which takes seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            tensor: Tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
+_patching = threading.RLock()
+
+
 @contextmanager
 def meta_parameters() -> Iterator[None]:
-    """Put every parameter registered inside the block on the meta device: no memory, no initialisation.
+    """Put every parameter that this thread registers inside the block on the meta device: no memory, no initialisation.
 
     Buffers stay real, because some are tables that no checkpoint holds (rotary angles, position indices).
     """
-    register = nn.Module.register_parameter
+    thread = threading.get_ident()
+    with _patching:
+        register = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-        register(module, name, param)
+        def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            if param is not None and not param.is_meta and threading.get_ident() == thread:
+                param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+            register(module, name, param)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+        nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
+        try:
+            with _NoInitialValues():
+                yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _roles_with_ties(config: CheckpointConfig, roles: set[str]) -> set[str]:
+    """These roles, and those that hold a tensor which one of them shares."""
+    return roles | {
+        source.partition(".")[0] for alias, source in config.tied.items() if alias.partition(".")[0] in roles
+    }
+
+
+def _weight_files(folder: Path, config: CheckpointConfig, roles: Iterable[str]) -> set[str]:
+    """The files that hold the tensors of these roles."""
+    files = set()
+    for role in roles:
+        weights = config.components[role].weights
+        if weights.endswith(".index.json"):
+            files |= _shards_of(folder / weights, role, config)
+        elif weights:
+            files.add(weights)
+    return files
+
+
+def _shards_of(index: Path, role: str, config: CheckpointConfig) -> set[str]:
     try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _weight_files(folder: Path, weights: str, role: str) -> set[str]:
-    if not weights.endswith(".index.json"):
-        return {weights} if weights else set()
-    try:
-        places = json.loads((folder / weights).read_bytes())["weight_map"]
+        places = json.loads(index.read_bytes())["weight_map"]
         found = {str(file) for name, file in places.items() if name.startswith(f"{role}.")}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise TrustError(f"'{folder / weights}' is damaged: {error}", "fetch the checkpoint again") from None
-    for file in found:
-        if not ALLOWED.fullmatch(file):
-            raise TrustError(f"'{folder / weights}' points to {file!r}, which no checkpoint may hold")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TrustError(f"'{index}' is damaged: {error}", "fetch the checkpoint again") from None
+    for file in found - set(config.files):
+        raise TrustError(f"'{index}' points to {file!r}, which config.json does not list", "fetch the checkpoint again")
     return found
 
 
 def _fill(parts: Mapping[str, nn.Module], config: CheckpointConfig, folder: Path, allow_partial: bool) -> None:
     """Assign the tensors of the files to the parts, strictly, and tie again what was tied."""
-    files = {f for role in parts for f in _weight_files(folder, config.components[role].weights, role)}
-    found: dict[str, dict[str, Tensor]] = {role: {} for role in parts}
-    for file in sorted(files):
-        for name, tensor in read_tensors(folder / file, tuple(f"{role}." for role in parts)):
-            role, key = name.split(".", 1)
-            found[role][key] = tensor
-    tied = {a: b for a, b in config.tied.items() if a.split(".", 1)[0] in parts}
+    roles = _roles_with_ties(config, set(parts))
+    found, problems = _read_parts(folder, config, roles)
+    tied = {alias: source for alias, source in config.tied.items() if alias.partition(".")[0] in parts}
     for alias, source in tied.items():
-        (role, key), (other, original) = alias.split(".", 1), source.split(".", 1)
-        if other in found and original in found[other]:
-            found[role][key] = found[other][original]
-    problems = [p for role, part in parts.items() for p in _assign(role, part, found[role], allow_partial)]
-    if problems and not allow_partial:
+        if source in found:
+            found[alias] = found[source]
+    for role, part in parts.items():
+        mine = {name.split(".", 1)[1]: t for name, t in found.items() if name.startswith(f"{role}.")}
+        problems += _assign(role, part, mine, allow_partial)
+    if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise TrustError(f"the weights in '{folder}' do not fit the model: {shown}", "fetch the checkpoint again")
+        line = f"the weights in '{folder}' do not fit the model: {shown}"
+        if not allow_partial:
+            raise TrustError(line, "fetch the checkpoint again")
+        print(f"warning: {line}", file=sys.stderr)
+    names = {f"{role}.{key}" for role, part in parts.items() for key in part.state_dict()}
     for alias, source in tied.items():
-        _tie(parts, alias, source)
+        if {alias, source} <= names:
+            _tie(parts, alias, source)
 
 
-def _assign(role: str, part: nn.Module, found: dict[str, Tensor], allow_partial: bool) -> list[str]:
+def _read_parts(folder: Path, config: CheckpointConfig, roles: set[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of these roles by full name, and what is wrong with the files that hold them."""
+    found: dict[str, Tensor] = {}
+    problems = []
+    for file in sorted(_weight_files(folder, config, roles)):
+        for name, tensor in read_tensors(folder / file):
+            role = name.partition(".")[0]
+            if role not in config.components:
+                problems.append(f"{name} is unexpected")
+            elif name in found:
+                problems.append(f"{name} is in two files")
+            elif role in roles:
+                found[name] = tensor
+    return found, problems
+
+
+def _assign(role: str, part: nn.Module, found: Mapping[str, Tensor], allow_partial: bool) -> list[str]:
+    """Give a part the tensors that fit, all or (partially) some; return what does not fit."""
     expected = part.state_dict()
-    problems = [f"{role}.{key} is missing" for key in expected if key not in found]
-    problems += [f"{role}.{key} is unexpected" for key in found if key not in expected]
-    for key in [k for k in found if k in expected]:
-        if found[key].shape != expected[key].shape:
-            problems.append(f"{role}.{key} has shape {list(found[key].shape)}, not {list(expected[key].shape)}")
-            del found[key]
-    if problems and not allow_partial:
-        return problems
-    part.load_state_dict({key: t for key, t in found.items() if key in expected}, strict=False, assign=True)
-    for module in part.modules():  # what a partial load left without values starts fresh
-        if any(p.is_meta for p in module.parameters(recurse=False)):
-            module.to_empty(device="cpu", recurse=False)
-            reset = getattr(module, "reset_parameters", None)
-            if not callable(reset):
-                raise MmhubError(f"{role}: cannot initialise {type(module).__name__} for a partial load")
-            reset()
+    problems = [f"{role}.{key} is unexpected" for key in found if key not in expected]
+    fitting = {}
+    for key, wanted in expected.items():
+        problem = _misfit(found.get(key), wanted)
+        if problem:
+            problems.append(f"{role}.{key} {problem}")
+        else:
+            fitting[key] = found[key].to(wanted.dtype)
+    if not problems or allow_partial:
+        part.load_state_dict(fitting, strict=False, assign=True)
     return problems
+
+
+def _misfit(tensor: Tensor | None, wanted: Tensor) -> str | None:
+    if tensor is None:
+        return "is missing"
+    if tensor.shape != wanted.shape:
+        return f"has shape {list(tensor.shape)}, not {list(wanted.shape)}"
+    exact = tensor.is_floating_point() and torch.promote_types(tensor.dtype, wanted.dtype) == wanted.dtype
+    if tensor.dtype != wanted.dtype and not exact:  # bf16 in the file and fp32 in the model lose nothing
+        return f"has type {tensor.dtype}, not {wanted.dtype}".replace("torch.", "")
+    return None
 
 
 def _tie(parts: Mapping[str, nn.Module], alias: str, source: str) -> None:
@@ -485,8 +636,8 @@ def _tie(parts: Mapping[str, nn.Module], alias: str, source: str) -> None:
 # -- safetensors ------------------------------------------------------------------------------------------------
 
 
-def read_tensors(path: Path, prefixes: tuple[str, ...] = ("",)) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a safetensors file whose names start with one of `prefixes`, mapped, not copied.
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a safetensors file by name, mapped, not copied.
 
     Raises:
         TrustError: the file is damaged or hostile.
@@ -497,42 +648,55 @@ def read_tensors(path: Path, prefixes: tuple[str, ...] = ("",)) -> Iterator[tupl
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - a safe_open handle is no dict
-                if name.startswith(prefixes):
-                    yield name, file.get_tensor(name)
-    except (SafetensorError, OSError, RuntimeError, TypeError) as error:
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise TrustError(f"'{path}' is damaged: {error}", "fetch the checkpoint again") from None
 
 
 def check_header(path: Path) -> None:
     """Refuse a safetensors header that is too large, names a tensor twice, or would take long to parse."""
-    problem = _header_problem(path)
+    try:
+        with path.open("rb") as file:
+            problem = _header_problem(file)
+    except OSError as error:
+        problem = error.strerror
     if problem:
         raise TrustError(f"'{path}' is not a sound safetensors file: {problem}", "fetch the checkpoint again")
 
 
-def _header_problem(path: Path) -> str | None:
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > 10_000_000:
-            return f"its header claims {size} bytes"
-        head = file.read(size)
+def _header_problem(file: BinaryIO) -> str | None:
+    size = int.from_bytes(file.read(8), "little")
+    if size > 10_000_000:
+        return f"its header claims {size} bytes"
+    head = file.read(size)
     if len(head) < size or size < 2:
         return "it is truncated"
     try:
-        pairs = json.loads(head, object_pairs_hook=list, parse_constant=_no_constant)
+        table = json.loads(head, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except _Twice as error:
+        return f"it names {error.args[0]!r} twice"
     except (ValueError, RecursionError):
         return "its header is not JSON"
-    if not isinstance(pairs, list) or not all(isinstance(p, tuple) for p in pairs):
-        return "its header is not a table"
-    names = [name for name, _ in pairs]
-    if len(names) > 100_000:
-        return f"it holds {len(names)} tensors"
-    if len(set(names)) < len(names):
-        return "it names a tensor twice"
-    if not all(name.isprintable() for name in names):
+    if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
+        return "its header is not a table of tensors"
+    if len(table) > 100_000:
+        return f"it holds {len(table)} tensors"
+    if not all(name.isprintable() for name in table):
         return "a tensor's name is not printable"
-    deep = any(len(v) > 16 for _, entry in pairs for k, v in entry if k == "shape")
-    return "a tensor has more than 16 dimensions" if deep else None
+    shapes = [entry.get("shape", []) for entry in table.values()]
+    return "a tensor has more than 16 dimensions" if any(isinstance(s, list) and len(s) > 16 for s in shapes) else None
+
+
+class _Twice(Exception):
+    """A JSON table has a key twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(next(name for name in names if names.count(name) > 1))
+    return table
 
 
 def copy_parameters(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,6 +70,7 @@ class TrainRecipe(_Table):
     warmup: float = 0.06
     weight_decay: float = 0.01
     clip_norm: float = 1.0  # 0 = off
+    unimodal_loss: float = 0.5  # share of a mixing fusion's loss that comes from each modality alone
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     eval_every: int = 0  # optimizer steps, 0 = once an epoch
@@ -88,7 +90,7 @@ class CardRecipe(_Table):
 
 
 class Recipe(_Table):
-    """A whole recipe. `folder` is where relative paths start from; it is no key of the file."""
+    """A whole recipe."""
 
     task: str
     seed: int = 0
@@ -109,7 +111,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except FileNotFoundError:
         near = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         raise NotFoundError(f"no recipe '{path}'", did_you_mean(path.name, near) or "check the path") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the recipe '{path}': {getattr(error, 'strerror', None) or error}") from None
     try:
         table = tomllib.loads(text)
@@ -118,6 +120,14 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         apply_override(table, override)
     return check_recipe(table, str(path))
+
+
+def override_recipe(recipe: Recipe | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Check a recipe given as plain data, with overrides applied; a `Recipe` is copied first."""
+    table = msgspec.to_builtins(recipe if isinstance(recipe, Recipe) else dict(recipe))
+    for override in overrides:
+        apply_override(table, override)
+    return check_recipe(table)
 
 
 def check_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -131,17 +141,28 @@ def check_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
     return recipe
 
 
+_NOT_NEGATIVE = (
+    "learning_rate", "min_learning_rate", "warmup", "weight_decay", "clip_norm", "max_steps", "patience", "eval_every",
+)  # fmt: skip
+
+
 def _check_ranges(recipe: Recipe, where: str) -> None:
     train, data = recipe.train, recipe.data
     at_least_one = ("epochs", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every")
     for key in at_least_one:
         if getattr(train, key) < 1:
             raise UsageError(f"{where}: train.{key} is {getattr(train, key)}", "it must be at least 1")
-    for key in ("learning_rate", "min_learning_rate", "warmup", "weight_decay", "clip_norm", "max_steps", "patience"):
-        if not getattr(train, key) >= 0:
-            raise UsageError(f"{where}: train.{key} is {getattr(train, key)}", "it must not be negative")
+    not_negative = {f"train.{key}": getattr(train, key) for key in _NOT_NEGATIVE} | {"seed": recipe.seed}
+    not_negative |= {f"model.encoders.{m}.lr_multiplier": p.lr_multiplier for m, p in recipe.model.encoders.items()}
+    if data.workers != "auto":
+        not_negative["data.workers"] = data.workers
+    for key, value in not_negative.items():
+        if not 0 <= value < math.inf:
+            raise UsageError(f"{where}: {key} is {value}", "it must be finite and not negative")
     if not 0 <= data.valid_fraction < 1:
         raise UsageError(f"{where}: data.valid_fraction is {data.valid_fraction}", "it must be in [0, 1)")
+    if not 0 <= train.unimodal_loss < 1:
+        raise UsageError(f"{where}: train.unimodal_loss is {train.unimodal_loss}", "it must be in [0, 1)")
     if data.valid and data.valid_fraction:
         raise UsageError(f"{where}: data.valid and data.valid_fraction are both given", "keep one")
 
@@ -152,6 +173,8 @@ def apply_override(table: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise UsageError(f"--set {override!r} is not of the form key=value", "e.g. --set train.epochs=3")
     steps = [step.strip() for step in key.split(".")]
+    if not all(steps):
+        raise UsageError(f"--set {override!r}: the key has an empty part", "e.g. --set train.epochs=3")
     for step in steps[:-1]:
         table = table.setdefault(step, {})
         if not isinstance(table, dict):

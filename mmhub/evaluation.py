@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmhub.batch import Bundle
+from mmhub.batch import only, rows_with
 from mmhub.data.loader import Collate, batches_of, load_batches, worker_count
 from mmhub.data.sources import Rows, open_rows, require_columns
 from mmhub.errors import InputError, MmhubError, UsageError
@@ -26,11 +26,12 @@ class Tally:
 
     predictions: list[dict[str, Any]] = field(default_factory=list)
     references: list[Any] = field(default_factory=list)
-    loss: float = 0.0
+    loss: float | None = None
 
     def report(self, metrics: Sequence[str]) -> dict[str, float]:
         count = len(self.references)
-        return measure(metrics, self.predictions, self.references) | {"loss": self.loss / count}
+        loss = {} if self.loss is None else {"loss": self.loss / count}
+        return measure(metrics, self.predictions, self.references) | loss
 
 
 @dataclass(frozen=True)
@@ -141,41 +142,21 @@ def _measure_batch(model: Model, batch: Any, tallies: Mapping[tuple[str, ...], T
         bundle = model.encode(batch.items, batch.size)
         references = model.decoder.references(batch.raw_targets)
         for subset, tally in tallies.items():
-            keep = _rows_with(bundle, subset, batch.size)
+            keep = rows_with(bundle, subset)
             if not len(keep):
                 continue
             whole = not subset or (set(subset) == set(bundle) and len(keep) == batch.size)
-            part = bundle if whole else _only(bundle, subset, keep)
+            part = bundle if whole else only(bundle, subset, keep)
             targets = batch.targets if whole else _pick(batch.targets, keep)
             output = model.decode(part, targets)
             tally.predictions += model.decoder.predict(output, details=False)
             tally.references += [references[i] for i in keep.tolist()]
-            tally.loss += float(output.loss) * len(keep) if output.loss is not None else 0.0
+            if output.loss is not None:
+                tally.loss = (tally.loss or 0.0) + float(output.loss) * len(keep)
 
 
 def _subsets(modalities: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [subset for size in range(1, len(modalities) + 1) for subset in combinations(modalities, size)]
-
-
-def _rows_with(bundle: Bundle, subset: Sequence[str], size: int) -> Tensor:
-    device = next(iter(bundle.values())).mask.device
-    keep = torch.ones(size, dtype=torch.bool, device=device)
-    for name in subset:
-        keep &= bundle[name].present
-    return keep.nonzero().squeeze(1)
-
-
-def _only(bundle: Bundle, subset: Sequence[str], keep: Tensor) -> Bundle:
-    """The given rows with the subset's modalities alone, the others as if they had never been there."""
-    parts: Bundle = {}
-    for name, features in bundle.items():
-        tokens, mask = features.tokens[keep], features.mask[keep]
-        pooled = None if features.pooled is None else features.pooled[keep]
-        if name not in subset:
-            tokens, mask = torch.zeros_like(tokens[:, :1]), torch.zeros_like(mask[:, :1])
-            pooled = None if pooled is None else torch.zeros_like(pooled)
-        parts[name] = replace(features, tokens=tokens, mask=mask, pooled=pooled)
-    return parts
 
 
 def _pick(targets: Any, keep: Tensor) -> Any:

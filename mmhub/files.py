@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mmhub.errors import MmhubError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sha256(path: Path) -> str:
@@ -47,29 +51,65 @@ def write_file(path: Path, content: bytes | str) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` when the block ends well, and vanishes when it does not.
 
-    An older `target` is replaced; a crash between the two renames leaves it beside as `.NAME.old`.
+    An older `target` is replaced, where the file system can swap two names at once; elsewhere a crash between the two
+    renames leaves it beside as `.NAME.old`. What a killed process left aside is swept up.
     """
+    target = Path(os.path.realpath(target))  # a link stays, and what it points to is replaced
     target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
         yield aside
         for path in (*sorted(aside.rglob("*")), aside):
-            sync(path)
-        _swap(aside, target)
+            if not path.is_symlink():
+                sync(path)
+        _publish(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _swap(new: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old")
-    if target.exists():
+def _sweep(target: Path) -> None:
+    """Remove the unfinished folders of processes that are no more."""
+    for path in target.parent.iterdir():
+        match = re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", path.name)
+        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":  # elsewhere asking means killing
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _publish(new: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(new, target)
+    elif not _exchange(new, target):
+        old = target.with_name(f".{target.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         os.rename(target, old)
-    os.rename(new, target)
+        try:
+            os.rename(new, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names at once, if the system can (Linux's renameat2 with RENAME_EXCHANGE)."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    current, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return swap is not None and swap(current, os.fsencode(one), current, os.fsencode(other), exchange) == 0
 
 
 @contextmanager
@@ -85,10 +125,13 @@ def disk_errors(what: str, folder: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> tuple[str, str] | None:
-    number = getattr(error, "errno", None)
-    text = str(error)
-    if number == errno.ENOSPC or "No space left" in text or "os error 28" in text:
-        return "no space left on the device", "free some space; nothing that was there before is lost"
+    said = re.search(r"\(os error (\d+)\)", str(error))  # as libraries written in Rust report it
+    number = int(said[1]) if said else getattr(error, "errno", None)
+    if number in _FULL:
+        plain = "no space left on the device" if number == errno.ENOSPC else os.strerror(number).lower()
+        told = getattr(error, "strerror", None) or ""
+        detail = f" ({told})" if told and told != os.strerror(number) else ""
+        return plain + detail, "free some space; nothing that was there before is lost"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return os.strerror(number).lower(), "choose a folder you may write to"
     return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Metric = Callable[[Sequence[Mapping[str, Any]], Sequence[Any]], dict[str, float]]
@@ -17,15 +18,25 @@ def accuracy(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]
 
 def macro_f1(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]) -> dict[str, float]:
     """F1 averaged over the labels that occur in references or predictions, each weighing the same."""
-    predicted = [p["label"] for p in predictions]
-    labels = set(references) | set(predicted)
-    pairs = list(zip(predicted, references, strict=True))
-    return {"f1": sum(_f1(*_counts(pairs, label)) for label in labels) / len(labels)}
+    counts = _counts(({p["label"]}, {r}) for p, r in zip(predictions, references, strict=True))
+    return {"f1": _mean_f1(counts)}
 
 
-def _counts(pairs: Sequence[tuple[Any, Any]], label: Any) -> tuple[int, int, int]:
-    hit = sum(p == r == label for p, r in pairs)
-    return hit, sum(p == label for p, _ in pairs), sum(r == label for _, r in pairs)
+def _counts(pairs: Iterable[tuple[set[Any], set[Any]]]) -> dict[Any, tuple[int, int, int]]:
+    """How often each label is right, predicted, and true, from the predicted and true labels of each row."""
+    hits: Counter[Any] = Counter()
+    predicted: Counter[Any] = Counter()
+    actual: Counter[Any] = Counter()
+    for p, r in pairs:
+        hits.update(p & r)
+        predicted.update(p)
+        actual.update(r)
+    return {label: (hits[label], predicted[label], actual[label]) for label in predicted | actual}
+
+
+def _mean_f1(counts: Mapping[Any, tuple[int, int, int]]) -> float:
+    # fsum, because labels come in any order and the last digit must not depend on it
+    return math.fsum(_f1(*c) for c in counts.values()) / len(counts) if counts else 0.0
 
 
 def _f1(hit: int, predicted: int, actual: int) -> float:
@@ -35,15 +46,9 @@ def _f1(hit: int, predicted: int, actual: int) -> float:
 def multilabel(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]) -> dict[str, float]:
     """F1 over all (row, label) decisions, its mean over labels, and the share of rows with exactly the right set."""
     sets = [(set(p["labels"]), set(r)) for p, r in zip(predictions, references, strict=True)]
-    labels = set().union(*(p | r for p, r in sets))
-    counts = {x: (sum(x in p and x in r for p, r in sets), *_sizes(sets, x)) for x in labels}
+    counts = _counts(sets)
     micro = _f1(*(sum(c[i] for c in counts.values()) for i in range(3)))
-    macro = sum(_f1(*c) for c in counts.values()) / len(labels) if labels else 0.0
-    return {"f1": micro, "f1_macro": macro, "exact_match": sum(p == r for p, r in sets) / len(sets)}
-
-
-def _sizes(sets: Sequence[tuple[set[Any], set[Any]]], label: Any) -> tuple[int, int]:
-    return sum(label in p for p, _ in sets), sum(label in r for _, r in sets)
+    return {"f1": micro, "f1_macro": _mean_f1(counts), "exact_match": sum(p == r for p, r in sets) / len(sets)}
 
 
 def regression(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]) -> dict[str, float]:

@@ -6,7 +6,7 @@ decoder's output into answers. Training, saving and publishing are left to other
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from mmhub.batch import Batch, Bundle, Features, Items, Output, pad_sequences
+from mmhub.batch import Batch, Bundle, Features, Items, Output, only, pad_sequences, rows_with
 from mmhub.errors import InputError, UsageError, did_you_mean
 from mmhub.interfaces import Decoder, Encoder, Fusion, Policy, Task
 from mmhub.layers import summary
@@ -55,6 +55,7 @@ class Model(nn.Module):
         self.sources = dict(sources)
         self.columns = columns or Columns()
         self.frozen: set[str] = set()
+        self.unimodal_loss = 0.0  # share of the training loss that comes from each modality alone
         self.name = ""
 
     @property
@@ -91,7 +92,25 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         """Return logits, and the loss where the batch has targets."""
-        return self.decode(self.encode(batch.items, batch.size), batch.targets)
+        bundle = self.encode(batch.items, batch.size)
+        output = self.decode(bundle, batch.targets)
+        mixes = len(bundle) > 1 and "fused" in self.fusion.outputs
+        if self.training and self.unimodal_loss and mixes and output.loss is not None:
+            output.loss = torch.lerp(output.loss, self._loss_alone(bundle, batch.targets), self.unimodal_loss)
+        return output
+
+    def _loss_alone(self, bundle: Bundle, targets: Tensor) -> Tensor:
+        """The mean loss of answering from one modality at a time.
+
+        Without it the modality that is easiest to learn answers for all, and the others hardly learn (Wang et al.,
+        "What makes training multi-modal classification networks hard?", arXiv:1905.12681). The encoders run once.
+        """
+        losses = []
+        for name in bundle:
+            rows = rows_with(bundle, [name])
+            if len(rows):
+                losses.append(self.decode(only(bundle, [name], rows), targets[rows]).loss)
+        return torch.stack([loss for loss in losses if loss is not None]).mean()
 
     def encode(self, items: Mapping[str, Items], size: int) -> Bundle:
         """Run every encoder on its items and gather the features by row; rows without an item are fully masked."""
@@ -120,26 +139,32 @@ class Model(nn.Module):
 
     def collate(self, samples: Sequence[Mapping[str, Any]], policy: Policy | None = None) -> Batch:
         """Pack raw samples, each a mapping of modality to raw input, into a batch."""
-        policy = policy or Policy()
-        for row, sample in enumerate(samples):
+        return self._collate(samples, policy or Policy(), first=0)
+
+    def _collate(self, samples: Sequence[Mapping[str, Any]], policy: Policy, first: int) -> Batch:
+        for row, sample in enumerate(samples, first):
             self._check_sample(row, sample)
-        items = {
-            name: encoder.processor([sample.get(name) for sample in samples], policy)
-            for name, encoder in self.encoders.items()
-        }
+        items = {}
+        for name, processor in self.processors.items():
+            try:
+                items[name] = processor([sample.get(name) for sample in samples], policy)
+            except InputError as error:
+                raise _at_sample(error, first + (error.row or 0)) from None
         return Batch(items=items, size=len(samples))
 
     def _check_sample(self, row: int, sample: Mapping[str, Any]) -> None:
         if not isinstance(sample, Mapping):
-            raise UsageError(f"sample {row} is a {type(sample).__name__}", "a sample is a dict of modality to raw input")
+            raise UsageError(
+                f"sample {row} is a {type(sample).__name__}", "a sample is a dict of modality to raw input"
+            )
         for key in sample:
             if key not in self.encoders:
                 hint = did_you_mean(str(key), self.modalities) or f"it takes {', '.join(self.modalities)}"
                 raise UsageError(f"this model has no input {key!r}", hint)
-        if all(value is None or value == [] for value in map(_plain, sample.values())):
-            error = InputError(f"sample {row} is empty", f"give at least one of {', '.join(self.modalities)}")
-            error.row = row
-            raise error
+        if all(map(_is_missing, sample.values())):
+            raise _at_sample(
+                InputError("the sample is empty", f"give at least one of {', '.join(self.modalities)}"), row
+            )
 
     @torch.inference_mode()
     def predict(
@@ -160,7 +185,7 @@ class Model(nn.Module):
             answers += self.decoder.predict(self(batch), details=details)
         return answers
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(
         self,
         samples: Mapping[str, Any] | Sequence[Mapping[str, Any]],
@@ -171,29 +196,33 @@ class Model(nn.Module):
         """Return one vector a sample, (B, D): the fused summary, or the stream's own where there is a single one.
 
         A model that keeps several streams apart returns a dict of stream to (B, D), rows without it zero.
+
+        Raises:
+            InputError: a raw input cannot be read; `row` is its position in `samples`.
         """
-        found: dict[str, list[Tensor]] = {}
+        found = {name: [torch.zeros(0, stream.summary)] for name, stream in self.fusion.outputs.items()}
         for batch in self._batches(samples, batch_size, policy):
             bundle = self.fusion(self.encode(batch.items, batch.size))
-            for name in self.fusion.outputs:
-                found.setdefault(name, []).append(summary(bundle[name]).float().cpu())
+            for name, parts in found.items():
+                parts.append(summary(bundle[name]).float().cpu())
         vectors = {name: torch.cat(parts) for name, parts in found.items()}
         return next(iter(vectors.values())) if len(vectors) == 1 else vectors
 
-    def _batches(self, samples: Any, batch_size: int, policy: Policy | None) -> Any:
+    def _batches(self, samples: Any, batch_size: int, policy: Policy | None) -> Iterator[Batch]:
+        """Yield the samples as batches on the model's device; the model is in evaluation mode meanwhile."""
         if isinstance(samples, Mapping):
             samples = [samples]
+        was_training = self.training
         self.eval()
-        for start in range(0, len(samples), batch_size):
-            try:
-                batch = self.collate(samples[start : start + batch_size], policy)
-            except InputError as error:
-                error.row = None if error.row is None else error.row + start
-                raise
-            yield batch.to(self.device)
+        try:
+            for start in range(0, len(samples), batch_size):
+                part = samples[start : start + batch_size]
+                yield self._collate(part, policy or Policy(), start).to(self.device)
+        finally:
+            self.train(was_training)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the model as a checkpoint folder (data only), replacing an older checkpoint there at once or not at all."""
+        """Write the model as a checkpoint folder (data only); an older one there is replaced at once or not at all."""
         from mmhub.checkpoint import save  # the checkpoint module stands above this one
 
         return save(self, Path(folder))
@@ -203,9 +232,11 @@ def _by_length(encoder: Any, items: Items) -> Features:
     """Run an encoder that padding would disturb on items of equal length together."""
     lengths = items.lengths
     found: list[tuple[Tensor, Features]] = []
+    padded_data = items.data.shape[1] == items.mask.shape[1]  # pixels (N, C, H, W) have a mask (N, 1)
     for length in lengths.unique().tolist():
         index = (lengths == length).nonzero().squeeze(1)
-        found.append((index, encoder(items.data[index, :length], items.mask[index, :length])))
+        data = items.data[index, :length] if padded_data else items.data[index]
+        found.append((index, encoder(data, items.mask[index, :length])))
     order = torch.cat([index for index, _ in found]).argsort()
     tokens = [row[real] for _, part in found for row, real in zip(part.tokens, part.mask, strict=True)]
     padded, mask = pad_sequences(tokens)
@@ -213,5 +244,12 @@ def _by_length(encoder: Any, items: Items) -> Features:
     return Features(padded[order], mask.to(order.device)[order], pooled=torch.cat(pooled)[order] if pooled else None)
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else (None if value is None else 0)
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, (list, tuple)) and not value)
+
+
+def _at_sample(error: InputError, row: int) -> InputError:
+    """Set the row, and note it for a traceback; what else shows the error names the row in its own terms."""
+    error.row = row
+    error.add_note(f"in sample {row}" + (f", {error.modality}" if error.modality else ""))
+    return error

@@ -1,4 +1,4 @@
-"""The records a plugin's manifest (`mmhub.toml`) is made of. Reading and isolating plugins is left to `mmhub.plugins`."""
+"""The records of which a plugin's manifest (`mmhub.toml`) is made. Reading manifests is left to `mmhub.discovery`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 API = 1  # the hook interface this core speaks; plugins declare theirs as `api`
 
-__all__ = ["API", "CommandSpec", "ComponentSpec", "Manifest", "ModelSpec", "hookimpl"]
+__all__ = ["API", "CommandSpec", "ComponentSpec", "Manifest", "ModelSpec", "hookimpl"]  # noqa: F822 - hookimpl is made on first use
 
 
 class ComponentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

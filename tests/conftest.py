@@ -144,7 +144,7 @@ def cli(tmp_path: Path) -> Cli:
     def run(*args: object, cwd: Path = tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "mmhub", *map(str, args)]
         return subprocess.run(
-            command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=240, check=False
+            command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=1800, check=False
         )
 
     return run

@@ -175,7 +175,7 @@ def test_compressed_files_read_directly(tmp_path: Path, name: str, body: str, pa
 
 
 def test_a_compressed_file_may_have_several_members(tmp_path: Path) -> None:
-    write(tmp_path / "a.txt.gz", gzip.compress(b"one\n") + gzip.compress(b"two\n"))
+    write(tmp_path / "a.txt.gz", gzip.compress(b"one\n", mtime=0) + gzip.compress(b"two\n"))
     write(tmp_path / "a.txt.zst", zstd(b"one\n") + zstd(b"two\n"))
     assert list(open_rows([tmp_path / "a.txt.gz", tmp_path / "a.txt.zst"]).column("text")) == ["one", "two"] * 2
 
@@ -187,7 +187,7 @@ def test_lines_longer_than_a_read_are_whole(tmp_path: Path) -> None:
 
 
 def test_parallel_text_pairs_lines(tmp_path: Path) -> None:
-    write(tmp_path / "a.en.gz", gzip.compress(b'a "dog"\n\ncat'))
+    write(tmp_path / "a.en.gz", gzip.compress(b'a "dog"\n\ncat', mtime=0))
     write(tmp_path / "a.de", "ein Hund\n\nKatze\n")
     rows = open_rows({"source": "a.en.gz", "target": "a.de"}, base=tmp_path)
     assert rows[0] == {"source": 'a "dog"', "target": "ein Hund"}
@@ -288,7 +288,7 @@ def test_require_columns_lists_what_there_is(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_is_stable_and_names_every_byte(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv.gz", gzip.compress(b"text\nx\ny\n"))
+    path = write(tmp_path / "a.csv.gz", gzip.compress(b"text\nx\ny\n", mtime=0))
     content = path.read_bytes()
     entry = {"name": "a.csv.gz", "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     expected = {"source": "a.csv.gz", "rows": 2, "bytes": len(content), "files": [entry]}
@@ -417,7 +417,7 @@ def test_a_folder_without_media_says_what_it_holds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.jsonl", "x.json", "x.txt", "x.parquet", "x.csv.gz", "x.txt.zst"])
 def test_an_empty_file_says_so(tmp_path: Path, name: str) -> None:
-    packed = {".gz": gzip.compress(b""), ".zst": b""}
+    packed = {".gz": gzip.compress(b"", mtime=0), ".zst": b""}
     write(tmp_path / name, packed.get(Path(name).suffix, b""))
     assert message(InputError, tmp_path / name) == f"'{name}' is empty"
 
@@ -452,7 +452,7 @@ def test_a_parquet_without_rows_says_so(tmp_path: Path) -> None:
         ("x.csv", b"\xff\xfea\x00", "'x.csv' line 1 is not UTF-8 (byte 0xff at 1)"),
         ("x.parquet", b"PAR1 but no", "'x.parquet' is not a readable parquet file: "),
         ("x.txt.gz", b"plain", "'x.txt.gz' is damaged: Not a gzipped file"),
-        ("x.txt.gz", gzip.compress(b"hello" * 99)[:-9], "'x.txt.gz' is damaged: Compressed file ended"),
+        ("x.txt.gz", gzip.compress(b"hello" * 99, mtime=0)[:-9], "'x.txt.gz' is damaged: Compressed file ended"),
         ("x.txt.zst", b"plain text", "'x.txt.zst' is damaged: "),
     ],
 )

@@ -18,7 +18,7 @@ from mmhub.cli.output import emit, json_option, quiet_option, table
 @click.option("--data", required=True, help="Held-out data: a table, a folder, or a Hub dataset id.")
 @columns_options
 @click.option("--target-column", metavar="COL", help="The column that holds the truth.")
-@click.option("--batch-size", default=64, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--on-error", type=click.Choice(["stop", "skip"]), default="stop", show_default=True)
 @click.option("--no-subsets", is_flag=True, help="Only all inputs together, not each subset of them.")
 @device_option
@@ -55,7 +55,9 @@ def evaluate(
     )
     source: Any = sorted(data.split(",")) if "," in data and not Path(data).exists() else data
     model = load(name, device=device)
-    report = run(model, source, inputs=mapping, target=target_column or "", columns=parse_names(columns), options=options)
+    report = run(
+        model, source, inputs=mapping, target=target_column or "", columns=parse_names(columns), options=options
+    )
     emit(report, as_json, _text(report))
 
 

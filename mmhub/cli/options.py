@@ -37,7 +37,9 @@ def parse_mapping(text: str | None, option: str) -> dict[str, str]:
             continue
         key, equals, value = part.partition("=")
         if not equals or not key.strip() or not value.strip():
-            raise UsageError(f"{option} {part.strip()!r} is not of the form modality=column", f"e.g. {option} image=photo")
+            raise UsageError(
+                f"{option} {part.strip()!r} is not of the form modality=column", f"e.g. {option} image=photo"
+            )
         mapping[key.strip()] = value.strip()
     return mapping
 

@@ -22,7 +22,7 @@ from mmhub.errors import InputError, UsageError
 @click.option("--data", help="A table or folder of samples instead.")
 @columns_options
 @click.option("--out", type=click.Path(path_type=Path), help="Write one JSON line a sample to this file.")
-@click.option("--batch-size", default=32, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @device_option
 @urls_option
 @quiet_option
@@ -57,6 +57,9 @@ def predict(
         raise UsageError("give samples with --text, --image, --audio, or a table with --data", "not both, not neither")
     if out and out.exists():
         raise UsageError(f"'{out}' exists", "name another file with --out")
+    above = next((path for path in out.parents if path.exists()), None) if out else None
+    if above and not above.is_dir():
+        raise UsageError(f"'{above}' is a file", "name another file with --out")
     samples = _zip(given) if given else []
     from mmhub.hub import load
     from mmhub.interfaces import Policy
@@ -106,7 +109,9 @@ def _predict_table(
     answers: list[dict[str, Any]] = []
     for start in range(0, len(rows), batch_size):
         stop = min(start + batch_size, len(rows))
-        samples = [{m: usable(m, rows[i].get(c), rows.folder(i)) for m, c in wanted.items()} for i in range(start, stop)]
+        samples = [
+            {m: usable(m, rows[i].get(c), rows.folder(i)) for m, c in wanted.items()} for i in range(start, stop)
+        ]
         try:
             answers += model.predict(samples, batch_size=batch_size, policy=policy)
         except InputError as error:

@@ -16,9 +16,7 @@ from mmhub.cli.output import emit, json_option, quiet_option
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run folder.")
 @quiet_option
 @json_option
-def train(
-    recipe: Path, out: Path | None, overrides: tuple[str, ...], resume: bool, quiet: bool, as_json: bool
-) -> None:
+def train(recipe: Path, out: Path | None, overrides: tuple[str, ...], resume: bool, quiet: bool, as_json: bool) -> None:
     """Train a model from a RECIPE (a TOML file).
 
     The run folder gets metrics.jsonl, resumable checkpoints/, and model/, a checkpoint folder ready for

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ class Loaded:
     batch: Batch | None = None
     error: InputError | None = None
     skipped: list[str] = field(default_factory=list)
+
+    def pin_memory(self) -> Loaded:
+        return replace(self, batch=self.batch.pin_memory() if self.batch else None)
 
 
 class _Indexed(Dataset[tuple[int, dict[str, Any]]]):
@@ -74,9 +77,7 @@ class Collate:
         }
         for position in range(len(samples)):
             if all(values[position] is None for values in raw.values()):
-                error = InputError(f"none of {', '.join(self.inputs.values())} is given")
-                error.row = position
-                raise error
+                raise _EmptyRow(f"none of {', '.join(self.inputs.values())} is given", position)
         seeds = None if self.seed is None else [row_seed(self.seed, i) for i, _ in samples]
         items = {name: self.processors[name](values, self.policy, seeds) for name, values in raw.items()}
         batch = Batch(items=items, size=len(samples), index=[i for i, _ in samples])
@@ -88,10 +89,18 @@ class Collate:
     def _explain(self, error: InputError, samples: Sequence[tuple[int, Any]]) -> InputError:
         if error.row is None:
             return error
-        column = self.inputs.get(error.modality or "", self.target if error.modality is None else "")
+        column = "" if isinstance(error, _EmptyRow) else self.inputs.get(error.modality or "", self.target)
         place = self.rows.where(samples[error.row][0]) + (f", column '{column}'" if column else "")
         hint = error.hint or ('fix the row, or set data.on_error = "skip"' if not self.skip else None)
         return InputError(f"{place}: {error.message}", hint)
+
+
+class _EmptyRow(InputError):
+    """A row without any input; unlike other errors without a modality it is not about the target."""
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 def usable(modality: str, value: Any, folder: Path | None = None) -> Any:
@@ -101,11 +110,13 @@ def usable(modality: str, value: Any, folder: Path | None = None) -> Any:
     """
     if isinstance(value, Mapping) and value.get("bytes") is None and "array" not in value:
         return usable(modality, value.get("path"), folder)
+    if isinstance(value, (list, tuple)):
+        return [part for item in value if (part := usable(modality, item, folder)) is not None] or None
     if isinstance(value, float) and math.isnan(value):  # pandas' missing value
         return None
     if modality == "text" or not isinstance(value, str):
         return value
-    if value and folder is not None and (folder / value).exists():
+    if value and folder is not None and os.path.exists(folder / value):  # Path.exists raises for a very long text
         return folder / value
     return value or None
 
@@ -136,6 +147,7 @@ def load_batches(
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # the loader draws a seed, which must not come from the run's random state
     )
     yield from loader
 

@@ -21,6 +21,7 @@ config = { architecture = "resnet10t", image_size = 32 }
 
 [model.encoders.audio]
 use = "cnn"
+config = { sample_rate = 8000 }
 
 [model.fusion]
 use = "attention"

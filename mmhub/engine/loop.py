@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import signal
 import sys
 import threading
@@ -12,23 +13,25 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from mmhub.batch import Batch
 from mmhub.build import build_model, learning_rate_groups
 from mmhub.checkpoint import copy_parameters, load, read_config
-from mmhub.config import Recipe, check_recipe, dump_recipe, read_recipe
+from mmhub.config import Recipe, dump_recipe, override_recipe, read_recipe
 from mmhub.data.loader import Collate, batches_of, epoch_order, load_batches, row_seed, worker_count
 from mmhub.data.sources import Rows, open_rows, require_columns
 from mmhub.device import find_device, find_precision
 from mmhub.engine.provenance import provenance
 from mmhub.engine.report import Reporter, TrainRun
 from mmhub.engine.state import Position, find_state, load_model, load_state, save_state
-from mmhub.errors import Interrupted, MmhubError, UsageError
+from mmhub.errors import InputError, Interrupted, MmhubError, UsageError
 from mmhub.evaluation import EvalOptions, data_name, evaluate
 from mmhub.files import disk_errors, write_file
 from mmhub.hub.card import merge_card
@@ -70,8 +73,8 @@ def train(
     folder = Path(recipe).resolve().parent if isinstance(recipe, (str, Path)) else None
     if isinstance(recipe, (str, Path)):
         recipe = read_recipe(Path(recipe), overrides)
-    elif not isinstance(recipe, Recipe):
-        recipe = check_recipe(recipe)
+    else:
+        recipe = override_recipe(recipe, overrides)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("several processes were launched, but this version trains in one", "start it without torchrun")
     return _Run(recipe, Path(out), folder, resume=resume, quiet=quiet).train()
@@ -91,29 +94,43 @@ class _Run:
         self.rows, self.valid = self._open_data()
         state = find_state(out / "checkpoints", _warn) if resume else None
         self.model = self._model(state).to(self.device)
+        self.model.unimodal_loss = recipe.train.unimodal_loss
         self.optimizer = torch.optim.AdamW(
             learning_rate_groups(self.model, recipe.model, self.options.learning_rate, self.options.weight_decay),
             fused=self.device.type in ("cpu", "cuda"),
         )
-        torch.manual_seed(recipe.seed)
-        self.position = load_state(state, self.optimizer) if state else Position()
+        self.position = load_state(state, self.optimizer) if state else Position(rows=len(self.rows))
+        self._check_rows()
         self.batches_per_epoch = math.ceil(len(self.rows) / self.options.batch_size)
         steps = math.ceil(self.batches_per_epoch / self.options.accumulate) * self.options.epochs
         self.total_steps = min(steps, self.options.max_steps or steps)
         self._prepare_out()
-        self.reporter = Reporter(TrainRun(out, msgspec.to_builtins(self._resolved()), self.total_steps), quiet=quiet, start_step=self.position.step)
+        run = TrainRun(out, msgspec.to_builtins(self._resolved()), self.total_steps)
+        with disk_errors("the run", out):
+            self.reporter = Reporter(run, quiet=quiet, step=self.position.step, lines=self.position.lines)
         self._announce(state)
 
     # -- setting up ---------------------------------------------------------------------------------------------
 
     def _check_out(self, resume: bool) -> None:
-        if self.out.exists() and not self.out.is_dir():
-            raise UsageError(f"'{self.out}' is a file", "name a folder with --out")
+        there = next((path for path in (self.out, *self.out.parents) if path.exists()), None)
+        if there and not there.is_dir():
+            raise UsageError(f"'{there}' is a file", "name a folder with --out")
         if self.out.is_dir() and any(self.out.iterdir()) and not resume:
             raise UsageError(f"the run folder '{self.out}' exists", "add --resume to go on, or name another with --out")
         stored = self.out / "recipe.toml"
-        if resume and stored.exists():
+        if stored.exists():
             self._check_same(read_recipe(stored))
+        elif self.out.is_dir() and any(self.out.iterdir()):
+            raise UsageError(f"'{self.out}' is no run folder, it has no recipe.toml", "name another with --out")
+
+    def _check_rows(self) -> None:
+        """A resumed run must read the same table; a different length is what can be seen at no cost."""
+        if self.position.rows != len(self.rows):
+            raise UsageError(
+                f"the training data has {len(self.rows)} rows, and {self.position.rows} when this run was started",
+                "restore the data, or start a new run with another --out",
+            )
 
     def _check_same(self, stored: Recipe) -> None:
         """A resumed run must be the same run: only what changes no result may differ."""
@@ -176,15 +193,35 @@ class _Run:
                 if part.freeze:
                     model.freeze(modality)
             return model
-        if self.task.decoder in ("classification", "multilabel", "regression") and not data.target:
-            raise UsageError(f"{self.task.name} needs a target column", 'add target = "COLUMN" under [data]')
+        self._check_target()
         model = build_model(
             self.task, self.recipe.model, self._values, columns=columns, folder=self.folder, seed=self.recipe.seed
         )
         if not columns.inputs:
             model.columns = replace(columns, inputs={m: m for m in model.modalities})
         copy_parameters(model)
+        self._check_valid(model)
         return model
+
+    def _check_target(self) -> None:
+        if self.task.decoder in ("classification", "multilabel", "regression") and not self.recipe.data.target:
+            raise UsageError(f"{self.task.name} needs a target column", 'add target = "COLUMN" under [data]')
+
+    def _check_valid(self, model: Model) -> None:
+        """Try the validation targets now: a label unseen in training must not end a run after its first epoch."""
+        target = self.recipe.data.target
+        if self.valid is None or not target or self.recipe.data.on_error == "skip":
+            return
+        values = self.valid.column(target)
+        for start in range(0, len(self.valid), 1024):
+            try:
+                model.decoder.encode_targets(list(islice(values, 1024)))
+            except InputError as error:
+                place = self.valid.where(start + (error.row or 0))
+                raise InputError(
+                    f"{place}, column '{target}': {error.message}",
+                    error.hint or 'fix the row, or set data.on_error = "skip"',
+                ) from None
 
     def _values(self, name: str) -> Iterable[Any]:
         column = self.recipe.data.target if name == "target" else self._inputs(self.rows)[name]
@@ -230,6 +267,8 @@ class _Run:
                 if self._done():
                     return
             self.position.epoch, self.position.batches = self.position.epoch + 1, 0
+            if not self.position.step:
+                raise InputError(f"none of the {len(self.rows)} training rows could be read", "check the data")
             if not self.options.eval_every:
                 self._evaluate()
 
@@ -271,6 +310,7 @@ class _Run:
 
     def _step(self, group: list[Batch]) -> None:
         self.model.train()
+        seed_step(self.recipe.seed, self.position.step)
         rate = learning_rate_factor(self.position.step, self.total_steps, self.recipe)
         for params in self.optimizer.param_groups:
             params["lr"] = params["base_lr"] * rate
@@ -299,25 +339,30 @@ class _Run:
         if math.isfinite(value):
             return
         rows = [i for batch in group for i in batch.index]
-        shown = ", ".join(self.rows.where(i) for i in rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+        shown = ", ".join(self.rows.where(i) for i in rows[:4]) + (
+            f" and {len(rows) - 4} more" if len(rows) > 4 else ""
+        )
         raise MmhubError(
             f"the {what} is {value} at step {self.position.step + 1} (epoch {self.position.epoch + 1}, batch: {shown})",
-            "the last good checkpoint is kept; look at these rows, or lower train.learning_rate",
+            "what was saved before is kept; look at these rows, or lower train.learning_rate",
         )
 
     def _log(self, norm: float, rate: float, rows: int) -> None:
         position = self.position
-        self.reporter.log(
-            position.step,
+        self._write_line(
             {
                 "epoch": position.epoch + position.batches / self.batches_per_epoch,
                 "loss": position.loss_sum / position.loss_steps,
                 "learning_rate": self.options.learning_rate * rate,
                 "gradient_norm": norm,
                 "seconds": round(self._seconds(), 3),
-            },
+            }
         )
         position.loss_sum, position.loss_steps = 0.0, 0
+
+    def _write_line(self, values: dict[str, Any]) -> None:
+        with disk_errors("metrics.jsonl", self.out):
+            self.reporter.log(self.position.step, values)
 
     def _seconds(self) -> float:
         return self.position.seconds + time.perf_counter() - self.clock
@@ -338,6 +383,7 @@ class _Run:
     def _save(self) -> None:
         position = self.position
         position.seconds, self.clock = self._seconds(), time.perf_counter()
+        position.lines = self.reporter.lines
         save_state(self.out / "checkpoints", self.model, self.optimizer, position, self.options.keep)
 
     # -- evaluating ---------------------------------------------------------------------------------------------
@@ -348,6 +394,11 @@ class _Run:
             return
         report = self._measure(self.model, subsets=False)
         value = report["metrics"][self.task.monitor]
+        if not math.isfinite(report["metrics"].get("loss", 0.0)):
+            raise MmhubError(
+                f"the validation loss is {report['metrics']['loss']} at step {self.position.step}",
+                "what was saved before is kept; lower train.learning_rate",
+            )
         better = self._is_better(value)
         if better:
             self.position.best, self.position.best_step = value, self.position.step
@@ -356,10 +407,10 @@ class _Run:
                 self.model.save(self.out / "model")
         else:
             self.position.evaluations_without_gain += 1
-        self.reporter.log(self.position.step, {"valid": report["metrics"]})
+        self._write_line({"valid": report["metrics"]})
         shown = " ".join(f"{key} {number:.4f}" for key, number in report["metrics"].items())
         self.reporter.say(
-            f"step {self.position.step}/{self.total_steps} epoch {self.position.epoch} {self._seconds():.0f} s: "
+            f"step {self.position.step}/{self.total_steps} {self._seconds():.0f} s: "
             f"valid {shown}{' (best)' if better else ''}"
         )
 
@@ -383,7 +434,7 @@ class _Run:
     def _finish(self) -> TrainResult:
         """Describe the best model: results by subset of modalities, provenance and card."""
         position, folder = self.position, self.out / "model"
-        if self.valid is None or position.evaluated_step < 0:
+        if self.valid is None:
             self.model.save(folder)
         elif position.evaluated_step != position.step:
             self._evaluate()
@@ -395,11 +446,13 @@ class _Run:
             report = self._measure(best.to(self.device), subsets=True) | {"data": data_name(self.valid)}
             report.pop("name")
             metrics = report["metrics"]
-            (folder / "eval").mkdir(exist_ok=True)
-            write_file(folder / "eval" / f"{self.task.name}.json", json.dumps(report, indent=2) + "\n")
+            with disk_errors("the model", folder):
+                (folder / "eval").mkdir(exist_ok=True)
+                write_file(folder / "eval" / f"{self.task.name}.json", json.dumps(report, indent=2) + "\n")
         facts = provenance(self.recipe, self.model, self.rows, self.valid, steps=position.step, seconds=seconds)
-        write_file(folder / "provenance.json", json.dumps(facts, indent=2) + "\n")
-        write_file(folder / "README.md", self._card(folder))
+        with disk_errors("the model", folder):
+            write_file(folder / "provenance.json", json.dumps(facts, indent=2) + "\n")
+            write_file(folder / "README.md", self._card(folder))
         self.reporter.say(f"done in {seconds:.0f} s, best at step {position.best_step or position.step}: {folder}")
         if position.skipped:
             self.reporter.say(f"{position.skipped} unreadable rows were skipped")
@@ -417,11 +470,15 @@ class _Run:
             yield
             return
 
+        main = os.getpid()
+
         def on_signal(number: int, frame: Any) -> None:
+            if os.getpid() != main:  # a decoding worker, which Ctrl-C reaches too; the main process ends it
+                return
             if self.stop_signal:
                 raise KeyboardInterrupt
             self.stop_signal = number
-            self.reporter.say("stopping after this step; once more to stop at once")
+            self.reporter.say_from_signal("stopping after this step; once more to stop at once")
 
         old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -429,6 +486,14 @@ class _Run:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed every generator a module may draw from, so that a step's dropout depends on its number alone."""
+    number = row_seed(seed, step)
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)  # the legacy state is the one libraries draw from
 
 
 def learning_rate_factor(step: int, total: int, recipe: Recipe) -> float:

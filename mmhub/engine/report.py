@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from mmhub.files import write_file
 from mmhub.plugins import call_hook
 
 
@@ -26,12 +29,12 @@ class TrainRun:
 class Reporter:
     """Report to people on stderr and to machines in metrics.jsonl; `quiet` silences the former."""
 
-    def __init__(self, run: TrainRun, *, quiet: bool, start_step: int) -> None:
+    def __init__(self, run: TrainRun, *, quiet: bool, step: int, lines: int) -> None:
         self.run, self.quiet = run, quiet
         self._path = run.folder / "metrics.jsonl"
-        self._drop_lines_after(start_step)
+        self.lines = self._keep_lines(lines)
         self._bar = tqdm(
-            total=run.total_steps, initial=start_step, unit="step", disable=quiet or not sys.stderr.isatty(),
+            total=run.total_steps, initial=step, unit="step", disable=quiet or not sys.stderr.isatty(),
             dynamic_ncols=True, leave=False,
         )  # fmt: skip
         self._callbacks = call_hook("mmhub_train_callbacks", run=run)
@@ -45,6 +48,7 @@ class Reporter:
         """Append one line to metrics.jsonl and hand the numbers to the trackers."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        self.lines += 1
         flat = {key: value for key, value in values.items() if not isinstance(value, dict)}
         flat |= {f"{k}/{name}": v for k, part in values.items() if isinstance(part, dict) for name, v in part.items()}
         self._tell("on_log", step, flat)
@@ -52,6 +56,12 @@ class Reporter:
     def say(self, text: str) -> None:
         if not self.quiet:
             tqdm.write(text, file=sys.stderr)
+
+    def say_from_signal(self, text: str) -> None:
+        """Say a line from inside a signal handler, where Python's own streams may be in the middle of a write."""
+        if not self.quiet:
+            with suppress(OSError):
+                os.write(2, f"\n{text}\n".encode())
 
     def watch(self, parts: Iterator[Any], total: int) -> Iterator[Any]:
         """Show the progress of an evaluation."""
@@ -72,17 +82,15 @@ class Reporter:
             except Exception as error:
                 self._callbacks.remove(callback)
                 name = f"{type(callback).__module__}.{type(callback).__qualname__}"
-                print(f"warning: tracker {name} failed and is off: {type(error).__name__}: {error}", file=sys.stderr)
+                what = " ".join(f"{type(error).__name__}: {error}".split())
+                print(f"warning: tracker {name} failed and is off: {what}", file=sys.stderr)
 
-    def _drop_lines_after(self, step: int) -> None:
-        """A resumed run repeats the steps after its checkpoint: their old lines go."""
+    def _keep_lines(self, count: int) -> int:
+        """A resumed run repeats what came after its checkpoint: the old lines of that part go."""
         if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue  # half a line, from a crash
-        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            return 0
+        old = self._path.read_bytes().splitlines(keepends=True)
+        kept = old[:count]
+        if len(kept) < len(old):
+            write_file(self._path, b"".join(kept))
+        return len(kept)

@@ -1,13 +1,12 @@
-"""Resumable checkpoints: a model folder, optimizer state, random state and position, each in a fresh folder.
+"""Resumable checkpoints: a model folder, optimizer state and position, each in a fresh folder.
 
-Weights and states are safetensors and JSON. A manifest with hashes is written last; a folder without a valid one is
-not used. These folders are never published.
+Weights and states are safetensors and JSON. There is no random state: each step is seeded by its own number. A manifest
+with hashes is written last; a folder without a valid one is not used. These folders are never published.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +37,8 @@ class Position(msgspec.Struct):
     loss_sum: float = 0.0  # since the last line in metrics.jsonl
     loss_steps: int = 0
     evaluated_step: int = -1
+    lines: int = 0  # in metrics.jsonl
+    rows: int = 0  # of the training data
 
 
 def save_state(folder: Path, model: Model, optimizer: torch.optim.Optimizer, position: Position, keep: int) -> Path:
@@ -48,14 +48,13 @@ def save_state(folder: Path, model: Model, optimizer: torch.optim.Optimizer, pos
     target = folder / f"step-{position.step:08}"
     with disk_errors("a training checkpoint", folder), new_folder(target) as aside:
         model.save(aside / "model")
-        save_file(_optimizer_tensors(optimizer) | _random_tensors(), aside / "state.safetensors")
+        save_file(_optimizer_tensors(optimizer), aside / "state.safetensors")
         (aside / "state.safetensors").chmod(0o644)
-        state = {"position": msgspec.to_builtins(position), "python_random": _python_random()}
-        write_file(aside / "state.json", json.dumps(state))
+        write_file(aside / "state.json", json.dumps(msgspec.to_builtins(position)))
         files = sorted(p for p in aside.rglob("*") if p.is_file())
         hashes = {path.relative_to(aside).as_posix(): sha256(path) for path in files}
         write_file(aside / "manifest.json", json.dumps(hashes, indent=1))
-    for old in _steps(folder)[keep:]:
+    for old in (*_steps(folder)[keep:], *_leftovers(folder)):
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -85,12 +84,9 @@ def load_model(path: Path) -> Model:
 
 
 def load_state(path: Path, optimizer: torch.optim.Optimizer) -> Position:
-    """Restore optimizer and random states; return the position."""
-    tensors = dict(read_tensors(path / "state.safetensors"))
-    _restore_optimizer(optimizer, tensors)
-    state = json.loads((path / "state.json").read_text())
-    _restore_random(tensors, state["python_random"])
-    return msgspec.convert(state["position"], Position)
+    """Restore the optimizer's state; return the position."""
+    _restore_optimizer(optimizer, dict(read_tensors(path / "state.safetensors")))
+    return msgspec.json.decode((path / "state.json").read_bytes(), type=Position)
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -99,10 +95,17 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
+def _leftovers(folder: Path) -> list[Path]:
+    """What a killed process was about to write."""
+    return list(folder.glob(".step-*.tmp"))
+
+
 def _damage(path: Path) -> str | None:
     try:
         hashes = json.loads((path / "manifest.json").read_text())
         for name, expected in hashes.items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
             if sha256(path / name) != expected:
                 return f"{name} has changed"
     except (OSError, ValueError, AttributeError) as error:
@@ -130,32 +133,3 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
     if state and max(state) >= count:
         raise MmhubError(f"the checkpoint trains {max(state) + 1} tensors, the recipe {count}", "use the same recipe")
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _random_tensors() -> dict[str, Tensor]:
-    kind, words, *rest = np.random.get_state()  # noqa: NPY002 - the legacy state is the one libraries draw from
-    assert kind == "MT19937"
-    tensors = {
-        "random.torch": torch.get_rng_state(),
-        "random.numpy": torch.from_numpy(np.asarray(words).astype(np.int64)),
-        "random.numpy_rest": torch.tensor([float(x) for x in rest], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return tensors
-
-
-def _python_random() -> list[Any]:
-    version, words, gauss = random.getstate()
-    return [version, list(words), gauss]
-
-
-def _restore_random(tensors: dict[str, Tensor], python: list[Any]) -> None:
-    torch.set_rng_state(tensors["random.torch"].clone())
-    words = tensors["random.numpy"].numpy().astype(np.uint32)
-    position, has_gauss, gauss = tensors["random.numpy_rest"].tolist()
-    np.random.set_state(("MT19937", words, int(position), int(has_gauss), gauss))  # noqa: NPY002
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"random.cuda.{i}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"random.cuda.{i}"].clone(), i)
-    random.setstate((python[0], tuple(python[1]), python[2]))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from mmhub.batch import Bundle, Features
 from mmhub.errors import UsageError
-from mmhub.fusion.missing import keep_modalities
+from mmhub.fusion.missing import Rate, Width, keep_modalities
 from mmhub.interfaces import ComponentConfig, Fusion, Stream
-from mmhub.layers import TransformerEncoder
+from mmhub.layers import TransformerEncoder, masked_mean
 
 
 class Attention(Fusion):
@@ -25,11 +26,11 @@ class Attention(Fusion):
     class Config(ComponentConfig):
         """`dim` must be a multiple of `heads`; `tokens = false` lets only the summaries take part (faster)."""
 
-        dim: int = 128
-        depth: int = 2
-        heads: int = 4
-        dropout: float = 0.1
-        modality_dropout: float = 0.3
+        dim: Width = 128
+        depth: Annotated[int, msgspec.Meta(ge=0)] = 2
+        heads: Width = 4
+        dropout: Rate = 0.1
+        modality_dropout: Rate = 0.3
         tokens: bool = True
 
         def __post_init__(self) -> None:
@@ -71,11 +72,10 @@ class Attention(Fusion):
         """One modality's summary-or-stand-in token (always valid) followed by its tokens."""
         projected = self.token_projections[name](self.token_norms[name](features.tokens))
         real = features.mask & present[:, None]
-        if features.pooled is not None and name in self.pooled_projections:
+        if name in self.pooled_projections:
             head = self.pooled_projections[name](self.pooled_norms[name](features.pooled))
         else:
-            weights = real.unsqueeze(-1).to(projected.dtype)
-            head = (projected * weights).sum(1) / weights.sum(1).clamp(min=1)
+            head = masked_mean(projected, real)
         head = torch.where(present[:, None], head, self.stand_ins[name].to(head.dtype))[:, None]
         first = present.new_ones(present.shape[0], 1)
         if not self.config.tokens:

@@ -9,26 +9,24 @@ import torch
 from torch import nn
 
 from mmhub.batch import Bundle, Features
-from mmhub.fusion.missing import Summaries
+from mmhub.fusion.missing import Rate, Summaries, Width
 from mmhub.interfaces import ComponentConfig, Fusion, Stream
 
 
 class Concat(Fusion):
-    """Late fusion: project each summary to `dim`, concatenate, mix with one hidden layer -> one fused token (B, 1, D)."""
+    """Late fusion: project each summary to `dim`, join them, mix with one hidden layer -> one fused token (B, 1, D)."""
 
     class Config(ComponentConfig):
-        """`dim` is the width of each projection and of the result; dropout rates lie in [0, 1)."""
+        """`dim` is the width of each projection and of the result."""
 
-        dim: int = 128
-        dropout: float = 0.1
-        modality_dropout: float = 0.3
+        dim: Width = 128
+        dropout: Rate = 0.1
+        modality_dropout: Rate = 0.3
 
     def __init__(self, config: Config, inputs: Mapping[str, Stream]) -> None:
         super().__init__(config, inputs)
         self.summaries = Summaries(inputs, config.dim, config.modality_dropout)
-        self.mix = nn.Sequential(
-            nn.Linear(config.dim * len(inputs), config.dim), nn.GELU(), nn.Dropout(config.dropout)
-        )
+        self.mix = nn.Sequential(nn.Linear(config.dim * len(inputs), config.dim), nn.GELU(), nn.Dropout(config.dropout))
         self.outputs = {"fused": Stream(config.dim)}
 
     def forward(self, bundle: Bundle, plan: Any = None, embed: Any = None) -> Bundle:

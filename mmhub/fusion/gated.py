@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mmhub.batch import Bundle, Features
-from mmhub.fusion.missing import Summaries
+from mmhub.fusion.missing import Rate, Summaries, Width
 from mmhub.interfaces import ComponentConfig, Fusion, Stream
 
 
@@ -21,11 +21,11 @@ class Gated(Fusion):
     """
 
     class Config(ComponentConfig):
-        """`dim` is the width of each projection and of the result; dropout rates lie in [0, 1)."""
+        """`dim` is the width of each projection and of the result."""
 
-        dim: int = 128
-        dropout: float = 0.1
-        modality_dropout: float = 0.3
+        dim: Width = 128
+        dropout: Rate = 0.1
+        modality_dropout: Rate = 0.3
 
     def __init__(self, config: Config, inputs: Mapping[str, Stream]) -> None:
         super().__init__(config, inputs)

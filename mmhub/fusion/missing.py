@@ -1,15 +1,20 @@
-"""What mixing fusions share: modality dropout in training and one summary vector per modality with a learned stand-in."""
+"""What mixing fusions share: modality dropout, and one summary vector per modality with a learned stand-in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated, TypeAlias
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from mmhub.batch import Bundle
 from mmhub.interfaces import Stream
 from mmhub.layers import summary
+
+Width: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
+Rate: TypeAlias = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 
 
 def keep_modalities(present: Tensor, rate: float) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmhub.checkpoint import CheckpointConfig
+from mmhub.errors import UsageError
 from mmhub.interfaces import find_task
 
 START, END = "<!-- mmhub: generated from here -->", "<!-- mmhub: to here; text outside is kept -->"
@@ -23,9 +24,25 @@ def read_card(text: str) -> tuple[dict[str, Any], str]:
         return {}, text
     try:
         data = yaml.safe_load(found[1])
-    except yaml.YAMLError:
-        return {}, text
+    except yaml.YAMLError as error:
+        raise UsageError(f"the metadata at the top of README.md is not YAML: {error}", "correct it") from None
     return (data if isinstance(data, dict) else {}), text[found.end() :]
+
+
+def join_cards(local: str, remote: str) -> str:
+    """Return the card to go on from: the text of `local` where the user wrote any, else that of `remote`.
+
+    Metadata keys of both are kept; the local value wins.
+    """
+    import yaml
+
+    (ours, text), (theirs, remote_text) = read_card(local), read_card(remote)
+    data = theirs | ours
+    if theirs.get("tags") or ours.get("tags"):
+        data["tags"] = list(dict.fromkeys([*(theirs.get("tags") or []), *(ours.get("tags") or [])]))
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n" + (
+        text if _own_text(text) or not _own_text(remote_text) else remote_text
+    )
 
 
 def merge_card(
@@ -65,11 +82,24 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def _replace_section(text: str, section: str, name: str) -> str:
-    if START in text and END in text:
-        before, _, rest = text.partition(START)
-        return before + section + rest.partition(END)[2]
-    kept = text.strip()
-    return f"\n{kept}\n\n{section}\n" if kept else f"\n# {name}\n\n{section}\n"
+    before, after = _around_section(text)
+    if not before or _TITLE.fullmatch(before):  # ours; the name may have changed since
+        before = f"# {name}"
+    return f"\n{before}\n\n{section}\n" + (f"\n{after}\n" if after else "")
+
+
+_TITLE = re.compile(r"# \S+")
+
+
+def _around_section(text: str) -> tuple[str, str]:
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    return (before.strip(), after.strip()) if start and end else (text.strip(), "")
+
+
+def _own_text(text: str) -> bool:
+    before, after = _around_section(text)
+    return bool(after) or bool(before and not _TITLE.fullmatch(before))
 
 
 def _model_index(name: str, task: str, tag: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -109,8 +139,8 @@ def _section(
         lines += _table(result)
     lines += ["", "## Training", "", *_training(folder), "", "## Intended use and limits", ""]
     lines += [
-        "Measured on the data named above and on nothing else. Check it on your own data, for each group of people it",
-        "affects, before you rely on it, and do not use it to decide about people without a person who can overrule it.",
+        "Measured on the data named above and on nothing else. Check it on your own data, for each group of",
+        "people it affects, before you rely on it, and do not let it decide about people where nobody can overrule it.",
     ]
     return "\n".join(lines)
 
@@ -132,10 +162,9 @@ def _training(folder: Path) -> list[str]:
     facts = json.loads(path.read_text())
     data = facts.get("data", {}).get("train", {})
     source = ", ".join(f"`{file['name']}` ({file['sha256'][:12]})" for file in data.get("files", []))
-    lines = [
-        f"{facts.get('steps', '?')} optimizer steps over {data.get('rows', '?')} rows of {source or 'unrecorded data'},"
-        f" seed {facts.get('seed', '?')}, in {facts.get('seconds', '?')} s on {facts.get('hardware', '?')}."
-    ]
+    what = f"{data.get('rows', '?')} rows of {source or 'unrecorded data'}"
+    how = f"seed {facts.get('seed', '?')}, in {facts.get('seconds', '?')} s on {facts.get('hardware', '?')}"
+    lines = [f"{facts.get('steps', '?')} optimizer steps over {what}, {how}."]
     versions = facts.get("versions", {})
     if versions:
         lines.append("Versions: " + ", ".join(f"{key} {value}" for key, value in versions.items()) + ".")

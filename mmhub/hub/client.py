@@ -14,28 +14,44 @@ from pathlib import Path
 from typing import Any
 
 from mmhub.errors import MmhubError, NetworkError, NotFoundError
+from mmhub.registry import read_registries
+
+PUBLIC_HUB = "https://huggingface.co"
 
 
 def endpoint() -> str:
-    """Return the Hub's address: HF_ENDPOINT, else the public Hub."""
-    from huggingface_hub import constants
-
-    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or str(constants.ENDPOINT)
+    """Return the Hub's address: HF_ENDPOINT, else what a registry.toml sets, else the public Hub."""
+    return read_registries().endpoint().rstrip("/") or PUBLIC_HUB
 
 
 def is_public_hub() -> bool:
-    return endpoint() in ("https://huggingface.co", "https://hf.co")
+    return endpoint() in (PUBLIC_HUB, "https://hf.co")
+
+
+def is_offline() -> bool:
+    """Is HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) set, as huggingface_hub understood it?"""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def token() -> str | bool:
     """Return the token to send, or False for none.
 
-    A token stored by `hf auth login` goes to the public Hub alone; another endpoint gets HF_TOKEN, if that is set.
+    A token stored by `hf auth login` goes to the public Hub alone. An endpoint that HF_ENDPOINT or the user's own
+    registry names gets HF_TOKEN, if that is set; one that a project's registry.toml names gets none: it may have come
+    with a download.
     """
     from huggingface_hub import get_token
 
-    found = get_token() if is_public_hub() else os.environ.get("HF_TOKEN")
-    return found or False
+    if is_public_hub():
+        return get_token() or False
+    chosen_by_user = os.environ.get("HF_ENDPOINT") or _endpoint_scope() == "user"
+    return (os.environ.get("HF_TOKEN") or False) if chosen_by_user else False
+
+
+def _endpoint_scope() -> str:
+    return next((file.scope for file in read_registries().files if file.hub.endpoint), "")
 
 
 def cache_dir() -> Path:
@@ -44,6 +60,26 @@ def cache_dir() -> Path:
 
     root = Path(constants.HF_HUB_CACHE)
     return root if is_public_hub() else root / "endpoints" / re.sub(r"[^\w.-]+", "_", endpoint().split("://")[-1])
+
+
+def is_reachable() -> bool:
+    """Does the Hub's machine, or the proxy before it, accept connections?
+
+    huggingface_hub retries for half a minute before it says that one does not.
+    """
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies, proxy_bypass
+
+    address = urlsplit(endpoint())
+    host = address.hostname or ""
+    if address.scheme in getproxies() and not proxy_bypass(host):
+        return True
+    try:
+        with socket.create_connection((host, address.port or (443 if address.scheme == "https" else 80)), timeout=10):
+            return True
+    except OSError:
+        return False
 
 
 def api() -> Any:
@@ -61,12 +97,13 @@ def download_options() -> dict[str, Any]:
 
 @contextmanager
 def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turn the client's exceptions into ours, one line each."""
+    """Call the client inside: its exceptions become ours, one line each, and it sends no token but the one we pass."""
     from huggingface_hub import errors
 
     at = f"at {endpoint()}"
     try:
-        yield
+        with _no_implicit_token():
+            yield
     except errors.GatedRepoError:
         raise MmhubError(f"'{repo}' {at} is gated", "accept its terms on its page, then `hf auth login`") from None
     except errors.RepositoryNotFoundError:
@@ -86,17 +123,35 @@ def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
         raise _http_error(repo, error) from None
     except (ConnectionError, TimeoutError) as error:
         raise NetworkError(f"cannot reach {endpoint()}: {_first_line(error)}", _OFFLINE_HINT) from None
+    except RuntimeError as error:  # how the client reports any failed upload
+        if error.__cause__ is None or not str(error).startswith("Error while uploading"):
+            raise
+        with hub_errors(repo, revision):
+            raise error.__cause__ from None
     except Exception as error:
         if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
             raise NetworkError(f"cannot reach {endpoint()}: {_first_line(error)}", _OFFLINE_HINT) from None
         raise
 
 
+@contextmanager
+def _no_implicit_token() -> Iterator[None]:
+    """Even with token=False the client (2.4) sends the stored token when it asks where to upload large files."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
+    constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = before
+
+
 _OFFLINE_HINT = "check the network, HF_ENDPOINT and proxy settings; models pulled before still load"
 
 
 def _unreachable(repo: str) -> NetworkError:
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if is_offline():
         return NetworkError(f"'{repo}' is not in the cache, and HF_HUB_OFFLINE is set", "unset it, or pull it first")
     return NetworkError(f"'{repo}' is not in the cache, and {endpoint()} cannot be reached", _OFFLINE_HINT)
 

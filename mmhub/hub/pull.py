@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
-from mmhub.checkpoint import ALLOWED, CheckpointConfig, check_requirements, read_config, verify_files
+from mmhub.checkpoint import ALLOWED, CheckpointConfig, check_requirements, is_checkpoint, read_config, verify_files
 from mmhub.checkpoint import load as load_folder
 from mmhub.device import find_device
 from mmhub.errors import MmhubError, TrustError, UsageError
-from mmhub.hub.client import cache_dir, download_options, hub_errors
+from mmhub.files import disk_errors, new_folder
+from mmhub.hub.client import cache_dir, download_options, hub_errors, is_offline, is_reachable
 from mmhub.model import Model
 from mmhub.names import Resolved, resolve
 
-_EXTRAS = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "eval/*.json")
+_EXTRAS = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "provenance.json", "eval/*.json")
 _LIBRARY_FILES = (
-    "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "preprocessor_config.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
-    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "1_Pooling/config.json",
+    "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors",
+    "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "1_Pooling/config.json",
 )  # fmt: skip
 
 
@@ -37,48 +40,73 @@ def load(name: str, *, device: str = "cpu", revision: str | None = None, allow_p
 def pull(name: str, *, revision: str | None = None, local_dir: str | Path | None = None) -> Path:
     """Make the checkpoint called `name` available and return its folder, every file checked against its hash.
 
-    A local checkpoint is returned as it is. `local_dir` copies the files there instead of into the cache.
+    A local checkpoint is returned as it is. `local_dir` puts the files there instead of into the cache, replacing an
+    older checkpoint at once or not at all. `revision` is what `name@revision` says.
 
     Raises:
         PluginError: a plugin it needs is missing; nothing but config.json was fetched.
         TrustError: a file is damaged, also after fetching it again.
     """
-    resolved = resolve(name)
+    resolved = resolve(_at_revision(name, revision))
     if resolved.kind == "local":
         assert resolved.path is not None
         return resolved.path
     if resolved.kind != "hub":
         raise UsageError(f"{name!r} is a composition, not a checkpoint", "train it from a recipe first")
-    return pull_repo(name, resolved, revision, Path(local_dir) if local_dir else None)
+    return pull_repo(name, resolved, Path(local_dir) if local_dir else None)
 
 
-def pull_repo(name: str, resolved: Resolved, revision: str | None = None, local_dir: Path | None = None) -> Path:
+def _at_revision(name: str, revision: str | None) -> str:
+    """`name` with its revision replaced, so that pins and `require_pinned` are checked for what is asked."""
+    if revision is None:
+        return name
+    if name.startswith((".", "/", "~", "\\", "local:", "local-dir:")):
+        raise UsageError(f"'{name}' is a local folder, which has no revision", "leave out --revision")
+    plain, mark, component = name.partition("#")
+    return f"{plain.partition('@')[0]}@{revision}{mark}{component}"
+
+
+def pull_repo(name: str, resolved: Resolved, local_dir: Path | None = None) -> Path:
     """Fetch a checkpoint repository."""
     repo = resolved.repo_id or ""
-    wanted = revision or resolved.commit or resolved.revision
-    config_path = _fetch_config(repo, wanted)
+    config_path = _fetch_config(repo, resolved.commit or resolved.revision)
     config = read_config(config_path.parent)
     check_requirements(name, config)
     commit = config_path.parent.name
-    folder = _fetch(repo, commit, config, local_dir)
-    _repair(repo, commit, folder, config, local_dir)
+    if local_dir is not None:
+        _check_target(local_dir)
+        with disk_errors("the checkpoint", local_dir), new_folder(local_dir) as aside:
+            _fetch(repo, commit, config, aside)
+            _repair(repo, commit, aside, config, aside)
+        return local_dir
+    folder = config_path.parent
+    if not all((folder / file).is_file() for file in config.files):
+        _fetch(repo, commit, config)
+    _repair(repo, commit, folder, config)
     return folder
 
 
 def _fetch_config(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
+    """The cached file if a commit is asked for or the Hub cannot be reached, else what the Hub has now."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+        cached = try_to_load_from_cache(repo, "config.json", cache_dir=cache_dir(), revision=revision)
+        if isinstance(cached, str):
+            return Path(cached)
+    cached_only = not is_offline() and not is_reachable()
     with hub_errors(repo, revision):
-        return Path(hf_hub_download(repo, "config.json", revision=revision, **download_options()))
+        return Path(
+            hf_hub_download(repo, "config.json", revision=revision, local_files_only=cached_only, **download_options())
+        )
 
 
-def _fetch(repo: str, commit: str, config: CheckpointConfig, local_dir: Path | None) -> Path:
+def _fetch(repo: str, commit: str, config: CheckpointConfig, local_dir: Path | None = None) -> None:
     from huggingface_hub import snapshot_download
 
     patterns = ["config.json", *_EXTRAS, *config.files]
     options: dict[str, Any] = download_options()
     if local_dir:
-        _check_target(local_dir)
         options["local_dir"] = local_dir
     with hub_errors(repo, commit):
         folder = Path(snapshot_download(repo, revision=commit, allow_patterns=patterns, **options))
@@ -86,25 +114,27 @@ def _fetch(repo: str, commit: str, config: CheckpointConfig, local_dir: Path | N
         _drop_client_metadata(local_dir)
     for path in folder.rglob("*"):
         inside = path.relative_to(folder).as_posix()
-        if not path.is_dir() and not ALLOWED.fullmatch(inside) and not inside.startswith(".cache/"):
+        if not path.is_dir() and not ALLOWED.fullmatch(inside):
             raise TrustError(f"'{repo}' delivered {inside!r}, which no checkpoint may hold")
-    return folder
 
 
 def _check_target(folder: Path) -> None:
-    from mmhub.checkpoint import is_checkpoint
-
-    if folder.exists() and not is_checkpoint(folder) and (not folder.is_dir() or any(folder.iterdir())):
+    """Only a checkpoint and nothing else may be replaced."""
+    if not folder.exists():
+        return
+    inside = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
+    if not folder.is_dir() or (inside and not is_checkpoint(folder)):
         raise UsageError(f"'{folder}' exists and is no mmhub checkpoint", "name another folder")
+    own = [name for name in inside if not ALLOWED.fullmatch(name)]
+    if own:
+        raise UsageError(f"'{folder}' also holds {own[0]!r}, which would be lost", "name another folder")
 
 
 def _drop_client_metadata(folder: Path) -> None:
-    import shutil
-
     shutil.rmtree(folder / ".cache", ignore_errors=True)
 
 
-def _repair(repo: str, commit: str, folder: Path, config: CheckpointConfig, local_dir: Path | None) -> None:
+def _repair(repo: str, commit: str, folder: Path, config: CheckpointConfig, local_dir: Path | None = None) -> None:
     """Check every file, and fetch once more what is damaged: the client itself compares sizes only."""
     from huggingface_hub import hf_hub_download
 
@@ -113,7 +143,7 @@ def _repair(repo: str, commit: str, folder: Path, config: CheckpointConfig, loca
             verify_files(folder, config, {name})
             continue
         except TrustError:
-            if os.environ.get("HF_HUB_OFFLINE"):
+            if is_offline():
                 raise
         options: dict[str, Any] = download_options()
         if local_dir:
@@ -147,8 +177,6 @@ def find_pretrained(name: str) -> tuple[str, Path, str | None]:
 
     Ours are checkpoint folders or repositories with an mmhub config.json; anything else is the library's own format.
     """
-    from mmhub.checkpoint import is_checkpoint
-
     resolved = resolve(name)
     if resolved.kind == "local":
         assert resolved.path is not None

@@ -14,7 +14,7 @@ from typing import Any
 
 from mmhub.checkpoint import ALLOWED, check_header, is_checkpoint, load, read_config
 from mmhub.errors import NotFoundError, TrustError, UsageError
-from mmhub.hub.card import merge_card, read_card
+from mmhub.hub.card import join_cards, merge_card, read_card
 from mmhub.hub.client import api, download_options, endpoint, hub_errors, is_public_hub
 from mmhub.model import Model
 
@@ -40,7 +40,7 @@ def push(
     model: Model | str | Path,
     repo: str,
     *,
-    license: str = "",  # noqa: A002 - the word the Hub uses
+    license: str = "",
     message: str = "",
     private: bool | None = None,
     revision: str | None = None,
@@ -49,7 +49,8 @@ def push(
 ) -> Pushed:
     """Publish a model or checkpoint folder to `repo` ("org/name") as one commit; the repository is made if needed.
 
-    The card's own text and unknown metadata survive. Files outside the checkpoint layout are never sent.
+    The user's text and metadata in the folder's card are published; where the folder's card has none, those already in
+    the repository survive. Files outside the checkpoint layout are never sent.
 
     Raises:
         UsageError: no licence is known. TrustError: the folder is damaged or holds a secret. NetworkError.
@@ -57,9 +58,9 @@ def push(
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UsageError(f"{repo!r} is no repository name", "use org/name, e.g. my-team/digits")
     if isinstance(model, Model):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as temporary:
             return push(
-                model.save(Path(folder) / "model"), repo, license=license, message=message, private=private,
+                model.save(Path(temporary) / "model"), repo, license=license, message=message, private=private,
                 revision=revision, tag=tag, dry_run=dry_run,
             )  # fmt: skip
     folder = Path(model)
@@ -72,9 +73,15 @@ def push(
     if dry_run:
         return _dry_run(folder, repo, files, _card(folder, repo, local, license))
     with hub_errors(repo, revision):
-        parent, remote, names = _remote(repo, private, revision)
-    text = _card(folder, repo, remote or local, license or _licence_of(local))
-    return _commit(folder, repo, files, text, message, parent, names, revision, tag)
+        head = _find_head(repo, revision)
+    text = _card(folder, repo, join_cards(local, head.card) if head else local, license)
+    if SECRETS.search(text):
+        raise TrustError(f"the card of '{repo}' holds what looks like a secret", "remove it, then push again")
+    with hub_errors(repo, revision):
+        if head and tag:
+            _check_tag(repo, tag)
+        head = head or _create(repo, private, revision)
+    return _commit(folder, repo, files, text, message, head, revision, tag)
 
 
 def stage(folder: Path) -> list[str]:
@@ -113,7 +120,7 @@ def _licence_of(card: str) -> str:
     return str(read_card(card)[0].get("license") or "")
 
 
-def _card(folder: Path, repo: str, old: str, license: str) -> str:  # noqa: A002
+def _card(folder: Path, repo: str, old: str, license: str) -> str:
     known = license or _licence_of(old)
     if not known:
         raise UsageError("no licence is given for the model", "add --license, e.g. --license apache-2.0")
@@ -125,23 +132,46 @@ def _dry_run(folder: Path, repo: str, files: Sequence[str], card: str) -> Pushed
     return Pushed(repo, f"{endpoint()}/{repo}", "", dict(sorted(sizes.items())), dry_run=True)
 
 
-def _remote(repo: str, private: bool | None, revision: str | None) -> tuple[str, str, list[str]]:
-    """Make the repository if needed; return its head commit, its README and its file names."""
+@dataclass(frozen=True)
+class _Head:
+    """The branch to push to, as it is now."""
+
+    commit: str
+    files: tuple[str, ...] = ()
+    card: str = ""
+
+
+def _find_head(repo: str, revision: str | None) -> _Head | None:
+    """The newest commit with its file names and README, None if there is no such repository yet."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RevisionNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     hub = api()
-    hub.create_repo(repo, private=private, exist_ok=True)
     try:
         info = hub.model_info(repo, revision=revision)
     except RevisionNotFoundError:
         hub.create_branch(repo, branch=revision, exist_ok=True)
         info = hub.model_info(repo, revision=revision)
-    names = [file.rfilename for file in info.siblings or []]
-    text = ""
+    except RepositoryNotFoundError:
+        return None
+    names = tuple(file.rfilename for file in info.siblings or ())
+    card = ""
     if "README.md" in names:
-        text = Path(hf_hub_download(repo, "README.md", revision=info.sha, **download_options())).read_text("utf-8")
-    return info.sha, text, names
+        path = hf_hub_download(repo, "README.md", revision=info.sha, **download_options())
+        card = Path(path).read_text(encoding="utf-8")
+    return _Head(info.sha, names, card)
+
+
+def _create(repo: str, private: bool | None, revision: str | None) -> _Head:
+    api().create_repo(repo, private=private, exist_ok=True)
+    if revision:
+        api().create_branch(repo, branch=revision, exist_ok=True)
+    return _Head(api().model_info(repo, revision=revision).sha)
+
+
+def _check_tag(repo: str, tag: str) -> None:
+    if any(ref.name == tag for ref in api().list_repo_refs(repo).tags):
+        raise UsageError(f"'{repo}' already has a tag '{tag}'", "choose another --tag; nothing was sent")
 
 
 def _commit(
@@ -150,23 +180,24 @@ def _commit(
     files: Sequence[str],
     card: str,
     message: str,
-    parent: str,
-    remote: Sequence[str],
+    head: _Head,
     revision: str | None,
     tag: str,
 ) -> Pushed:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    if SECRETS.search(card):
-        raise TrustError(f"the card of '{repo}' holds what looks like a secret", "remove it, then push again")
-    stale = [name for name in remote if _is_ours(name) and name not in files and name != "README.md"]
+    stale = [name for name in head.files if _is_ours(name) and name not in files and name != "README.md"]
     with _opened(folder, [name for name in files if name != "README.md"]) as contents:
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
         operations.append(CommitOperationAdd("README.md", card.encode()))
         operations += [CommitOperationDelete(name) for name in stale]
         with hub_errors(repo, revision), _without_xet_warning():
             done = api().create_commit(
-                repo, operations, commit_message=message or "Publish with mmhub", revision=revision, parent_commit=parent
+                repo,
+                operations,
+                commit_message=message or "Publish with mmhub",
+                revision=revision,
+                parent_commit=head.commit,
             )
     if tag:
         with hub_errors(repo, tag):
@@ -208,5 +239,3 @@ def _without_xet_warning() -> Iterator[None]:
         yield
     finally:
         log.removeFilter(keep)
-
-

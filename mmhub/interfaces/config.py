@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 import msgspec
 
@@ -13,7 +13,8 @@ from mmhub.errors import UsageError, did_you_mean
 T = TypeVar("T")
 
 
-class ComponentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class ComponentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of a component's `Config`, which lives in the class it builds.
 
     Values are JSON: names and numbers, never import paths. Raise ValueError in `__post_init__` for a bad value.
@@ -32,7 +33,7 @@ def decode_config(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     try:
         return msgspec.convert(dict(table), cls)
     except msgspec.ValidationError as error:
-        raise _explain(cls, str(error), where) from None
+        raise _explain(cls, str(error), where, table) from None
 
 
 def encode_config(config: Any) -> dict[str, Any]:
@@ -42,10 +43,10 @@ def encode_config(config: Any) -> dict[str, Any]:
     return data
 
 
-def _explain(cls: type, text: str, where: str) -> UsageError:
+def _explain(cls: type, text: str, where: str, table: Any) -> UsageError:
     message, _, path = text.partition(" - at `$")
     steps = re.findall(r"\.([\w-]+)|\[(\.\.\.|\d+)\]", path.rstrip("`"))
-    inside = [name or index for name, index in steps]
+    inside = _named_keys(cls, [name or index for name, index in steps], table)
     place = ".".join([where, *inside]) if inside else where
     unknown = re.search(r"unknown field `(.+?)`", message)
     if unknown:
@@ -56,6 +57,29 @@ def _explain(cls: type, text: str, where: str) -> UsageError:
     if missing:
         return UsageError(f"{place}: the key {missing[1]!r} is missing", f"add `{missing[1]} = ...`")
     return UsageError(f"{place}: {message[:1].lower()}{message[1:]}".replace("`", "'"))
+
+
+def _named_keys(cls: type, path: list[str], value: Any) -> list[str]:
+    """msgspec writes `...` for a key of a mapping: put the key whose value is wrong in its place."""
+    kind: Any = msgspec.inspect.type_info(cls)
+    named = []
+    for step in path:
+        kind = _step(kind, step)
+        if step == "..." and isinstance(value, Mapping):
+            step = next((str(key) for key, item in value.items() if not _fits(item, _struct_in(kind))), step)
+        named.append(step)
+        value = value.get(step) if isinstance(value, Mapping) else None
+    return named
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if not isinstance(kind, msgspec.inspect.StructType):
+        return True
+    try:
+        msgspec.convert(value, kind.cls)
+    except msgspec.ValidationError:
+        return False
+    return True
 
 
 def _fields_at(cls: Any, path: list[str]) -> list[str]:

@@ -59,7 +59,7 @@ class Processor(ABC):
         """Join at least one item into (data, mask); right-pads the first dimension. Override for fixed-size items."""
         return pad_sequences(items)
 
-    def fit(self, raws: Iterable[Any]) -> None:
+    def fit(self, raws: Iterable[Any]) -> None:  # noqa: B027 - optional, unlike the abstract methods
         """Learn state such as a vocabulary from training inputs. Called once, and only if `needs_fit` is set."""
 
     @abstractmethod

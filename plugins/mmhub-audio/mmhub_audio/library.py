@@ -90,17 +90,16 @@ def build(factory: Any, hyper: Any, component: str) -> Any:
         raise UsageError(f"{component}: these hyper-parameters make no model: {error}", "check `config`") from None
 
 
-def read_tensors(folder: Path, prefixes: tuple[str, ...], skip: tuple[str, ...] = ()) -> dict[str, Tensor]:
+def read_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     """Read the tensors of one sub-module as float32, without touching the rest of the file.
 
-    `prefixes` are tried in order; the first that any tensor starts with is removed from the names. Names that start
-    with one of `skip` are left out.
+    `prefixes` are tried in order; the first that any tensor starts with is removed from the names.
     """
     where = _tensor_files(folder)
     prefix = next((p for p in prefixes if any(name.startswith(p) for name in where)), None)
     if prefix is None:
         raise UsageError(f"'{folder}' holds no tensors named '{prefixes[0]}...'", "check that it is the right model")
-    names = [n for n in where if n.startswith(prefix) and not n[len(prefix) :].startswith(skip or ("\0",))]
+    names = [name for name in where if name.startswith(prefix)]
     tensors: dict[str, Tensor] = {}
     for file in sorted({where[name] for name in names}):
         with _open(file) as content:

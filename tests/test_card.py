@@ -1,0 +1,112 @@
+"""The model card: what is generated, and that what the user wrote stays."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmhub.checkpoint import read_config
+from mmhub.errors import UsageError
+from mmhub.hub.card import END, START, join_cards, merge_card, read_card
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "model")
+
+
+def card(folder: Path, old: str = "", **options: Any) -> str:
+    return merge_card(folder, read_config(folder), name="team/shapes", old=old, **options)
+
+
+def test_the_metadata_is_what_the_hub_indexes(folder: Path) -> None:
+    data, _ = read_card(card(folder, metadata={"license": "mit", "language": ["en"], "datasets": []}))
+    assert data["library_name"] == "mmhub"
+    assert data["license"] == "mit"
+    assert data["language"] == ["en"]
+    assert "datasets" not in data
+    assert data["tags"] == ["mmhub", "classification", "image", "audio"]
+    measured = json.loads((folder / "eval" / "classification.json").read_text())
+    result = data["model-index"][0]["results"][0]
+    values = {metric["name"]: metric["value"] for metric in result["metrics"]}
+    assert values["accuracy"] == measured["metrics"]["accuracy"]
+    assert values["accuracy (image only)"] == measured["subsets"]["image"]["accuracy"]
+    assert not [name for name in values if "rows" in name]
+
+
+def test_huggingface_hub_reads_the_card(folder: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    text = card(folder, metadata={"license": "mit"})
+    found = ModelCard(text)
+    assert found.data.license == "mit"
+    assert found.data.eval_results
+    assert found.data.model_name == "team/shapes"
+
+
+def test_the_text_tells_use_results_training_and_limits(folder: Path) -> None:
+    _, text = read_card(card(folder))
+    for part in (
+        "# team/shapes", "mmhub predict team/shapes --image FILE --audio FILE", 'pip install "mmhub', "| image only |",
+        "18 optimizer steps over 48 rows of `train.parquet`", "## Intended use and limits",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+def test_generating_a_card_twice_changes_nothing(folder: Path) -> None:
+    once = card(folder, metadata={"license": "mit"})
+    assert card(folder, old=once) == once
+
+
+def test_text_around_the_generated_part_and_unknown_keys_stay(folder: Path) -> None:
+    old = f"---\nlicense: mit\nfoo: [1, 2]\n---\n# My title here\n\nBefore.\n\n{START}\nold\n{END}\n\nAfter.\n"
+    data, text = read_card(card(folder, old=old))
+    assert data["foo"] == [1, 2]
+    assert text.lstrip().startswith("# My title here\n\nBefore.")
+    assert text.endswith("After.\n")
+    assert "\nold\n" not in text
+
+
+def test_a_card_without_markers_is_kept_whole_before_the_generated_part(folder: Path) -> None:
+    _, text = read_card(card(folder, old="# Mine\n\nAll mine.\n"))
+    assert text.index("All mine.") < text.index(START)
+
+
+def test_a_title_we_generated_follows_the_name(folder: Path) -> None:
+    text = merge_card(folder, read_config(folder), name="other/name", old=card(folder))
+    assert "# other/name" in text
+    assert "team/shapes" not in read_card(text)[1]
+
+
+def test_joining_prefers_local_text_keeps_all_keys_and_all_tags() -> None:
+    remote = f"---\nfoo: 1\nlicense: mit\ntags: [a]\n---\n# x\n\n{START}\n.\n{END}\n\nTheirs.\n"
+    generated = f"---\nlicense: apache-2.0\ntags: [b]\n---\n# y\n\n{START}\n.\n{END}\n"
+    data, text = read_card(join_cards(generated, remote))
+    assert data == {"foo": 1, "license": "apache-2.0", "tags": ["a", "b"]}
+    assert "Theirs." in text
+    assert "Ours." in join_cards(generated + "\nOurs.\n", remote)
+
+
+def test_metadata_that_is_not_yaml_is_an_error_and_not_lost() -> None:
+    with pytest.raises(UsageError, match=r"README\.md is not YAML"):
+        read_card("---\nfoo: [1\n---\ntext\n")
+
+
+@pytest.mark.parametrize("text", ["", "no metadata", "--- not\n", "---\nno end"])
+def test_a_card_without_metadata_is_all_text(text: str) -> None:
+    assert read_card(text) == ({}, text)
+
+
+def test_windows_line_ends_are_read(folder: Path) -> None:
+    data, _ = read_card("---\r\nlicense: mit\r\n---\r\ntext\r\n")
+    assert data == {"license": "mit"}
+
+
+def test_the_front_matter_is_safe_yaml(folder: Path) -> None:
+    text = card(folder, metadata={"license": "mit: [oops", "language": ["no"]})
+    assert yaml.safe_load(text.split("---\n")[1])["language"] == ["no"]

@@ -1,0 +1,186 @@
+"""Evaluation: the report's schema, subsets of modalities, and errors that name row and column."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mmhub.checkpoint import load
+from mmhub.cli.main import main
+from mmhub.config import check_recipe
+from mmhub.data.sources import open_rows
+from mmhub.engine import train
+from mmhub.errors import InputError, UsageError
+from mmhub.evaluation import EvalOptions, data_name, evaluate
+from mmhub.model import Model
+from tests.conftest import make_table
+
+
+@pytest.fixture(scope="module")
+def model(trained: Path) -> Model:
+    return load(trained, name="shapes")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 rows: 8 with both inputs, 8 without an image, 8 without audio."""
+    return make_table(tmp_path_factory.mktemp("table") / "test.parquet", 24, missing=True)
+
+
+def rewrite(source: Path, target: Path, change: Any) -> Path:
+    rows = pq.read_table(source).to_pylist()
+    pq.write_table(pa.Table.from_pylist(change(rows)), target)
+    return target
+
+
+def test_the_report_has_the_documented_schema(model: Model, table: Path) -> None:
+    report = evaluate(model, str(table))
+    assert (report["name"], report["task"], report["rows"], report["skipped"]) == ("shapes", "classification", 24, 0)
+    assert set(report) == {"name", "task", "rows", "skipped", "metrics", "subsets"}
+    assert set(report["metrics"]) == {"accuracy", "f1", "loss"}
+    assert {name: values["rows"] for name, values in report["subsets"].items()} == {
+        "image": 16, "audio": 16, "image+audio": 8,
+    }  # fmt: skip
+    json.dumps(report)
+
+
+def test_a_subset_is_what_a_table_without_the_other_columns_gives(model: Model, table: Path, tmp_path: Path) -> None:
+    report = evaluate(model, str(table))
+    for name, others in (("image", ["audio"]), ("audio", ["image"]), ("image+audio", [])):
+        wanted = name.split("+")
+
+        def change(rows: list[Any], wanted: list[str] = wanted, others: list[str] = others) -> list[Any]:
+            kept = [row for row in rows if all(row[key] is not None for key in wanted)]
+            return [{key: value for key, value in row.items() if key not in others} for row in kept]
+
+        alone = evaluate(model, str(rewrite(table, tmp_path / f"{name}.parquet", change)))
+        expected = report["subsets"][name]
+        assert alone["rows"] == expected["rows"]
+        for key, value in alone["metrics"].items():
+            assert value == pytest.approx(expected[key], abs=1e-5), (name, key)
+
+
+def test_the_batch_size_changes_no_number(model: Model, table: Path) -> None:
+    one, many = (evaluate(model, str(table), options=EvalOptions(batch_size=size)) for size in (1, 24))
+    assert one["metrics"] == pytest.approx(many["metrics"], abs=1e-5)
+    for name, values in one["subsets"].items():
+        assert values == pytest.approx(many["subsets"][name], abs=1e-5)
+
+
+def test_the_loss_is_the_mean_over_rows(model: Model, table: Path) -> None:
+    report = evaluate(model, str(table), options=EvalOptions(batch_size=7))
+    rows = open_rows(str(table))
+    samples = [{key: row[key] for key in ("image", "audio")} for row in rows]
+    scores = [answer["scores"][row["label"]] for answer, row in zip(model.predict(samples), rows, strict=True)]
+    expected = -torch.tensor(scores, dtype=torch.float64).log().mean().item()
+    assert report["metrics"]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_accuracy_counts_the_answers_of_predict(model: Model, table: Path) -> None:
+    rows = list(open_rows(str(table)))
+    answers = model.predict([{"image": row["image"], "audio": row["audio"]} for row in rows])
+    hits = sum(answer["label"] == row["label"] for answer, row in zip(answers, rows, strict=True))
+    assert evaluate(model, str(table))["metrics"]["accuracy"] == hits / 24
+
+
+def test_evaluating_leaves_the_model_as_it_was(model: Model, table: Path) -> None:
+    model.train()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    evaluate(model, str(table))
+    assert model.training
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    model.eval()
+
+
+def test_a_missing_target_column_suggests_the_nearest(model: Model, table: Path, tmp_path: Path) -> None:
+    def change(rows: list[Any]) -> list[Any]:
+        return [{"labels" if key == "label" else key: value for key, value in row.items()} for row in rows]
+
+    other = rewrite(table, tmp_path / "o.parquet", change)
+    with pytest.raises(UsageError, match="did you mean 'labels'"):
+        evaluate(model, str(other))
+    assert evaluate(model, str(other), target="labels")["rows"] == 24
+
+
+def test_columns_of_another_name_can_be_given(model: Model, table: Path, tmp_path: Path) -> None:
+    def change(rows: list[Any]) -> list[Any]:
+        return [{"photo": row["image"], "is": row["label"]} for row in rows if row["image"]]
+
+    other = rewrite(table, tmp_path / "o.parquet", change)
+    with pytest.raises(UsageError, match="no column"):
+        evaluate(model, str(other), target="is")
+    report = evaluate(model, str(other), inputs={"image": "photo"}, target="is")
+    assert list(report["subsets"]) == ["image"]
+    with pytest.raises(UsageError, match="no input 'text'"):
+        evaluate(model, str(other), inputs={"text": "photo"}, target="is")
+    with pytest.raises(UsageError, match="did you mean 'photo'"):
+        evaluate(model, str(other), inputs={"image": "foto"}, target="is")
+
+
+def test_an_unseen_label_is_named_with_its_row_or_skipped(model: Model, table: Path, tmp_path: Path) -> None:
+    def change(rows: list[Any]) -> list[Any]:
+        rows[4]["label"] = "c9"
+        return rows
+
+    bad = rewrite(table, tmp_path / "bad.parquet", change)
+    with pytest.raises(InputError) as caught:
+        evaluate(model, str(bad))
+    assert "bad.parquet row 5, column 'label': label 'c9' was not seen in training" in caught.value.message
+    report = evaluate(model, str(bad), options=EvalOptions(skip=True))
+    assert (report["rows"], report["skipped"]) == (23, 1)
+
+
+def test_a_table_with_nothing_to_measure_is_an_error(model: Model, table: Path, tmp_path: Path) -> None:
+    bad = rewrite(table, tmp_path / "bad.parquet", lambda rows: [{**row, "label": "c9"} for row in rows])
+    with pytest.raises(InputError, match="none of the 24 rows"):
+        evaluate(model, str(bad), options=EvalOptions(skip=True))
+
+
+def test_a_table_without_a_header_needs_no_flags_on_the_trained_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"{'good' if i % 2 else 'bad'} film {i % 3}\tx\t{'pos' if i % 2 else 'neg'}" for i in range(24)]
+    for name in ("train.tsv.gz", "test.tsv.gz"):
+        (tmp_path / name).write_bytes(gzip.compress("\n".join(lines).encode()))
+    recipe = {
+        "task": "classification",
+        "model": {
+            "encoders": {"text": {"use": "lstm", "config": {"dim": 16}}},
+            "tokenizer": {"kind": "word"},
+        },
+        "data": {
+            "train": str(tmp_path / "train.tsv.gz"),
+            "columns": ["review", "junk", "mood"],
+            "inputs": {"text": "review"},
+            "target": "mood",
+        },
+        "train": {"epochs": 2, "batch_size": 8},
+    }
+    check_recipe(recipe)
+    folder = train(recipe, tmp_path / "run").model
+    with pytest.raises(SystemExit) as caught:
+        main(["eval", str(folder), "--data", str(tmp_path / "test.tsv.gz"), "--json"])
+    output = capsys.readouterr()
+    assert caught.value.code == 0, output.err
+    report = json.loads(output.out)
+    assert (report["rows"], list(report["subsets"])) == (24, ["text"])
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("hub:org/data", "hub:org/data"),
+        ("org/data", "org/data"),
+        (["/x/a.csv", "/x/b.csv"], "a.csv, b.csv"),
+        ({"source": "/x/a.en", "target": "/x/a.de"}, "a.en, a.de"),
+    ],
+)
+def test_a_card_names_data_without_folders(source: Any, name: str) -> None:
+    assert data_name(source) == name
