@@ -1,27 +1,23 @@
 """Checkpoint folders: config.json, safetensors weights and tokenizer files. Data only; code comes from plugins.
 
-`save` writes one, `load` builds a model from one, strictly. Cards and the Hub are left to `mmhub.hub`.
+`save` writes one, `load` builds a model from one, strictly. Weights are left to `mmhub.weights`, cards and the Hub to
+`mmhub.hub`.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import re
 import shutil
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
-import torch
 from packaging.version import Version
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from mmhub import __version__
 from mmhub.errors import MmhubError, NotFoundError, PluginError, TrustError, UsageError, did_you_mean
@@ -30,10 +26,9 @@ from mmhub.interfaces import Encoder, decode_config, encode_config, find_task
 from mmhub.model import Columns, Model
 from mmhub.plugins import Component, explain_unmet, get_index, unmet_requirements
 from mmhub.registry import find_component
+from mmhub.weights import Stored, fill, meta_parameters, no_constant, state_of, weight_files, write_weights
 
 FORMAT = 1
-SINGLE_FILE_BYTES = 64 * 2**20  # larger models are split by component, so that parts can be fetched alone
-SHARD_BYTES = 5 * 10**9
 
 ALLOWED = re.compile(
     r"README\.md|config\.json|provenance\.json|eval/[\w.-]+\.json|LICENSE(\.txt|\.md)?"
@@ -130,7 +125,7 @@ def _keep_others(old: Path, new: Path) -> None:
 
 
 def _write_checkpoint(model: Model, folder: Path) -> None:
-    state, tied = _state(model)
+    state, tied = state_of(model.parts())
     weights = write_weights(state, folder)
     records = {role: _record(model, role, part, weights, folder) for role, part in model.parts().items()}
     config = CheckpointConfig(
@@ -152,70 +147,6 @@ def _file_records(folder: Path) -> dict[str, FileRecord]:
     """Hashes of all files that loading reads; the card and results may be edited later."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in _UNHASHED]
     return {path.name: FileRecord(sha256(path), path.stat().st_size) for path in files}
-
-
-def _state(model: Model) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors by `role.name`; of tensors that share memory the first, the others as `tied` {alias: first}."""
-    state: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
-    parts = {role: part.state_dict() for role, part in model.parts().items()}  # all alive: no address is used twice
-    for role, tensors in parts.items():
-        for key, tensor in tensors.items():
-            name = f"{role}.{key}"
-            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            if tensor.numel() and place in seen:
-                tied[name] = seen[place]
-            else:
-                seen[place] = name
-                state[name] = tensor.detach().to("cpu").contiguous()
-    return state, tied
-
-
-def write_weights(state: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
-    """Write tensors named `role.name`; return the weights entry (file or index) of each role."""
-    from safetensors.torch import save_file
-
-    total = sum(t.nbytes for t in state.values())
-    _check_space(folder, total)
-    shards = _shards(state)
-    for file, names in shards.items():
-        (folder / file).touch()
-        mode = (folder / file).stat().st_mode & 0o777  # what the umask gives; the library's own files are 0600
-        save_file({name: state[name] for name in names}, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(mode)
-    roles = {name.split(".", 1)[0] for name in state}
-    if set(shards) == {"model.safetensors"}:
-        return dict.fromkeys(roles, "model.safetensors")
-    places = {name: file for file, names in shards.items() for name in names}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-    return dict.fromkeys(roles, "model.safetensors.index.json")
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free", str(folder))
-
-
-def _shards(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    if sum(t.nbytes for t in state.values()) <= SINGLE_FILE_BYTES:
-        return {"model.safetensors": list(state)}
-    shards: dict[str, list[str]] = {}
-    for role in dict.fromkeys(name.split(".", 1)[0] for name in state):
-        groups: list[list[str]] = [[]]
-        size = 0
-        for name in (n for n in state if n.startswith(f"{role}.")):
-            if groups[-1] and size + state[name].nbytes > SHARD_BYTES:
-                groups.append([])
-                size = 0
-            groups[-1].append(name)
-            size += state[name].nbytes
-        for i, group in enumerate(groups):
-            part = f"-{i + 1:05}-of-{len(groups):05}" if len(groups) > 1 else ""
-            shards[f"model-{role}{part}.safetensors"] = group
-    return shards
 
 
 def _record(model: Model, role: str, part: nn.Module, weights: Mapping[str, str], folder: Path) -> ComponentRecord:
@@ -305,7 +236,7 @@ def read_config(folder: Path) -> CheckpointConfig:
 def parse_config(content: bytes, where: str) -> CheckpointConfig:
     """Validate the content of a config.json."""
     try:
-        table = json.loads(content, parse_constant=_no_constant, parse_float=_finite)
+        table = json.loads(content, parse_constant=no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise TrustError(f"'{where}' is not valid JSON: {error}", "fetch the checkpoint again") from None
     if not isinstance(table, dict) or "mmhub_format" not in table:
@@ -347,10 +278,6 @@ def _config_problem(config: CheckpointConfig) -> str | None:
     if missing or len(config.components) < 3:
         return f"lacks {' and '.join(sorted(missing)) or 'an encoder'}"
     return None
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _finite(text: str) -> float:
@@ -402,7 +329,7 @@ def load(folder: Path, *, allow_partial: bool = False, name: str = "") -> Model:
     # What a partial load leaves without values must have started fresh, so that nothing is built on meta then.
     model = _build_model(config, folder, nullcontext if allow_partial else meta_parameters)
     model.name = name or str(folder)
-    _fill(model.parts(), config, folder, allow_partial)
+    fill(model.parts(), _stored(folder, config), allow_partial=allow_partial)
     return model.eval()
 
 
@@ -440,10 +367,16 @@ def load_encoder(folder: Path, role: str) -> tuple[Encoder, Component]:
     component = find_component(role, record.use)
     files = set(record.processor.files.values()) if record.processor else set()
     verify_files(folder, config, files | {record.weights})
-    verify_files(folder, config, _weight_files(folder, config, _roles_with_ties(config, {role})))
+    stored = _stored(folder, config)
+    verify_files(folder, config, weight_files(stored, {role}))
     encoder = _build_encoder(component, record, folder, meta_parameters)
-    _fill({role: encoder}, config, folder, allow_partial=False)
+    fill({role: encoder}, stored, allow_partial=False)
     return encoder, component
+
+
+def _stored(folder: Path, config: CheckpointConfig) -> Stored:
+    places = {role: record.weights for role, record in config.components.items()}
+    return Stored(folder, places, config.tied, config.files.keys())
 
 
 def _build_encoder(
@@ -487,219 +420,3 @@ def _decode(component: Component, cls: Any, record: ComponentRecord) -> Any:
         return decode_config(cls.Config, table, f"config.json: {component.id}")
     except UsageError as error:
         raise TrustError(error.message, error.hint) from None
-
-
-class _NoInitialValues(TorchFunctionMode):
-    """Draw no normal numbers for meta tensors: torch imports its compiler for that, which takes seconds."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (Tensor.normal_, nn.init.normal_):
-            tensor: Tensor = args[0] if args else kwargs["tensor"]
-            if tensor.is_meta:
-                return tensor
-        return func(*args, **kwargs)
-
-
-_patching = threading.RLock()
-
-
-@contextmanager
-def meta_parameters() -> Iterator[None]:
-    """Put every parameter that this thread registers inside the block on the meta device: no memory, no initialisation.
-
-    Buffers stay real, because some are tables that no checkpoint holds (rotary angles, position indices).
-    """
-    thread = threading.get_ident()
-    with _patching:
-        register = nn.Module.register_parameter
-
-        def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-            if param is not None and not param.is_meta and threading.get_ident() == thread:
-                param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-            register(module, name, param)
-
-        nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
-        try:
-            with _NoInitialValues():
-                yield
-        finally:
-            nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _roles_with_ties(config: CheckpointConfig, roles: set[str]) -> set[str]:
-    """These roles, and those that hold a tensor which one of them shares."""
-    return roles | {
-        source.partition(".")[0] for alias, source in config.tied.items() if alias.partition(".")[0] in roles
-    }
-
-
-def _weight_files(folder: Path, config: CheckpointConfig, roles: Iterable[str]) -> set[str]:
-    """The files that hold the tensors of these roles."""
-    files = set()
-    for role in roles:
-        weights = config.components[role].weights
-        if weights.endswith(".index.json"):
-            files |= _shards_of(folder / weights, role, config)
-        elif weights:
-            files.add(weights)
-    return files
-
-
-def _shards_of(index: Path, role: str, config: CheckpointConfig) -> set[str]:
-    try:
-        places = json.loads(index.read_bytes())["weight_map"]
-        found = {str(file) for name, file in places.items() if name.startswith(f"{role}.")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise TrustError(f"'{index}' is damaged: {error}", "fetch the checkpoint again") from None
-    for file in found - set(config.files):
-        raise TrustError(f"'{index}' points to {file!r}, which config.json does not list", "fetch the checkpoint again")
-    return found
-
-
-def _fill(parts: Mapping[str, nn.Module], config: CheckpointConfig, folder: Path, allow_partial: bool) -> None:
-    """Assign the tensors of the files to the parts, strictly, and tie again what was tied."""
-    roles = _roles_with_ties(config, set(parts))
-    found, problems = _read_parts(folder, config, roles)
-    tied = {alias: source for alias, source in config.tied.items() if alias.partition(".")[0] in parts}
-    for alias, source in tied.items():
-        if source in found:
-            found[alias] = found[source]
-    for role, part in parts.items():
-        mine = {name.split(".", 1)[1]: t for name, t in found.items() if name.startswith(f"{role}.")}
-        problems += _assign(role, part, mine, allow_partial)
-    if problems:
-        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        line = f"the weights in '{folder}' do not fit the model: {shown}"
-        if not allow_partial:
-            raise TrustError(line, "fetch the checkpoint again")
-        print(f"warning: {line}", file=sys.stderr)
-    names = {f"{role}.{key}" for role, part in parts.items() for key in part.state_dict()}
-    for alias, source in tied.items():
-        if {alias, source} <= names:
-            _tie(parts, alias, source)
-
-
-def _read_parts(folder: Path, config: CheckpointConfig, roles: set[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of these roles by full name, and what is wrong with the files that hold them."""
-    found: dict[str, Tensor] = {}
-    problems = []
-    for file in sorted(_weight_files(folder, config, roles)):
-        for name, tensor in read_tensors(folder / file):
-            role = name.partition(".")[0]
-            if role not in config.components:
-                problems.append(f"{name} is unexpected")
-            elif name in found:
-                problems.append(f"{name} is in two files")
-            elif role in roles:
-                found[name] = tensor
-    return found, problems
-
-
-def _assign(role: str, part: nn.Module, found: Mapping[str, Tensor], allow_partial: bool) -> list[str]:
-    """Give a part the tensors that fit, all or (partially) some; return what does not fit."""
-    expected = part.state_dict()
-    problems = [f"{role}.{key} is unexpected" for key in found if key not in expected]
-    fitting = {}
-    for key, wanted in expected.items():
-        problem = _misfit(found.get(key), wanted)
-        if problem:
-            problems.append(f"{role}.{key} {problem}")
-        else:
-            fitting[key] = found[key].to(wanted.dtype)
-    if not problems or allow_partial:
-        part.load_state_dict(fitting, strict=False, assign=True)
-    return problems
-
-
-def _misfit(tensor: Tensor | None, wanted: Tensor) -> str | None:
-    if tensor is None:
-        return "is missing"
-    if tensor.shape != wanted.shape:
-        return f"has shape {list(tensor.shape)}, not {list(wanted.shape)}"
-    exact = tensor.is_floating_point() and torch.promote_types(tensor.dtype, wanted.dtype) == wanted.dtype
-    if tensor.dtype != wanted.dtype and not exact:  # bf16 in the file and fp32 in the model lose nothing
-        return f"has type {tensor.dtype}, not {wanted.dtype}".replace("torch.", "")
-    return None
-
-
-def _tie(parts: Mapping[str, nn.Module], alias: str, source: str) -> None:
-    def owner(name: str) -> tuple[nn.Module, str]:
-        role, key = name.split(".", 1)
-        path, _, leaf = key.rpartition(".")
-        return parts[role].get_submodule(path), leaf
-
-    (module, leaf), (original, name) = owner(alias), owner(source)
-    setattr(module, leaf, getattr(original, name))
-
-
-# -- safetensors ------------------------------------------------------------------------------------------------
-
-
-def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a safetensors file by name, mapped, not copied.
-
-    Raises:
-        TrustError: the file is damaged or hostile.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    check_header(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - a safe_open handle is no dict
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise TrustError(f"'{path}' is damaged: {error}", "fetch the checkpoint again") from None
-
-
-def check_header(path: Path) -> None:
-    """Refuse a safetensors header that is too large, names a tensor twice, or would take long to parse."""
-    try:
-        with path.open("rb") as file:
-            problem = _header_problem(file)
-    except OSError as error:
-        problem = error.strerror
-    if problem:
-        raise TrustError(f"'{path}' is not a sound safetensors file: {problem}", "fetch the checkpoint again")
-
-
-def _header_problem(file: BinaryIO) -> str | None:
-    size = int.from_bytes(file.read(8), "little")
-    if size > 10_000_000:
-        return f"its header claims {size} bytes"
-    head = file.read(size)
-    if len(head) < size or size < 2:
-        return "it is truncated"
-    try:
-        table = json.loads(head, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except _Twice as error:
-        return f"it names {error.args[0]!r} twice"
-    except (ValueError, RecursionError):
-        return "its header is not JSON"
-    if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
-        return "its header is not a table of tensors"
-    if len(table) > 100_000:
-        return f"it holds {len(table)} tensors"
-    if not all(name.isprintable() for name in table):
-        return "a tensor's name is not printable"
-    shapes = [entry.get("shape", []) for entry in table.values()]
-    return "a tensor has more than 16 dimensions" if any(isinstance(s, list) and len(s) > 16 for s in shapes) else None
-
-
-class _Twice(Exception):
-    """A JSON table has a key twice."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Twice(next(name for name in names if names.count(name) > 1))
-    return table
-
-
-def copy_parameters(model: nn.Module) -> None:
-    """Replace memory-mapped tensors by private copies, so that training never depends on the files it came from."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()

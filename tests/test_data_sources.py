@@ -137,7 +137,7 @@ def test_jsonl_keeps_nested_and_mixed_values_as_they_are(tmp_path: Path) -> None
 def test_jsonl_keys_that_first_appear_in_a_later_block_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmhub.data.sources._BLOCK", 2)
+    monkeypatch.setattr("mmhub.data.tables._BLOCK", 2)
     objects: list[dict[str, Any]] = [{"a": "x"}, {"a": "y"}, {"a": None}, {"a": None}, {"a": 3, "b": [1]}]
     write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, objects)))
     assert list(open_rows(tmp_path / "a.jsonl")) == [{"b": None, **item} for item in objects]

@@ -456,3 +456,13 @@ def test_a_copied_run_folder_holds_a_recipe_that_can_be_run_again(
     monkeypatch.chdir(tmp_path)
     second = train(tmp_path / "first" / "recipe.toml", tmp_path / "second")
     assert (first.model / "model.safetensors").read_bytes() == (second.model / "model.safetensors").read_bytes()
+
+
+def test_of_equally_accurate_models_the_one_with_the_lower_loss_is_best(tables: Path, tmp_path: Path) -> None:
+    result = train(recipe(tables, epochs=6), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    valid = [line["valid"] for line in lines if "valid" in line]
+    assert sum(values["accuracy"] == result.metrics["accuracy"] for values in valid) > 1, "the case did not occur"
+    assert result.metrics["loss"] == pytest.approx(
+        min(values["loss"] for values in valid if values["accuracy"] == result.metrics["accuracy"])
+    )

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from mmhub.batch import Bundle, Features, pad_sequences
-from mmhub.checkpoint import meta_parameters
 from mmhub.errors import UsageError
+from mmhub.fusion import attention, missing
 from mmhub.fusion.attention import Attention
 from mmhub.fusion.concat import Concat
 from mmhub.fusion.gated import Gated
 from mmhub.fusion.missing import keep_modalities
 from mmhub.fusion.streams import Streams
 from mmhub.interfaces import Fusion, Stream, decode_config
+from mmhub.weights import meta_parameters
 
 INPUTS = {"text": Stream(4), "image": Stream(6, pooled=5), "audio": Stream(3)}
 MIXING: list[Any] = [Concat, Gated, Attention]
@@ -165,6 +166,18 @@ def test_modality_dropout_works_in_training_and_never_in_evaluation(cls: Any) ->
     changed = (pooled(fusion(given)["fused"]) - fixed).abs().amax(1) > 1e-6
     assert 2 <= int(changed.sum()) <= 16
     assert not torch.equal(pooled(fusion(given)["fused"]), pooled(fusion(given)["fused"]))
+
+
+@pytest.mark.parametrize("cls", MIXING)
+def test_a_dropped_modality_is_as_if_it_were_missing(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fusion = build(cls, dropout=0.0)
+    want = pooled(fusion(bundle([{"image", "audio"}]))["fused"])
+    for module in (attention, missing):
+        monkeypatch.setattr(
+            module, "keep_modalities", lambda present, rate: present & torch.tensor([False, True, True])
+        )
+    found = pooled(fusion.train()(bundle([set(INPUTS)]))["fused"])
+    assert torch.allclose(found, want, atol=1e-6)
 
 
 def test_modality_dropout_keeps_at_least_one_and_invents_none() -> None:

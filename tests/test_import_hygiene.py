@@ -49,14 +49,15 @@ interfaces
 layers
 fusion
 model
+weights
 checkpoint
 hub
 data optim metrics
 build
 evaluation
 engine generate explain guard
-testing
-cli demo
+testing demo
+cli
 __main__
 """
 # Imports inside a function that may point upward, and why.

@@ -112,7 +112,7 @@ def _make_data(out: Path, say: _Say) -> dict[str, int]:
 def _train(out: Path, say: _Say, quiet: bool) -> Any:
     from mmhub.engine import train
 
-    say.step(f"Train: {_short(out / 'data' / 'recipe.toml')}, an image and an audio encoder joined by attention")
+    say.step(f"Train: {_short(out / 'data' / 'recipe.toml')}, an image and an audio encoder joined by learned gates")
     result = train(out / "data" / "recipe.toml", out / "run", quiet=quiet)
     say(f"{result.steps} steps in {result.seconds:.0f} s; curves in {_short(out / 'run' / 'metrics.jsonl')}")
     return result

@@ -17,15 +17,14 @@ seed = 0
 
 [model.encoders.image]
 use = "timm"
-config = { architecture = "resnet10t", image_size = 32 }
+config = { architecture = "test_resnet", image_size = 32 }   # 0.5 million parameters
 
 [model.encoders.audio]
 use = "cnn"
 config = { sample_rate = 8000 }
 
 [model.fusion]
-use = "attention"
-config = { dim = 96, depth = 1, tokens = false }
+use = "gated"
 
 [data]
 train = "train.parquet"
@@ -34,8 +33,8 @@ inputs = { image = "image", audio = "audio" }
 target = "digit"
 
 [train]
-epochs = 6
-batch_size = 32
+epochs = 8
+batch_size = 16
 learning_rate = 2e-3
 
 [card]

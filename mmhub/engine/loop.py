@@ -23,7 +23,7 @@ import torch
 
 from mmhub.batch import Batch
 from mmhub.build import build_model, learning_rate_groups
-from mmhub.checkpoint import copy_parameters, load, read_config
+from mmhub.checkpoint import load, read_config
 from mmhub.config import Recipe, dump_recipe, override_recipe, read_recipe
 from mmhub.data.loader import Collate, batches_of, epoch_order, load_batches, row_seed, worker_count
 from mmhub.data.sources import Rows, open_rows, require_columns
@@ -37,6 +37,7 @@ from mmhub.files import disk_errors, write_file
 from mmhub.hub.card import merge_card
 from mmhub.interfaces import Policy, find_task
 from mmhub.model import Columns, Model
+from mmhub.weights import copy_parameters
 
 
 @dataclass(frozen=True)
@@ -399,10 +400,12 @@ class _Run:
                 f"the validation loss is {report['metrics']['loss']} at step {self.position.step}",
                 "what was saved before is kept; lower train.learning_rate",
             )
-        better = self._is_better(value)
+        loss = report["metrics"].get("loss", 0.0)
+        better = self._is_better(value, loss)
         if better:
-            self.position.best, self.position.best_step = value, self.position.step
-            self.position.evaluations_without_gain = 0
+            gained = value != self.position.best  # a lower loss at the same value does not renew the patience
+            self.position.evaluations_without_gain = 0 if gained else self.position.evaluations_without_gain + 1
+            self.position.best, self.position.best_loss, self.position.best_step = value, loss, self.position.step
             with disk_errors("the model", self.out):
                 self.model.save(self.out / "model")
         else:
@@ -414,9 +417,12 @@ class _Run:
             f"valid {shown}{' (best)' if better else ''}"
         )
 
-    def _is_better(self, value: float) -> bool:
+    def _is_better(self, value: float, loss: float) -> bool:
+        """Compare the task's main metric, and where that is equal, as on small validation sets, the loss."""
         best = self.position.best
-        return best is None or (value > best if self.task.higher_is_better else value < best)
+        if best is None or value == best:
+            return best is None or loss < self.position.best_loss
+        return value > best if self.task.higher_is_better else value < best
 
     def _measure(self, model: Model, *, subsets: bool) -> dict[str, Any]:
         data = self.recipe.data

@@ -17,10 +17,11 @@ import msgspec
 import torch
 from torch import Tensor
 
-from mmhub.checkpoint import copy_parameters, load, read_tensors
+from mmhub.checkpoint import load
 from mmhub.errors import MmhubError, TrustError
 from mmhub.files import disk_errors, new_folder, sha256, write_file
 from mmhub.model import Model
+from mmhub.weights import copy_parameters, read_tensors
 
 
 class Position(msgspec.Struct):
@@ -30,6 +31,7 @@ class Position(msgspec.Struct):
     epoch: int = 0
     batches: int = 0
     best: float | None = None
+    best_loss: float = 0.0
     best_step: int = 0
     evaluations_without_gain: int = 0
     skipped: int = 0

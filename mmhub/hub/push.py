@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmhub.checkpoint import ALLOWED, check_header, is_checkpoint, load, read_config
+from mmhub.checkpoint import ALLOWED, is_checkpoint, load, read_config
 from mmhub.errors import NotFoundError, TrustError, UsageError
 from mmhub.hub.card import join_cards, merge_card, read_card
 from mmhub.hub.client import api, download_options, endpoint, hub_errors, is_public_hub
 from mmhub.model import Model
+from mmhub.weights import check_header
 
 SECRETS = re.compile(
     r"hf_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36,}|sk-[A-Za-z0-9_-]{32,}|xox[abprs]-[A-Za-z0-9-]{10,}"

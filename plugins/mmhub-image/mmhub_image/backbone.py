@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -73,9 +74,10 @@ class TimmEncoder(Encoder):
 
     def forward(self, data: Tensor, mask: Tensor) -> Features:
         """Encode pixels (N, 3, H, W) to tokens (N, T, D) and pooled (N, P); T follows from the image size."""
-        features = self.backbone.forward_features(data.contiguous(memory_format=self._layout))  # type: ignore[operator]
+        with _fixed_statistics(self.backbone if self.training and len(data) == 1 else None):
+            features = self.backbone.forward_features(data.contiguous(memory_format=self._layout))  # type: ignore[operator]
+            pooled = self.backbone.forward_head(features, pre_logits=True)  # type: ignore[operator]
         tokens = self._tokens(features)
-        pooled = self.backbone.forward_head(features, pre_logits=True)  # type: ignore[operator]
         real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return Features(tokens=tokens, mask=real, pooled=pooled)
 
@@ -105,6 +107,20 @@ class TimmEncoder(Encoder):
         if features.ndim == 4 and getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":
             return features.flatten(1, 2)
         return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+
+
+@contextmanager
+def _fixed_statistics(model: nn.Module | None) -> Iterator[None]:
+    """Let batch norms use their running statistics: those of a single small picture may have no variance at all."""
+    norms = [] if model is None else [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    training = [norm for norm in norms if norm.training]
+    try:
+        for norm in training:
+            norm.eval()
+        yield
+    finally:
+        for norm in training:
+            norm.train()
 
 
 def _check_architecture(name: str) -> None:

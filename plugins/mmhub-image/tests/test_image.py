@@ -418,3 +418,14 @@ def test_missing_and_damaged_files_are_told_apart(tmp_path: Path) -> None:
     save_timm(tmp_path, "test_resnet", model_args={"norm_layer": "os.system"})
     with pytest.raises(UsageError, match="norm_layer"):
         TimmEncoder.from_library(config, tmp_path)
+
+
+def test_a_single_small_picture_can_be_trained_on() -> None:
+    """The last batch of an epoch may hold one row, and its 1x1 feature map has no variance for batch norm."""
+    config = TimmEncoder.Config(architecture="test_resnet", image_size=32)
+    encoder = TimmEncoder(config, TimmEncoder.make_processor(config)).train()
+    before = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+    features = encoder(torch.randn(1, 3, 32, 32), torch.ones(1, 1, dtype=torch.bool))
+    features.pooled.sum().backward()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in encoder.named_buffers())
+    assert all(m.training for m in encoder.modules())
