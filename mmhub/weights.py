@@ -26,12 +26,11 @@ from mmhub.files import write_file
 SINGLE_FILE_BYTES = 64 * 2**20  # larger models are split by component, so that parts can be fetched alone
 SHARD_BYTES = 5 * 10**9
 
-
 # -- writing ----------------------------------------------------------------------------------------------------
 
 
 def state_of(parts: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return all tensors by `role.name`; of tensors that share memory the first, the others as `tied` {alias: first}."""
+    """Return all tensors by `role.name`; of those that share memory the first, the others as `tied` {alias: first}."""
     state: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
@@ -207,7 +206,7 @@ def fill(parts: Mapping[str, nn.Module], stored: Stored, *, allow_partial: bool)
 
 
 def _read_parts(stored: Stored, roles: Iterable[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of these roles, and those that they share, by full name, and what is wrong with the files that hold them."""
+    """The tensors of these roles and those they share, by full name, and what is wrong with the files."""
     wanted = _roles_with_ties(stored, roles)
     found: dict[str, Tensor] = {}
     problems = []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from mmhub.data.parts import Column, Part, pack, values
+from mmhub.data.parts import Column, Part, pack, values_of
 from mmhub.data.tables import is_table, open_file
 from mmhub.errors import InputError, MmhubError, UsageError, did_you_mean
 
@@ -101,7 +101,7 @@ def _open_metadata(folder: Path, name: str, kind: str, files: Sequence[Path]) ->
     part = open_file(path, shown, None)
     if "file_name" not in part.columns:
         raise InputError(f"'{shown}' has no column 'file_name'", f"it has {', '.join(part.columns)}")
-    listed = [None if v is None else str(v) for v in values(part.columns["file_name"])]
+    listed = [None if v is None else str(v) for v in values_of(part.columns["file_name"])]
     names = [os.path.normpath(file) if file else "" for file in listed]
     there = {str(file) for file in files}
     for row, file in enumerate(names, 1):

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import pyarrow as pa
 
-from mmhub.errors import InputError, NotFoundError, UsageError, did_you_mean
+from mmhub.errors import InputError, NotFoundError, did_you_mean
 
 Column: TypeAlias = "pa.ChunkedArray | list[Any]"  # a list only where values are nested or of several types
 
@@ -59,7 +59,7 @@ def pack(values: Sequence[Any]) -> Column:
     return list(values)
 
 
-def values(column: Column) -> Iterator[Any]:
+def values_of(column: Column) -> Iterator[Any]:
     """Yield the values of a column as Python objects."""
     if isinstance(column, list):
         yield from column
@@ -121,8 +121,8 @@ def started_from(text: str, base: Path | None) -> str:
     """Hint at where a relative path was looked for."""
     if os.path.isabs(os.path.expanduser(text)):
         return "check the path"
-    anchors = dict.fromkeys(f"'{anchor}'" for anchor in anchors(base))
-    return f"relative paths start from {' then '.join(anchors)}"
+    starts = dict.fromkeys(f"'{anchor}'" for anchor in anchors(base))
+    return f"relative paths start from {' then '.join(starts)}"
 
 
 # Errors.

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, final
 
 from mmhub.data.folders import open_folder
 from mmhub.data.hub_sets import hub_id, open_hub
-from mmhub.data.parts import Column, Part, anchors, find_path, join, no_such_path, shown_name, started_from, values
+from mmhub.data.parts import Column, Part, anchors, find_path, join, no_such_path, shown_name, started_from, values_of
 from mmhub.data.tables import open_file, open_parallel
 from mmhub.errors import NotFoundError, UsageError, did_you_mean
 
@@ -69,7 +69,7 @@ class Rows:
         """
         require_columns(self, [name])
         column = self._data[name]
-        return values(column) if self._index is None else (_value(column, at) for at in self._index)
+        return values_of(column) if self._index is None else (_value(column, at) for at in self._index)
 
     def where(self, i: int) -> str:
         """Say where row `i` came from, for error messages: 'train.csv row 17' (data rows from 1), or the media file."""

@@ -360,7 +360,7 @@ class Repo:
     def write_commit(
         self, parent: str | None, files: Mapping[str, Entry], title: str, message: str, folder: Path | None = None
     ) -> Commit:
-        """Write a commit that no ref points at yet. `folder` is where the repository is being built, if not in place."""
+        """Write a commit that no ref points at yet. `folder`: where the repository is built, if not in place."""
         date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         facts = {"parent": parent, "author": "local", "date": date, "title": title, "message": message}
         manifest = {path: asdict(entry) for path, entry in files.items()}

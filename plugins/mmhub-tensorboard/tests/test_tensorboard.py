@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-import mmhub_tensorboard
 import pytest
+
+import mmhub_tensorboard
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
