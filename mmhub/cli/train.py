@@ -27,7 +27,7 @@ def train(recipe: Path, out: Path | None, overrides: tuple[str, ...], resume: bo
     read_recipe(recipe, overrides)  # a wrong recipe is reported before torch loads
     from mmhub.engine import train as run
 
-    result = run(recipe, out or Path("runs") / recipe.stem, resume=resume, quiet=quiet, overrides=overrides)
+    result = run(recipe, out, resume=resume, quiet=quiet, overrides=overrides)
     shown = "  ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
     data = {
         "out": str(result.out),

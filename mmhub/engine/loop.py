@@ -57,7 +57,7 @@ class TrainResult:
 
 def train(
     recipe: Recipe | Mapping[str, Any] | str | Path,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     resume: bool = False,
     quiet: bool = True,
@@ -65,20 +65,23 @@ def train(
 ) -> TrainResult:
     """Train what a recipe (a path, a table or a `Recipe`) describes and write the run to the folder `out`.
 
+    `out` defaults to `runs/` and the recipe file's name, or the task's for a table.
     `resume` goes on from the newest valid checkpoint in `out`, from the beginning if there is none.
 
     Raises:
         UsageError: the recipe or folder is wrong. InputError: a row cannot be read. Interrupted: Ctrl-C; resumable.
         MmhubError: the loss is not finite; the last good checkpoint is kept.
     """
-    folder = Path(recipe).resolve().parent if isinstance(recipe, (str, Path)) else None
+    folder, name = None, ""
     if isinstance(recipe, (str, Path)):
+        folder, name = Path(recipe).resolve().parent, Path(recipe).stem
         recipe = read_recipe(Path(recipe), overrides)
     else:
         recipe = override_recipe(recipe, overrides)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("several processes were launched, but this version trains in one", "start it without torchrun")
-    return _Run(recipe, Path(out), folder, resume=resume, quiet=quiet).train()
+    out = Path(out) if out is not None else Path("runs") / (name or recipe.task)
+    return _Run(recipe, out, folder, resume=resume, quiet=quiet).train()
 
 
 class _Run:

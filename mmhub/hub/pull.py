@@ -21,7 +21,7 @@ _LIBRARY_FILES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors",
     "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
     "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-    "1_Pooling/config.json",
+    "modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "0_Transformer/*.json", "0_Transformer/*.safetensors",
 )  # fmt: skip
 
 

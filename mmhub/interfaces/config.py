@@ -20,6 +20,11 @@ class ComponentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     Values are JSON: names and numbers, never import paths. Raise ValueError in `__post_init__` for a bad value.
     """
 
+    @classmethod
+    def arrange(cls, table: dict[str, Any]) -> dict[str, Any]:
+        """Return a user's table in the shape of the fields. Override where a second way of writing it is welcome."""
+        return table
+
 
 def decode_config(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     """Build `cls` from plain data, or raise UsageError naming `where`, the key, and the nearest known key.
@@ -30,8 +35,9 @@ def decode_config(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     Traceback (most recent call last):
     mmhub.errors.UsageError: model.fusion.config: unknown key 'dmi'; did you mean 'dim'?
     """
+    table = cls.arrange(dict(table)) if issubclass(cls, ComponentConfig) else dict(table)
     try:
-        return msgspec.convert(dict(table), cls)
+        return msgspec.convert(table, cls)
     except msgspec.ValidationError as error:
         raise _explain(cls, str(error), where, table) from None
 

@@ -50,6 +50,15 @@ class Transformers(Encoder):
         max_length: int | None = None
         pooling: Literal["auto", "mean", "cls"] = "auto"
 
+        @classmethod
+        def arrange(cls, table: dict[str, Any]) -> dict[str, Any]:
+            """Take `model_type` and the hyper-parameters beside our own keys as well as in a `config` of their own."""
+            if "model_type" not in table:
+                return table
+            own = {key: value for key, value in table.items() if key in cls.__struct_fields__}
+            theirs = {key: value for key, value in table.items() if key not in own}
+            return own | {"config": theirs | dict(own.get("config") or {})}
+
         def __post_init__(self) -> None:
             if self.max_length is not None and self.max_length < 1:
                 raise ValueError(f"max_length must be at least 1, got {self.max_length}")

@@ -216,3 +216,10 @@ def test_the_real_minilm_gives_the_librarys_sentence_embeddings(minilm: Path) ->
     weights = inputs["attention_mask"][..., None].float()
     expected = (states * weights).sum(1) / weights.sum(1)
     torch.testing.assert_close(summary(features), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_hyperparameters_may_stand_beside_our_own_settings() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    flat = decode_config(Transformers.Config, {"model_type": "bert", "max_length": 9, **sizes}, "config")
+    apart = {"config": {"model_type": "bert", **sizes}, "max_length": 9}
+    assert flat == decode_config(Transformers.Config, apart, "config")
