@@ -95,7 +95,7 @@ def _from_base(task: Task, recipe: ModelRecipe, values: Values, columns: Columns
         raise UsageError(
             "model.base brings its own encoders, tokenizer and fusion", "keep only freeze and lr_multiplier there"
         )
-    model = load(_local(recipe.base, folder))
+    model = load(local_name(recipe.base, folder))
     model.task = task
     for modality, part in recipe.encoders.items():
         if modality not in model.encoders:
@@ -104,7 +104,17 @@ def _from_base(task: Task, recipe: ModelRecipe, values: Values, columns: Columns
             model.freeze(modality)
     if recipe.decoder:
         model.decoder, model.sources["decoder"] = _decoder(task, recipe, values, model.fusion.outputs)
-    _check_decoder(task, model.decoder, model.sources["decoder"])
+    elif task.name not in model.decoder.tasks:
+        raise UsageError(
+            f"the decoder of {recipe.base!r}, {model.sources['decoder'].id}, does not serve the task {task.name!r}",
+            f'give it a new one: [model.decoder] use = "{task.decoder}"',
+        )
+    unknown = [m for m in (columns.inputs if columns else ()) if m not in model.encoders]
+    if unknown:
+        raise UsageError(
+            f"data.inputs feeds {unknown[0]!r}, and {recipe.base!r} has no such encoder",
+            f"it has {', '.join(model.encoders)}",
+        )
     model.columns = columns or model.columns
     return model
 
@@ -115,7 +125,7 @@ def _encoder(
     where = f"model.encoders.{modality}"
     if not part.use and not part.init:
         raise UsageError(f"{where}: the key 'use' is missing", "name a component, see `mmhub plugins ls`")
-    kind, path, role = find_pretrained(_local(part.init, folder)) if part.init else ("", None, None)
+    kind, path, role = find_pretrained(local_name(part.init, folder)) if part.init else ("", None, None)
     if kind == "mmhub":
         assert path is not None
         return _from_checkpoint(modality, part, path, role, where)
@@ -194,7 +204,7 @@ def _no_init(part: PartRecipe, where: str) -> None:
         raise UsageError(f"{where}: init and freeze are for encoders", "use model.base to go on with a whole model")
 
 
-def _local(name: str, folder: Path | None) -> str:
+def local_name(name: str, folder: Path | None) -> str:
     """A relative path beside the recipe wins over one from the current folder."""
     if folder and name.startswith(("./", "../")) and (folder / name.partition("#")[0]).exists():
         return str((folder / name.partition("#")[0]).resolve()) + "".join(name.partition("#")[1:])

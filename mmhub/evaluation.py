@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -48,7 +49,7 @@ class EvalOptions:
 
 
 def evaluate(
-    model: Model | str,
+    model: Model | str | os.PathLike[str],
     data: Any,
     *,
     inputs: Mapping[str, str] | None = None,
@@ -56,7 +57,9 @@ def evaluate(
     columns: Sequence[str] = (),
     options: EvalOptions | None = None,
 ) -> dict[str, Any]:
-    """Measure a model, or the model of that name, on `data`: anything a recipe's `data.train` may be, or `Rows`.
+    """Measure a model, or the model of that name, on `data`.
+
+    `data` is anything a recipe's `data.train` may be, `Rows`, or a list of rows, each a dict of column to value.
 
     `inputs` (modality -> column), `target` and `columns` default to what the checkpoint was trained with. Returns
     {"name", "task", "rows", "skipped", "metrics", "subsets"}; a subset counts the rows that have all its modalities.
@@ -64,7 +67,7 @@ def evaluate(
     Raises:
         UsageError: a column is missing. InputError: a row cannot be read (unless `options.skip`).
     """
-    if isinstance(model, str):
+    if isinstance(model, (str, os.PathLike)):
         from mmhub.hub import load
 
         model = load(model)
@@ -73,7 +76,7 @@ def evaluate(
     target = target or model.columns.target
     if not target:
         raise UsageError("no target column is known", "add --target-column NAME")
-    require_columns(rows, [target], "--target-column")
+    require_columns(rows, [target], "name the column with --target-column")
     tallies, skipped = _run(model, rows, wanted, target, options or EvalOptions())
     everything = tallies.pop(())
     if not everything.references:
@@ -102,12 +105,12 @@ def input_columns(model: Model, rows: Rows, inputs: Mapping[str, str] | None) ->
     if unknown:
         raise UsageError(f"this model has no input {unknown[0]!r}", f"it takes {', '.join(model.modalities)}")
     if given:
-        require_columns(rows, list(given.values()), "--inputs")
+        require_columns(rows, list(given.values()), "name the columns with --inputs")
         return given
     known = {m: model.columns.inputs.get(m, m) for m in model.modalities}
     present = {m: column for m, column in known.items() if column in rows.columns}
     if not present:
-        require_columns(rows, list(known.values()), "--inputs")
+        require_columns(rows, list(known.values()), "name the columns with --inputs")
     return present
 
 

@@ -281,3 +281,30 @@ def test_env_reports_versions_and_no_token(capsys: Any, monkeypatch: Any) -> Non
     assert data["libraries"]["click"]
     assert data["plugins"]["mmhub"] == f"{__version__} ok"
     assert "hf_secret" not in out
+
+
+def test_the_commands_the_demo_suggests_name_models_that_resolve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmhub.cli.demo import _next_steps
+    from mmhub.names import resolve
+
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    sample = {"image": tmp_path / "1.png", "audio": tmp_path / "1.flac"}
+    lines = [line.split() for line in _next_steps(tmp_path, [sample, sample], 1.0).splitlines()]
+    named = [words[2] for words in lines if words[:2] in (["mmhub", "predict"], ["mmhub", "eval"])]
+    assert len(named) == 3
+    assert all(resolve(name).kind == "local" for name in named)
+
+
+@pytest.mark.parametrize("command", [["models", "ls"], ["plugins", "ls"], ["env"], ["version"]])
+def test_quiet_is_taken_by_commands_that_only_print_a_result(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mmhub.cli.main import main
+
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "-q", "--json"])
+    assert caught.value.code == 0
+    assert json.loads(capsys.readouterr().out)

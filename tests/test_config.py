@@ -164,3 +164,11 @@ def test_a_recipe_below_a_file_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(Error, match=r"file/r\.toml"):
         read_recipe(tmp_path / "file" / "r.toml")
+
+
+def test_a_value_that_is_not_among_the_choices_gets_a_suggestion_or_the_choices() -> None:
+    table = {"task": "classification", "data": {"on_error": "skipp"}}
+    with pytest.raises(UsageError, match=r"data.on_error: .*'skipp'; did you mean 'skip'"):
+        check_recipe(table)
+    with pytest.raises(UsageError, match=r"choices: .*bf16"):
+        check_recipe({"task": "classification", "train": {"precision": "double"}})

@@ -108,7 +108,7 @@ def test_each_input_alone_and_a_table_predict(project: Path, trained: Path, here
 def test_progress_is_plain_lines_on_stderr_and_the_result_one_line_on_stdout(here: Run) -> None:
     code, out, err = here("train", "shapes.toml", "--out", "run", "--set", "train.epochs=1")
     assert code == 0, err
-    assert out.startswith("run/model  accuracy ")
+    assert out.startswith("./run/model  accuracy ")  # as a name, run/model could also be a repository
     assert len(out.splitlines()) == 1
     assert "classification: 48 rows" in err
     assert "\r" not in err

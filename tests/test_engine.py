@@ -466,3 +466,49 @@ def test_of_equally_accurate_models_the_one_with_the_lower_loss_is_best(tables: 
     assert result.metrics["loss"] == pytest.approx(
         min(values["loss"] for values in valid if values["accuracy"] == result.metrics["accuracy"])
     )
+
+
+def test_a_recipe_with_a_base_takes_the_columns_from_it(tables: Path, trained: Path, tmp_path: Path) -> None:
+    table = recipe(tables, max_steps=1)
+    table["model"] = {"base": str(trained), "encoders": {"image": {"freeze": True}}}
+    del table["data"]["inputs"], table["data"]["target"]
+    result = train(table, tmp_path / "run")
+    data = read_config(result.model).data
+    assert (data.inputs, data.target) == ({"image": "image", "audio": "audio"}, "label")
+    assert train(table, tmp_path / "run", resume=True).steps == 1
+
+
+def test_a_base_whose_columns_the_table_lacks_is_refused_before_training(
+    tables: Path, trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "a", "label": "c0"}\n')
+    table = recipe(tables) | {"model": {"base": str(trained)}, "data": {"train": str(tmp_path / "t.jsonl")}}
+    with pytest.raises(UsageError, match="no column 'image'"):
+        train(table, tmp_path / "run")
+    table["data"] |= {"inputs": {"txt": "text"}, "target": "label"}
+    with pytest.raises(UsageError, match="feeds 'txt'"):
+        train(table, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_new_labels_on_a_base_ask_for_a_new_head(tables: Path, trained: Path, tmp_path: Path) -> None:
+    table = recipe(tables) | {"model": {"base": str(trained)}}
+    table["data"] |= {"target": "text", "valid": ""}
+    with pytest.raises(
+        InputError, match=r"column 'text': label .* new head: \[model.decoder\] use = \"classification\""
+    ):
+        train(table, tmp_path / "run")
+    with pytest.raises(UsageError, match=r"does not serve the task 'regression'.*use = \"regression\""):
+        train(table | {"task": "regression"}, tmp_path / "run")
+
+
+def test_a_training_target_that_cannot_be_used_is_named_or_skipped(tmp_path: Path) -> None:
+    rows = [f'{{"text": "word {i}", "y": {i if i != 3 else "null"}}}' for i in range(8)]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    model = {"encoders": {"text": {"use": "rnn", "config": {"dim": 8}}}, "tokenizer": {"kind": "byte"}}
+    data = {"train": str(tmp_path / "t.jsonl"), "target": "y"}
+    table = {"task": "regression", "model": model, "data": data, "train": {"epochs": 1, "batch_size": 4}}
+    with pytest.raises(InputError, match="row 4, column 'y': the target is missing"):
+        train(table, tmp_path / "run")
+    data["on_error"] = "skip"
+    assert train(table, tmp_path / "run").steps == 2

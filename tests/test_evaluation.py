@@ -184,3 +184,10 @@ def test_a_table_without_a_header_needs_no_flags_on_the_trained_model(
 )
 def test_a_card_names_data_without_folders(source: Any, name: str) -> None:
     assert data_name(source) == name
+
+
+def test_a_folder_may_be_a_path_and_the_data_rows_in_memory(model: Model, trained: Path, table: Path) -> None:
+    rows = list(open_rows(table))
+    assert evaluate(trained, rows)["metrics"] == evaluate(model, table)["metrics"]
+    with pytest.raises(UsageError, match="mixes rows and files"):
+        evaluate(model, [rows[0], str(table)])

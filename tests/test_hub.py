@@ -493,3 +493,12 @@ def test_no_log_line_or_error_shows_a_token(
         pull("team/nothing")
     assert "verysecret" not in str(caught.value)
     assert "verysecret" not in caplog.text
+
+
+def test_a_path_is_always_a_folder(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained.parent.parent)
+    folder = Path(trained.parent.name, trained.name)  # as a text it could also be a repository
+    assert pull(folder) == folder
+    assert load(folder).name == str(folder)
+    with pytest.raises(UsageError, match="could also be a Hub repository"):
+        load(str(folder))

@@ -216,9 +216,9 @@ def _next_steps(out: Path, samples: list[dict[str, Path]], seconds: float) -> st
 Done in {seconds:.0f} s. Try next:
 
   cd {here}
-  mmhub predict run/model --image {image}           the drawing alone
-  mmhub predict run/model --audio {audio}          the voice alone
-  mmhub eval run/model --data data/test.parquet     the table above
+  mmhub predict ./run/model --image {image}         the drawing alone
+  mmhub predict ./run/model --audio {audio}        the voice alone
+  mmhub eval ./run/model --data data/test.parquet   the table above
   mmhub train data/recipe.toml --out again --set train.epochs=3
   mmhub hub serve --data hub                        start the Hub again, to push and pull by name
 

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from mmhub import __version__
-from mmhub.cli.output import emit, json_option
+from mmhub.cli.output import emit, result_options
 from mmhub.discovery import cache_folder
 from mmhub.plugins import get_index
 from mmhub.registry import read_registries
@@ -27,7 +27,7 @@ _VARIABLES = ("HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"
 
 
 @click.command()
-@json_option
+@result_options
 def env(as_json: bool) -> None:
     """Show versions and devices, for bug reports."""
     data = {
@@ -46,7 +46,7 @@ def env(as_json: bool) -> None:
 
 
 @click.command()
-@json_option
+@result_options
 def version(as_json: bool) -> None:
     """Show the version of mmhub."""
     emit({"mmhub": __version__, "python": platform.python_version()}, as_json, f"mmhub {__version__}")

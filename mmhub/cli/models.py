@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mmhub.cli.output import emit, json_option, table
+from mmhub.cli.output import emit, result_options, table
 from mmhub.errors import UsageError
 from mmhub.names import Resolved, definitions, resolve
 from mmhub.plugins import get_index, unmet_requirements
@@ -21,7 +21,7 @@ def models() -> None:
 
 
 @models.command()
-@json_option
+@result_options
 def ls(as_json: bool) -> None:
     """List every registered name, and where it is defined."""
     rows, seen = [], set()
@@ -37,7 +37,7 @@ def ls(as_json: bool) -> None:
 
 @models.command()
 @click.argument("name")
-@json_option
+@result_options
 def which(name: str, as_json: bool) -> None:
     """Say what NAME leads to, and which definitions it hides."""
     found = resolve(name)
@@ -50,7 +50,7 @@ def which(name: str, as_json: bool) -> None:
 
 @models.command()
 @click.argument("name")
-@json_option
+@result_options
 def show(name: str, as_json: bool) -> None:
     """Show what is known about NAME without fetching anything."""
     found = resolve(name)

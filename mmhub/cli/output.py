@@ -24,6 +24,12 @@ def quiet_option(command: F) -> F:
     return click.option("-q", "--quiet", is_flag=True, help="No progress, no notes.")(command)
 
 
+def result_options(command: F) -> F:
+    """Add `--json`, and a `-q` that changes nothing, for commands that print a result alone."""
+    silent = click.option("-q", "--quiet", is_flag=True, expose_value=False, help="No notes.")
+    return json_option(silent(command))
+
+
 def emit(data: Any, as_json: bool, human_text: str) -> None:
     """Print a command's result to stdout: `data` as one JSON document, or the text for people (nothing if empty)."""
     if as_json:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mmhub.cli.output import emit, json_option, table
+from mmhub.cli.output import emit, result_options, table
 from mmhub.errors import NotFoundError, PluginError, did_you_mean
 from mmhub.plugins import Component, Plugin, get_index, install_line, load_target
 from mmhub.registry import read_registries
@@ -19,7 +19,7 @@ def plugins() -> None:
 
 @plugins.command()
 @click.option("--rescan", is_flag=True, help="Look at every installed package again instead of using the cache.")
-@json_option
+@result_options
 def ls(rescan: bool, as_json: bool) -> None:
     """List installed plugins and their state."""
     found = get_index(rescan).plugins
@@ -33,7 +33,7 @@ def ls(rescan: bool, as_json: bool) -> None:
 @plugins.command()
 @click.argument("name")
 @click.option("--load", is_flag=True, help="Import everything it offers, and say what fails. Runs its code.")
-@json_option
+@result_options
 def show(name: str, load: bool, as_json: bool) -> None:
     """Show what the plugin NAME offers, and its problems."""
     index = get_index()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -20,7 +21,7 @@ def pull(name: str, revision: str | None, out: Path | None, quiet: bool, as_json
 
     A model that needs a plugin which is not installed fails before its weights are fetched, and says what to install.
     """
-    if quiet or as_json:
+    if quiet or as_json or not sys.stderr.isatty():
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()

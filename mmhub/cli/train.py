@@ -29,11 +29,17 @@ def train(recipe: Path, out: Path | None, overrides: tuple[str, ...], resume: bo
 
     result = run(recipe, out, resume=resume, quiet=quiet, overrides=overrides)
     shown = "  ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
+    model = _as_name(result.model)
     data = {
         "out": str(result.out),
-        "model": str(result.model),
+        "model": model,
         "metrics": result.metrics,
         "steps": result.steps,
         "seconds": result.seconds,
     }
-    emit(data, as_json, f"{result.model}  {shown}")
+    emit(data, as_json, f"{model}  {shown}")
+
+
+def _as_name(folder: Path) -> str:
+    """The folder as other commands take it: `a/b` alone could also be a repository on the Hub."""
+    return f"./{folder}" if len(folder.parts) < 3 and not folder.is_absolute() else str(folder)

@@ -20,10 +20,11 @@ from typing import Any, TypeAlias, final
 from mmhub.data.folders import open_folder
 from mmhub.data.hub_sets import hub_id, open_hub
 from mmhub.data.parts import Column, Part, anchors, find_path, join, no_such_path, shown_name, started_from, values_of
-from mmhub.data.tables import open_file, open_parallel
+from mmhub.data.tables import open_file, open_objects, open_parallel
 from mmhub.errors import NotFoundError, UsageError, did_you_mean
 
-Source: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]]"
+File: TypeAlias = "str | os.PathLike[str]"
+Source: TypeAlias = "File | Sequence[File | Mapping[str, Any]] | Mapping[str, File]"
 
 
 @final
@@ -118,8 +119,9 @@ def open_rows(
 
     `source` is a file (.parquet .csv .tsv .jsonl .json .txt; text formats also as .gz or .zst), a glob or a list of
     both (shards with the same columns), a folder of images or audio (a sub-folder for each class, or flat; joined with
-    its metadata.csv or metadata.jsonl by `file_name`), a table {name: text file, ...} of parallel text, or a Hub data
-    set `[hub:]org/name[@revision][#config][:split]`. Relative paths start from `base`, then from the current folder.
+    its metadata.csv or metadata.jsonl by `file_name`), a table {name: text file, ...} of parallel text, a Hub data
+    set `[hub:]org/name[@revision][#config][:split]`, or a list of rows, each a dict. Relative paths
+    start from `base`, then from the current folder.
 
     csv is read with quoting, tsv without (a quote is text); blank lines are skipped in both, and in jsonl. txt has one
     column, "text", with a row for every line, blank ones too; only the last line end is not a row of its own.
@@ -141,8 +143,14 @@ def open_rows(
         return Rows(shown_name(text), parts)
     if not source:
         raise UsageError("the list of data files is empty", "name at least one file")
-    parts = [part for item in source for part in _open_paths(os.fspath(item), columns, base)]
-    return Rows(", ".join(shown_name(item) for item in source), parts)
+    objects = [item for item in source if isinstance(item, Mapping)]
+    if len(objects) == len(source):
+        return Rows("the given rows", [open_objects(objects, "the given rows")])
+    if objects:
+        raise UsageError("the list of data mixes rows and files", "give a list of dicts, or a list of files")
+    files = [os.fspath(item) for item in source if not isinstance(item, Mapping)]
+    parts = [part for file in files for part in _open_paths(file, columns, base)]
+    return Rows(", ".join(shown_name(file) for file in files), parts)
 
 
 def require_columns(rows: Rows, names: Iterable[str], flag_hint: str | None = None) -> None:

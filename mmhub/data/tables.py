@@ -39,6 +39,12 @@ def open_file(path: Path, name: str, columns: Sequence[str] | None) -> Part:
     return Part(name=name, columns=data, rows=rows, files={name: path}, folder=path.parent)
 
 
+def open_objects(rows: Sequence[Mapping[str, Any]], name: str) -> Part:
+    """Take rows that are in memory already, each a mapping of column to value."""
+    columns, count = _read_objects(dict(row) for row in rows)
+    return Part(name=name, columns=columns, rows=count)
+
+
 def is_table(path: Path) -> bool:
     """Say whether the extension, before one of a compression, is that of a format this module reads."""
     return _extension(path) in _READERS

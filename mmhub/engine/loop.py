@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from mmhub.batch import Batch
-from mmhub.build import build_model, learning_rate_groups
+from mmhub.build import build_model, learning_rate_groups, local_name
 from mmhub.checkpoint import load, read_config
 from mmhub.config import Recipe, dump_recipe, override_recipe, read_recipe
 from mmhub.data.loader import Collate, batches_of, epoch_order, load_batches, row_seed, worker_count
@@ -35,6 +35,7 @@ from mmhub.errors import InputError, Interrupted, MmhubError, UsageError
 from mmhub.evaluation import EvalOptions, data_name, evaluate
 from mmhub.files import disk_errors, write_file
 from mmhub.hub.card import merge_card
+from mmhub.hub.pull import pull
 from mmhub.interfaces import Policy, find_task
 from mmhub.model import Columns, Model
 from mmhub.weights import copy_parameters
@@ -88,7 +89,7 @@ class _Run:
     """One run: everything between reading the recipe and the finished model folder."""
 
     def __init__(self, recipe: Recipe, out: Path, folder: Path | None, *, resume: bool, quiet: bool) -> None:
-        self.recipe, self.out, self.folder = recipe, out, folder
+        self.recipe, self.out, self.folder = _with_base_columns(recipe, out, folder, resume=resume), out, folder
         self.task = find_task(recipe.task)
         self.options = recipe.train
         self.device = find_device(recipe.train.device)
@@ -163,24 +164,26 @@ class _Run:
             raise UsageError("the recipe names no training data", 'add train = "FILE" under [data]')
         names = data.columns or None
         rows = open_rows(data.train, columns=names, base=self.folder)
-        wanted = [*self._inputs(rows).values(), *([data.target] if data.target else [])]
-        require_columns(rows, wanted, "[data] inputs and target")
+        wanted = [*self._inputs().values(), *([data.target] if data.target else [])]
+        hint = "see inputs and target under [data]"
+        require_columns(rows, wanted, hint)
         valid = None
         if data.valid:
             valid = open_rows(data.valid, columns=names, base=self.folder, split="validation")
-            require_columns(valid, wanted, "[data] inputs and target")
+            require_columns(valid, wanted, hint)
         elif data.valid_fraction:
             rows, valid = _split(rows, data.valid_fraction, self.recipe.seed)
         return rows, valid
 
-    def _inputs(self, rows: Rows) -> dict[str, str]:
+    def _inputs(self) -> dict[str, str]:
         """Modality to column; a modality named like a column needs no entry."""
         given = dict(self.recipe.data.inputs)
+        if self.recipe.model.base:  # its encoders' tables only say what to freeze
+            return given
         modalities = list(self.recipe.model.encoders) or list(given)
-        if not self.recipe.model.base:
-            extra = [m for m in given if m not in modalities]
-            if extra:
-                raise UsageError(f"data.inputs feeds {extra[0]!r}, but the model has no such encoder", "remove it")
+        extra = [m for m in given if m not in modalities]
+        if extra:
+            raise UsageError(f"data.inputs feeds {extra[0]!r}, but the model has no such encoder", "remove it")
         return {m: given.get(m, m) for m in modalities}
 
     def _prepare_out(self) -> None:
@@ -190,7 +193,7 @@ class _Run:
 
     def _model(self, state: Path | None) -> Model:
         data = self.recipe.data
-        columns = Columns(self._inputs(self.rows), data.target, tuple(data.columns))
+        columns = Columns(self._inputs(), data.target, tuple(data.columns))
         if state is not None:
             model = load_model(state)
             for modality, part in self.recipe.model.encoders.items():
@@ -198,38 +201,51 @@ class _Run:
                     model.freeze(modality)
             return model
         self._check_target()
-        model = build_model(
-            self.task, self.recipe.model, self._values, columns=columns, folder=self.folder, seed=self.recipe.seed
-        )
-        if not columns.inputs:
-            model.columns = replace(columns, inputs={m: m for m in model.modalities})
+        try:
+            model = build_model(
+                self.task, self.recipe.model, self._values, columns=columns, folder=self.folder, seed=self.recipe.seed
+            )
+        except InputError as error:
+            if error.row is None or error.modality:
+                raise
+            raise self._at_target(self.rows, error.row, error) from None
         copy_parameters(model)
-        self._check_valid(model)
+        self._check_targets(model)
         return model
 
     def _check_target(self) -> None:
         if self.task.decoder in ("classification", "multilabel", "regression") and not self.recipe.data.target:
             raise UsageError(f"{self.task.name} needs a target column", 'add target = "COLUMN" under [data]')
 
-    def _check_valid(self, model: Model) -> None:
-        """Try the validation targets now: a label unseen in training must not end a run after its first epoch."""
+    def _check_targets(self, model: Model) -> None:
+        """Try the targets now: a label unseen in training must not end a run after its first epoch."""
         target = self.recipe.data.target
-        if self.valid is None or not target or self.recipe.data.on_error == "skip":
+        if not target or self.recipe.data.on_error == "skip":
             return
-        values = self.valid.column(target)
-        for start in range(0, len(self.valid), 1024):
-            try:
-                model.decoder.encode_targets(list(islice(values, 1024)))
-            except InputError as error:
-                place = self.valid.where(start + (error.row or 0))
-                raise InputError(
-                    f"{place}, column '{target}': {error.message}",
-                    error.hint or 'fix the row, or set data.on_error = "skip"',
-                ) from None
+        kept_decoder = self.recipe.model.base and not self.recipe.model.decoder
+        for rows in (self.rows if kept_decoder else None, self.valid):
+            values = rows.column(target) if rows is not None else iter(())
+            for start in range(0, len(rows) if rows is not None else 0, 1024):
+                try:
+                    model.decoder.encode_targets(list(islice(values, 1024)))
+                except InputError as error:
+                    assert rows is not None
+                    raise self._at_target(rows, start + (error.row or 0), error) from None
+
+    def _at_target(self, rows: Rows, row: int, error: InputError) -> InputError:
+        """Say which target is wrong, and what can be done."""
+        hint = error.hint or 'fix the row, or set data.on_error = "skip"'
+        if self.recipe.model.base and not self.recipe.model.decoder:
+            hint = f'to learn other targets, give the model a new head: [model.decoder] use = "{self.task.decoder}"'
+        return InputError(f"{rows.where(row)}, column '{self.recipe.data.target}': {error.message}", hint)
 
     def _values(self, name: str) -> Iterable[Any]:
-        column = self.recipe.data.target if name == "target" else self._inputs(self.rows)[name]
-        return self.rows.column(column)
+        if name != "target":
+            return self.rows.column(self._inputs()[name])
+        values = self.rows.column(self.recipe.data.target)
+        if self.recipe.data.on_error == "stop":
+            return values
+        return (v for v in values if v is not None and v != "" and v == v)  # rows without a target will be skipped
 
     def _announce(self, state: Path | None) -> None:
         parts = self.model.parts().values()
@@ -516,6 +532,28 @@ def learning_rate_factor(step: int, total: int, recipe: Recipe) -> float:
     low = options.min_learning_rate / options.learning_rate if options.learning_rate else 0.0
     done = (step - warmup) / max(1.0, total - warmup)
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def _with_base_columns(recipe: Recipe, out: Path, folder: Path | None, *, resume: bool) -> Recipe:
+    """Fill in the columns that a recipe with `model.base` does not name: those the base was trained with.
+
+    A resumed run has them in its own recipe.toml, and needs the base no more.
+    """
+    data, stored = recipe.data, out / "recipe.toml"
+    if not recipe.model.base or (data.inputs and data.target):
+        return recipe
+    known: Any
+    if resume and stored.exists():
+        known = read_recipe(stored).data
+        inputs = known.inputs
+    else:
+        config = read_config(pull(local_name(recipe.model.base, folder)))
+        known = config.data
+        encoders = (role.removesuffix("_encoder") for role in config.components if role.endswith("_encoder"))
+        inputs = {m: known.inputs.get(m, m) for m in encoders if not known.inputs or m in known.inputs}
+    names = known.columns if not (data.inputs or data.target or data.columns) else data.columns
+    changes = {"inputs": data.inputs or inputs, "target": data.target or known.target, "columns": names}
+    return _with(recipe, {"data": _with(data, changes)})
 
 
 def _split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -21,23 +22,28 @@ _LIBRARY_FILES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors",
     "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
     "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-    "modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "0_Transformer/*.json", "0_Transformer/*.safetensors",
+    "modules.json", "sentence_bert_config.json", "1_Pooling/config.json",
+    "0_Transformer/*.json", "0_Transformer/*.safetensors",
 )  # fmt: skip
 
 
-def load(name: str, *, device: str = "cpu", revision: str | None = None, allow_partial: bool = False) -> Model:
+def load(
+    name: str | os.PathLike[str], *, device: str = "cpu", revision: str | None = None, allow_partial: bool = False
+) -> Model:
     """Load the model called `name`: a registry name, `org/name[@revision]` on the Hub, or a checkpoint folder.
+
+    A `Path` is always a folder.
 
     Raises:
         NotFoundError, PluginError, TrustError, NetworkError: see `pull` and `mmhub.checkpoint.load`.
     """
     target = find_device(device)
     folder = pull(name, revision=revision)
-    model = load_folder(folder, allow_partial=allow_partial, name=name)
+    model = load_folder(folder, allow_partial=allow_partial, name=os.fspath(name))
     return model.to(target) if target.type != "cpu" else model
 
 
-def pull(name: str, *, revision: str | None = None, local_dir: str | Path | None = None) -> Path:
+def pull(name: str | os.PathLike[str], *, revision: str | None = None, local_dir: str | Path | None = None) -> Path:
     """Make the checkpoint called `name` available and return its folder, every file checked against its hash.
 
     A local checkpoint is returned as it is. `local_dir` puts the files there instead of into the cache, replacing an
@@ -47,6 +53,7 @@ def pull(name: str, *, revision: str | None = None, local_dir: str | Path | None
         PluginError: a plugin it needs is missing; nothing but config.json was fetched.
         TrustError: a file is damaged, also after fetching it again.
     """
+    name = name if isinstance(name, str) else f"local:{os.fspath(name)}"
     resolved = resolve(_at_revision(name, revision))
     if resolved.kind == "local":
         assert resolved.path is not None

@@ -57,12 +57,26 @@ def _explain(cls: type, text: str, where: str, table: Any) -> UsageError:
     unknown = re.search(r"unknown field `(.+?)`", message)
     if unknown:
         known = _fields_at(cls, inside)
-        hint = did_you_mean(unknown[1], known) or f"known keys: {', '.join(sorted(known)) or 'none'}"
+        hint: str | None = did_you_mean(unknown[1], known) or f"known keys: {', '.join(sorted(known)) or 'none'}"
         return UsageError(f"{place}: unknown key {unknown[1]!r}", hint)
     missing = re.search(r"missing required field `(.+?)`", message)
     if missing:
         return UsageError(f"{place}: the key {missing[1]!r} is missing", f"add `{missing[1]} = ...`")
-    return UsageError(f"{place}: {message[:1].lower()}{message[1:]}".replace("`", "'"))
+    choices = _choices_at(cls, inside)
+    invalid = re.search(r"[Ii]nvalid enum value '(.*)'", message)
+    hint = (did_you_mean(invalid[1], choices) if invalid and choices else None) or (
+        f"choices: {', '.join(choices)}" if choices else None
+    )
+    return UsageError(f"{place}: {message[:1].lower()}{message[1:]}".replace("`", "'"), hint)
+
+
+def _choices_at(cls: Any, path: list[str]) -> list[str]:
+    """The texts that the field at `path` may hold, if there are only certain ones."""
+    kind = msgspec.inspect.type_info(cls)
+    for step in path:
+        kind = _step(kind, step)
+    kinds = kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,)
+    return [str(value) for k in kinds if isinstance(k, msgspec.inspect.LiteralType) for value in k.values]
 
 
 def _named_keys(cls: type, path: list[str], value: Any) -> list[str]:

@@ -65,7 +65,7 @@ class Classification(Decoder):
             raise UsageError(
                 f"the training targets hold {len(found)} distinct label(s){f': {found[0]!r}' if found else ''}, and "
                 "classification needs at least 2",
-                "check data.target",
+                "check data.target, or list them in labels of the decoder's config",
             )
         return msgspec.structs.replace(config, labels=tuple(found))
 

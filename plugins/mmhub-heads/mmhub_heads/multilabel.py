@@ -65,7 +65,10 @@ class Multilabel(Decoder):
             return config
         found = {label for labels in _label_lists(targets, config.separator) for label in labels}
         if not found:
-            raise UsageError("the training targets hold no label at all", "check data.target")
+            raise UsageError(
+                "the training targets hold no label at all",
+                "check data.target, or list them in labels of the decoder's config",
+            )
         return msgspec.structs.replace(config, labels=tuple(sorted(found, key=label_order)))
 
     def encode_targets(self, targets: Sequence[Any]) -> Tensor:

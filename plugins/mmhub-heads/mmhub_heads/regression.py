@@ -54,7 +54,9 @@ class Regression(Decoder):
             return config
         values = list(_numbers(targets))
         if not values:
-            raise UsageError("the training data hold no target", "check data.target")
+            raise UsageError(
+                "the training data hold no target", "check data.target, or give mean and std in the decoder's config"
+            )
         mean = math.fsum(values) / len(values) if config.mean is None else config.mean
         std = config.std or math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
         return msgspec.structs.replace(config, mean=mean, std=std or 1.0)  # equal targets have no spread
