@@ -96,7 +96,7 @@ def evaluate(
 
 
 def input_columns(model: Model, rows: Rows, inputs: Mapping[str, str] | None) -> dict[str, str]:
-    """Decide which column feeds which modality: `inputs`, else what the model was trained with, else its own names.
+    """Decide which column feeds which modality: `inputs` first, then what the model was trained with, then its name.
 
     A modality whose column the table lacks is missing in every row, as long as one is there.
     """
@@ -104,10 +104,8 @@ def input_columns(model: Model, rows: Rows, inputs: Mapping[str, str] | None) ->
     unknown = [name for name in given if name not in model.modalities]
     if unknown:
         raise UsageError(f"this model has no input {unknown[0]!r}", f"it takes {', '.join(model.modalities)}")
-    if given:
-        require_columns(rows, list(given.values()), "name the columns with --inputs")
-        return given
-    known = {m: model.columns.inputs.get(m, m) for m in model.modalities}
+    require_columns(rows, list(given.values()), "name the columns with --inputs")
+    known = {m: model.columns.inputs.get(m, m) for m in model.modalities} | given
     present = {m: column for m, column in known.items() if column in rows.columns}
     if not present:
         require_columns(rows, list(known.values()), "name the columns with --inputs")

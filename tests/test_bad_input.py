@@ -59,7 +59,7 @@ def media(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
-        (["--image", "goood.png"], 1, "no file 'goood.png'"),
+        (["--image", "goood.png"], 3, "did you mean 'good.png'"),
         (["--image", "empty.png"], 1, "'empty.png' is empty"),
         (["--image", "cut.png"], 1, "'cut.png'"),
         (["--image", "folder.png"], 1, "'folder.png' is a folder"),

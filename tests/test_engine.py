@@ -512,3 +512,17 @@ def test_a_training_target_that_cannot_be_used_is_named_or_skipped(tmp_path: Pat
         train(table, tmp_path / "run")
     data["on_error"] = "skip"
     assert train(table, tmp_path / "run").steps == 2
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(tables: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"image": {"bytes": b"no picture", "path": f"{i}.png"}, "label": f"c{i % 2}"} for i in range(4)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "bad.parquet")
+    table = recipe(tables, epochs=1)
+    table["data"] |= {"train": str(tmp_path / "bad.parquet"), "valid": "", "inputs": {"image": "image"}}
+    del table["model"]["encoders"]["audio"], table["model"]["fusion"]
+    with pytest.raises(InputError, match=r"bad\.parquet row"):
+        train(table, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

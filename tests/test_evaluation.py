@@ -191,3 +191,14 @@ def test_a_folder_may_be_a_path_and_the_data_rows_in_memory(model: Model, traine
     assert evaluate(trained, rows)["metrics"] == evaluate(model, table)["metrics"]
     with pytest.raises(UsageError, match="mixes rows and files"):
         evaluate(model, [rows[0], str(table)])
+
+
+def test_naming_one_input_column_keeps_the_others(tables: Path, trained: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    from mmhub.evaluation import evaluate
+
+    table = pq.read_table(tables / "valid.parquet").rename_columns({"image": "photo"})
+    pq.write_table(table, tmp_path / "renamed.parquet")
+    report = evaluate(str(trained), tmp_path / "renamed.parquet", inputs={"image": "photo"})
+    assert set(report["subsets"]) == {"image", "audio", "image+audio"}

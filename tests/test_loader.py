@@ -156,6 +156,7 @@ def test_an_empty_cell_is_a_missing_medium(cell: Any) -> None:
 
 def test_an_empty_text_is_a_text_and_nan_is_not() -> None:
     assert usable("text", "") == ""
+    assert usable("text", "", alone=False) is None
     assert usable("text", "a.png") == "a.png"
     assert usable("text", math.nan) is None
     assert usable("text", ["a", None, ""]) == ["a", ""]

@@ -73,7 +73,7 @@ def _watch(quiet: bool) -> Any:
 
 def _text(report: dict[str, Any]) -> str:
     rows = [("all rows", report["rows"], report["metrics"])]
-    rows += [(f"{subset} only", values["rows"], values) for subset, values in report["subsets"].items()]
+    rows += [(name, values["rows"], values) for name, values in report["subsets"].items()]
     if len(rows) == 2:  # one modality: its subset is everything
         rows.pop()
     names = list(report["metrics"])

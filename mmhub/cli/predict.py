@@ -10,7 +10,7 @@ import click
 
 from mmhub.cli.options import columns_options, device_option, parse_mapping, parse_names, urls_option
 from mmhub.cli.output import emit, json_option, note, quiet_option
-from mmhub.errors import InputError, UsageError
+from mmhub.errors import InputError, NotFoundError, UsageError, did_you_mean
 
 
 @click.command()
@@ -60,6 +60,7 @@ def predict(
     above = next((path for path in out.parents if path.exists()), None) if out else None
     if above and not above.is_dir():
         raise UsageError(f"'{above}' is a file", "name another file with --out")
+    _check_files((*image, *audio))
     samples = _zip(given) if given else []
     from mmhub.hub import load
     from mmhub.interfaces import Policy
@@ -75,6 +76,15 @@ def predict(
         note(f"{len(predictions)} predictions in {out}", quiet)
     if not out or as_json:
         emit({"predictions": predictions}, as_json, "\n".join(_line(answer) for answer in predictions))
+
+
+def _check_files(files: tuple[str, ...]) -> None:
+    """Report a wrong path before a model is loaded for it."""
+    for text in files:
+        path = Path(text).expanduser()
+        if not text.startswith(("http://", "https://")) and not path.exists():
+            near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise NotFoundError(f"no file '{text}'", did_you_mean(path.name, near) or "check the path")
 
 
 def _pair(part: str) -> tuple[str, str]:
@@ -110,7 +120,8 @@ def _predict_table(
     for start in range(0, len(rows), batch_size):
         stop = min(start + batch_size, len(rows))
         samples = [
-            {m: usable(m, rows[i].get(c), rows.folder(i)) for m, c in wanted.items()} for i in range(start, stop)
+            {m: usable(m, rows[i].get(c), rows.folder(i), len(wanted) == 1) for m, c in wanted.items()}
+            for i in range(start, stop)
         ]
         try:
             answers += model.predict(samples, batch_size=batch_size, policy=policy)

@@ -71,8 +71,9 @@ class Collate:
         return Loaded(skipped=skipped)
 
     def _batch(self, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> Batch:
+        alone = len(self.inputs) == 1
         raw = {
-            modality: [usable(modality, row.get(column), self.rows.folder(i)) for i, row in samples]
+            modality: [usable(modality, row.get(column), self.rows.folder(i), alone) for i, row in samples]
             for modality, column in self.inputs.items()
         }
         for position in range(len(samples)):
@@ -103,19 +104,21 @@ class _EmptyRow(InputError):
         self.row = row
 
 
-def usable(modality: str, value: Any, folder: Path | None = None) -> Any:
-    """Return a cell's raw input, None where the cell is empty; text may be the empty string.
+def usable(modality: str, value: Any, folder: Path | None = None, alone: bool = True) -> Any:
+    """Return a cell's raw input, None where the cell is empty. A relative path is looked for beside the table first.
 
-    A relative path is looked for beside the table first.
+    The empty text is a text where text is the only input (`alone`), and a missing one beside others.
     """
     if isinstance(value, Mapping) and value.get("bytes") is None and "array" not in value:
-        return usable(modality, value.get("path"), folder)
+        return usable(modality, value.get("path"), folder, alone)
     if isinstance(value, (list, tuple)):
-        return [part for item in value if (part := usable(modality, item, folder)) is not None] or None
+        return [part for item in value if (part := usable(modality, item, folder, alone)) is not None] or None
     if isinstance(value, float) and math.isnan(value):  # pandas' missing value
         return None
-    if modality == "text" or not isinstance(value, str):
+    if not isinstance(value, str):
         return value
+    if modality == "text":
+        return value if value or alone else None
     if value and folder is not None and os.path.exists(folder / value):  # Path.exists raises for a very long text
         return folder / value
     return value or None

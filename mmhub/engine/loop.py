@@ -6,12 +6,13 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -277,6 +278,17 @@ class _Run:
             ) from None
         finally:
             self.reporter.close()
+            self._forget_if_empty()
+
+    def _forget_if_empty(self) -> None:
+        """A run that failed before its first step leaves nothing, so that the mended recipe can be run as it is."""
+        if self.position.step or any((self.out / name).exists() for name in ("checkpoints", "model")):
+            return
+        for name in ("recipe.toml", "metrics.jsonl"):
+            (self.out / name).unlink(missing_ok=True)
+        shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
+        with suppress(OSError):
+            self.out.rmdir()  # whatever else is there stays
 
     def _epochs(self) -> None:
         while self.position.epoch < self.options.epochs and not self._done():
