@@ -132,7 +132,7 @@ def test_a_run_killed_after_a_checkpoint_ends_in_the_same_bytes(tables: Path, wh
     train(tmp_path / "r.toml", run, resume=True)
     assert weights(run) == weights(whole)
     assert lines(run) == lines(whole)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000010", f"step-{STEPS:08}"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
@@ -140,13 +140,13 @@ def test_a_damaged_newest_checkpoint_falls_back_with_a_warning(
     tables: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     run = shutil.copytree(whole, tmp_path / "run")
-    newest = run / "checkpoints" / "step-00000010"
+    newest = run / "checkpoints" / f"step-{STEPS:08}"
     spoil(newest, damage)
     result = train(noisy(tables), run, resume=True)
     assert result.steps == STEPS
     assert weights(run) == weights(whole)
     output = capsys.readouterr()
-    assert "checkpoint step-00000010 is damaged" in output.err
+    assert f"checkpoint step-{STEPS:08} is damaged" in output.err
     assert output.out == ""
 
 

@@ -31,7 +31,7 @@ from mmhub.data.sources import Rows, open_rows, require_columns
 from mmhub.device import find_device, find_precision
 from mmhub.engine.provenance import provenance
 from mmhub.engine.report import Reporter, TrainRun
-from mmhub.engine.state import Position, find_state, load_model, load_state, save_state
+from mmhub.engine.state import Position, find_state, load_model, load_state, save_state, step_name
 from mmhub.errors import InputError, Interrupted, MmhubError, UsageError
 from mmhub.evaluation import EvalOptions, data_name, evaluate
 from mmhub.files import disk_errors, write_file
@@ -469,12 +469,14 @@ class _Run:
         return evaluate(model, self.valid, inputs=model.columns.inputs, target=data.target, options=options)
 
     def _finish(self) -> TrainResult:
-        """Describe the best model: results by subset of modalities, provenance and card."""
+        """Keep the last state beside the best model, and describe that: results by subset, provenance and card."""
         position, folder = self.position, self.out / "model"
         if self.valid is None:
             self.model.save(folder)
         elif position.evaluated_step != position.step:
             self._evaluate()
+        if not (self.out / "checkpoints" / step_name(position.step)).exists():
+            self._save()
         metrics: dict[str, Any] = {}
         seconds = self._seconds()
         if self.valid is not None:

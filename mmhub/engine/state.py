@@ -43,11 +43,16 @@ class Position(msgspec.Struct):
     rows: int = 0  # of the training data
 
 
+def step_name(step: int) -> str:
+    """The name of the folder of a step's checkpoint."""
+    return f"step-{step:08}"
+
+
 def save_state(folder: Path, model: Model, optimizer: torch.optim.Optimizer, position: Position, keep: int) -> Path:
     """Write the checkpoint of this step under `folder` and drop all but the newest `keep`."""
     from safetensors.torch import save_file
 
-    target = folder / f"step-{position.step:08}"
+    target = folder / step_name(position.step)
     with disk_errors("a training checkpoint", folder), new_folder(target) as aside:
         model.save(aside / "model")
         save_file(_optimizer_tensors(optimizer), aside / "state.safetensors")
