@@ -21,13 +21,15 @@ def json_option(command: F) -> F:
 
 def quiet_option(command: F) -> F:
     """Add `-q/--quiet`, passed on as `quiet`: no progress and no notes on stderr."""
-    return click.option("-q", "--quiet", is_flag=True, help="No progress, no notes.")(command)
+    option = click.option("-q", "--quiet", is_flag=True, callback=_silence, help="No progress, no notes.")
+    return option(command)
 
 
-def result_options(command: F) -> F:
-    """Add `--json`, and a `-q` that changes nothing, for commands that print a result alone."""
-    silent = click.option("-q", "--quiet", is_flag=True, expose_value=False, help="No notes.")
-    return json_option(silent(command))
+def _silence(context: click.Context, parameter: click.Parameter, quiet: bool) -> bool:
+    """Downloads show a bar on a terminal only; huggingface_hub reads this variable when it is imported."""
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return quiet
 
 
 def emit(data: Any, as_json: bool, human_text: str) -> None:
