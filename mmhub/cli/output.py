@@ -25,6 +25,12 @@ def quiet_option(command: F) -> F:
     return option(command)
 
 
+def result_options(command: F) -> F:
+    """Add `--json`, and a `-q` that changes nothing, for commands that print a result alone."""
+    silent = click.option("-q", "--quiet", is_flag=True, expose_value=False, help="No notes.")
+    return json_option(silent(command))
+
+
 def _silence(context: click.Context, parameter: click.Parameter, quiet: bool) -> bool:
     """Downloads show a bar on a terminal only; huggingface_hub reads this variable when it is imported."""
     if quiet or not sys.stderr.isatty():
