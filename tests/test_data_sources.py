@@ -446,7 +446,7 @@ def test_a_parquet_without_rows_says_so(tmp_path: Path) -> None:
         ("x.jsonl", '{"a": 1}\n\n{"a": \n', "'x.jsonl' line 3 is not valid JSON: Expecting value at column 7"),
         ("x.jsonl", "[1]\n", "'x.jsonl' line 1 is a JSON list; expected an object"),
         ("x.json", '[{"a": 1},\n 3]', "'x.json' item 2 is a JSON int; expected an object"),
-        ("x.json", '[{"a": 1},\n ]', "'x.json' line 2 is not valid JSON"),
+        ("x.json", '[{"a": 1},\n nope]', "'x.json' line 2 is not valid JSON"),
         ("x.jsonl", "[" * 100_000, "'x.jsonl' line 1 is not usable JSON: maximum recursion"),
         ("x.txt", b"ok\ncaf\xe9\n", "'x.txt' line 2 is not UTF-8 (byte 0xe9 at 4); save the file as UTF-8"),
         ("x.csv", b"\xff\xfea\x00", "'x.csv' line 1 is not UTF-8 (byte 0xff at 1)"),
