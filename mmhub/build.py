@@ -10,7 +10,7 @@ import torch
 
 from mmhub.checkpoint import load_encoder
 from mmhub.config import ModelRecipe, PartRecipe
-from mmhub.errors import InputError, MmhubError, UsageError, did_you_mean
+from mmhub.errors import InputError, UsageError, did_you_mean
 from mmhub.hub.pull import find_pretrained, load
 from mmhub.interfaces import Encoder, Task, decode_config, encode_config, find_task
 from mmhub.model import Columns, Model
@@ -209,23 +209,3 @@ def local_name(name: str, folder: Path | None) -> str:
     if folder and name.startswith(("./", "../")) and (folder / name.partition("#")[0]).exists():
         return str((folder / name.partition("#")[0]).resolve()) + "".join(name.partition("#")[1:])
     return name
-
-
-def learning_rate_groups(model: Model, recipe: ModelRecipe, rate: float, decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: weight decay for matrices only, and each encoder's own learning-rate multiplier."""
-    factors = {name: part.lr_multiplier for name, part in recipe.encoders.items()}
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    seen: set[int] = set()
-    for role, part in model.parts().items():
-        factor = factors.get(role.removesuffix("_encoder"), 1.0)
-        for parameter in part.parameters():
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                key = (factor, decay if parameter.ndim > 1 else 0.0)
-                groups.setdefault(key, []).append(parameter)
-    if not groups:
-        raise MmhubError("nothing to train: every part is frozen", "unfreeze an encoder, or just evaluate the model")
-    return [
-        {"params": parameters, "lr": rate * factor, "base_lr": rate * factor, "weight_decay": weight}
-        for (factor, weight), parameters in groups.items()
-    ]

@@ -116,6 +116,22 @@ def recipe(tables: Path, **train: Any) -> dict[str, Any]:
     }
 
 
+def three_modalities(*texts: str) -> Any:
+    """An untrained image + audio + text model of real small parts, its words taken from `texts`."""
+    from mmhub.build import compose
+
+    return compose(
+        encoders={
+            "image": {"use": "timm", "config": {"architecture": "test_resnet", "image_size": 32}},
+            "audio": {"use": "cnn", "config": {"sample_rate": 8000, "dim": 16, "channels": [4, 8]}},
+            "text": {"use": "lstm", "config": {"dim": 16, "embedding_dim": 8}},
+        },
+        fusion={"use": "attention", "config": {"dim": 16, "depth": 1, "heads": 2}},
+        decoder={"use": "classification", "config": {"labels": ["no", "yes"]}},
+        texts=texts,
+    ).eval()
+
+
 @pytest.fixture(scope="session")
 def trained(tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small trained image + audio model. Copy it before changing it."""

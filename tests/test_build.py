@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from mmhub.build import build_model, compose, learning_rate_groups
+from mmhub.build import build_model, compose
 from mmhub.config import ModelRecipe
 from mmhub.errors import InputError, MmhubError, NotFoundError, UsageError
 from mmhub.interfaces import decode_config, find_task
 from mmhub.model import Model
+from mmhub.optim import learning_rate_groups
 
 AUDIO = {"use": "cnn", "config": {"sample_rate": 8000, "dim": 16, "channels": [4, 8]}}
 TEXT = {"use": "lstm", "config": {"dim": 8, "embedding_dim": 4}}

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmhub import checkpoint, files, weights
-from mmhub.build import compose
 from mmhub.checkpoint import (
     ALLOWED,
     compatible_range,
@@ -36,7 +35,7 @@ from mmhub.files import sha256, write_file
 from mmhub.fusion.streams import Streams
 from mmhub.model import Columns, Model
 from mmhub.weights import check_header, copy_parameters, meta_parameters, write_weights
-from tests.conftest import flac, png
+from tests.conftest import flac, png, three_modalities
 from tests.fake_parts import Numbers, Scores, Sensitive, component, fake_model
 
 SAMPLES: list[dict[str, Any]] = [
@@ -47,16 +46,7 @@ SAMPLES: list[dict[str, Any]] = [
 
 
 def make_model() -> Model:
-    model = compose(
-        encoders={
-            "image": {"use": "timm", "config": {"architecture": "test_resnet", "image_size": 32}},
-            "audio": {"use": "cnn", "config": {"sample_rate": 8000, "dim": 16, "channels": [4, 8]}},
-            "text": {"use": "lstm", "config": {"dim": 16, "embedding_dim": 8}},
-        },
-        fusion={"use": "attention", "config": {"dim": 16, "depth": 1, "heads": 2}},
-        decoder={"use": "classification", "config": {"labels": ["no", "yes"]}},
-        texts=["a good thing", "a bad thing"],
-    ).eval()
+    model = three_modalities("a good thing", "a bad thing")
     model.columns = Columns({"image": "picture"}, "label", ("picture", "label"))
     return model
 

@@ -14,8 +14,8 @@ import torch
 from mmhub.checkpoint import load, read_config, verify_files
 from mmhub.config import check_recipe
 from mmhub.engine import loop, report, train
-from mmhub.engine.loop import learning_rate_factor
 from mmhub.errors import InputError, MmhubError, UsageError
+from mmhub.optim import learning_rate_factor
 from tests.conftest import make_table, png, recipe
 
 

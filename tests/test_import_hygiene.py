@@ -52,7 +52,8 @@ model
 weights
 checkpoint
 hub
-data optim metrics
+data metrics
+optim
 build
 evaluation
 engine generate explain guard

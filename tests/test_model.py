@@ -9,27 +9,17 @@ import torch
 from torch import Tensor
 
 from mmhub.batch import Features
-from mmhub.build import compose
 from mmhub.errors import InputError, UsageError
 from mmhub.fusion.streams import Streams
 from mmhub.model import Model
-from tests.conftest import flac, png
+from tests.conftest import flac, png, three_modalities
 from tests.fake_parts import Numbers, Sensitive, fake_model
 
 
 @pytest.fixture(scope="module")
 def three() -> Model:
     """Image, audio and text, joined by attention."""
-    return compose(
-        encoders={
-            "image": {"use": "timm", "config": {"architecture": "test_resnet", "image_size": 32}},
-            "audio": {"use": "cnn", "config": {"sample_rate": 8000, "dim": 16, "channels": [4, 8]}},
-            "text": {"use": "lstm", "config": {"dim": 16, "embedding_dim": 8}},
-        },
-        fusion={"use": "attention", "config": {"dim": 16, "depth": 1, "heads": 2}},
-        decoder={"use": "classification", "config": {"labels": ["no", "yes"]}},
-        texts=["a good thing", "a bad thing", "so long a text about a thing"],
-    ).eval()
+    return three_modalities("a good thing", "a bad thing", "so long a text about a thing")
 
 
 SAMPLES: list[dict[str, Any]] = [

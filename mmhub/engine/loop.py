@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import sys
@@ -19,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 
 from mmhub.batch import Batch
-from mmhub.build import build_model, learning_rate_groups, local_name
+from mmhub.build import build_model, local_name
 from mmhub.checkpoint import load, read_config
 from mmhub.config import Recipe, dump_recipe, override_recipe, read_recipe
 from mmhub.data.loader import Collate, batches_of, epoch_order, load_batches, row_seed, worker_count
@@ -39,6 +37,7 @@ from mmhub.hub.card import merge_card
 from mmhub.hub.pull import pull
 from mmhub.interfaces import Policy, find_task
 from mmhub.model import Columns, Model
+from mmhub.optim import learning_rate_factor, learning_rate_groups, seed_step
 from mmhub.weights import copy_parameters
 
 
@@ -527,27 +526,6 @@ class _Run:
                 signal.signal(number, handler)
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed every generator a module may draw from, so that a step's dropout depends on its number alone."""
-    number = row_seed(seed, step)
-    torch.manual_seed(number)
-    random.seed(number)
-    np.random.seed(number % 2**32)  # the legacy state is the one libraries draw from
-
-
-def learning_rate_factor(step: int, total: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a half cosine down to the minimum, or constant (Loshchilov and Hutter, arXiv:1608.03983)."""
-    options = recipe.train
-    warmup = options.warmup if options.warmup >= 1 else options.warmup * total
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if options.schedule == "constant":
-        return 1.0
-    low = options.min_learning_rate / options.learning_rate if options.learning_rate else 0.0
-    done = (step - warmup) / max(1.0, total - warmup)
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
 def _with_base_columns(recipe: Recipe, out: Path, folder: Path | None, *, resume: bool) -> Recipe:
     """Fill in the columns that a recipe with `model.base` does not name: those the base was trained with.
 
@@ -595,6 +573,3 @@ def _with(struct: Any, changes: Mapping[str, Any]) -> Any:
 
 def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
-
-
-__all__ = ["TrainResult", "learning_rate_factor", "train"]

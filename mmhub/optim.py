@@ -1,0 +1,56 @@
+"""What decides an optimizer step besides the gradient: parameter groups, the learning-rate schedule, and seeds."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmhub.config import ModelRecipe, Recipe
+from mmhub.data.loader import row_seed
+from mmhub.errors import MmhubError
+from mmhub.model import Model
+
+
+def learning_rate_groups(model: Model, recipe: ModelRecipe, rate: float, decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: weight decay for matrices only, and each encoder's own learning-rate multiplier."""
+    factors = {name: part.lr_multiplier for name, part in recipe.encoders.items()}
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    seen: set[int] = set()
+    for role, part in model.parts().items():
+        factor = factors.get(role.removesuffix("_encoder"), 1.0)
+        for parameter in part.parameters():
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                key = (factor, decay if parameter.ndim > 1 else 0.0)
+                groups.setdefault(key, []).append(parameter)
+    if not groups:
+        raise MmhubError("nothing to train: every part is frozen", "unfreeze an encoder, or just evaluate the model")
+    return [
+        {"params": parameters, "lr": rate * factor, "base_lr": rate * factor, "weight_decay": weight}
+        for (factor, weight), parameters in groups.items()
+    ]
+
+
+def learning_rate_factor(step: int, total: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a half cosine down to the minimum, or constant (Loshchilov and Hutter, arXiv:1608.03983)."""
+    options = recipe.train
+    warmup = options.warmup if options.warmup >= 1 else options.warmup * total
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if options.schedule == "constant":
+        return 1.0
+    low = options.min_learning_rate / options.learning_rate if options.learning_rate else 0.0
+    done = (step - warmup) / max(1.0, total - warmup)
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed every generator a module may draw from, so that a step's dropout depends on its number alone."""
+    number = row_seed(seed, step)
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)  # the legacy state is the one libraries draw from
