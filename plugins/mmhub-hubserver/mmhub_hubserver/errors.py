@@ -17,6 +17,16 @@ class Invalid(HubError):
     status = 400
 
 
+class Unprocessable(Invalid):
+    """Well-formed, but asks for something this hub never stores."""
+
+    status = 422
+
+
+class Unauthorized(HubError):
+    status = 401
+
+
 class Forbidden(HubError):
     status = 403
 
@@ -24,6 +34,12 @@ class Forbidden(HubError):
 class RepoNotFound(HubError):
     status = 404
     code = "RepoNotFound"
+
+
+class RepoHidden(RepoNotFound):
+    """What somebody who is not logged in is told, whether the repository is private or does not exist."""
+
+    status = 401
 
 
 class RevisionNotFound(HubError):
@@ -34,6 +50,15 @@ class RevisionNotFound(HubError):
 class EntryNotFound(HubError):
     status = 404
     code = "EntryNotFound"
+
+
+class Gated(HubError):
+    status = 403
+    code = "GatedRepo"
+
+
+class GatedLogin(Gated):
+    status = 401
 
 
 class RouteNotFound(HubError):

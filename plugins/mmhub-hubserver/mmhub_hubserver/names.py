@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Collection
 
-from mmhub_hubserver.errors import Invalid
+from mmhub_hubserver.errors import Invalid, Unprocessable
 
 COMMIT_ID = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -40,13 +40,14 @@ def check_path(path: str) -> str:
     try:
         segments = path.encode("utf-8").split(b"/")
     except UnicodeEncodeError:
-        raise Invalid(f"The path {shown} is not valid Unicode.") from None
+        raise Unprocessable(f"The path {shown} is not valid Unicode.") from None
     if sum(map(len, segments)) + len(segments) > MAX_PATH_BYTES or max(map(len, segments)) > MAX_SEGMENT_BYTES:
-        raise Invalid(f"The path {shown} is too long.")
+        raise Unprocessable(f"The path {shown} is too long.")
     if "\\" in path or re.match(r"[A-Za-z]:", path) or any(unicodedata.category(char) == "Cc" for char in path):
-        raise Invalid(f"The path {shown} has a backslash, a drive letter or a control character.")
+        raise Unprocessable(f"The path {shown} has a backslash, a drive letter or a control character.")
     if any(part.casefold() in _FORBIDDEN_SEGMENTS for part in path.split("/")):
-        raise Invalid(f"The path {shown} is not allowed: no leading or double '/', no '.', '..', '.git' or '.cache'.")
+        rule = "no leading or double '/', no '.', '..', '.git' or '.cache'"
+        raise Unprocessable(f"The path {shown} is not allowed: {rule}.")
     return path
 
 
@@ -56,12 +57,12 @@ def check_tree(paths: Collection[str]) -> None:
     for path in paths:
         other = owners.setdefault(_folded(path), path)
         if other != path:
-            raise Invalid(f"{path!a} and {other!a} differ only in case.")
+            raise Unprocessable(f"{path!a} and {other!a} differ only in case.")
     for path in paths:
         end = path.rfind("/")
         while end > 0:
             if (file := owners.get(_folded(path[:end]))) is not None:
-                raise Invalid(f"{file!a} cannot be both a file and the folder of {path!a}.")
+                raise Unprocessable(f"{file!a} cannot be both a file and the folder of {path!a}.")
             end = path.rfind("/", 0, end)
 
 

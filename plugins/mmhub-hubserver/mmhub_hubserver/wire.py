@@ -4,14 +4,16 @@ Knows nothing of sockets being accepted (that is `server`) nor of what the paths
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
 from io import BufferedIOBase
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlencode
 
+from mmhub_hubserver.accounts import Account
 from mmhub_hubserver.errors import HubError, Invalid, TooLarge
 
 JSON_LIMIT = 16 << 20  # bytes of a JSON or form body, and of one line of a commit
@@ -46,7 +48,7 @@ class Body:
         """Return up to `size` bytes, and b"" only at the end."""
         if self._chunked and not self._left and not self.done:
             self._next_chunk()
-        if self.done:
+        if self.done or not size:
             return b""
         data = self._stream.read(min(size, self._left))
         if not data:
@@ -84,11 +86,14 @@ class Body:
                 raise TooLarge(f"The request body is over {limit} bytes.")
         return bytes(content)
 
-    def drain(self, limit: int) -> bool:
-        """Throw the rest away so that the connection can be used again; False if more than `limit` bytes were left."""
+    def drain(self, limit: int) -> None:
+        """Throw the rest away, up to `limit` bytes."""
         while limit > 0 and (data := self.read(_CHUNK)):
             limit -= len(data)
-        return self.done
+
+    def ends_within(self, limit: int) -> bool:
+        """Say whether at most `limit` bytes are left, as far as the client announced it."""
+        return self.done or (not self._chunked and self._left <= limit)
 
     def _next_chunk(self) -> None:
         size = self._line().split(b";")[0].strip()
@@ -117,6 +122,8 @@ class Request:
     headers: Message
     body: Body
     base: str  # http://host:port as the client sees this server
+    account: Account | None = None  # who asks; `routes` finds out
+    parts: dict[str, str] = field(default_factory=dict)  # of the path, decoded, as the client wrote them
 
     def flag(self, name: str) -> bool:
         return (self.option(name) or "").lower() in ("1", "true")
@@ -125,8 +132,32 @@ class Request:
         values = self.query.get(name)
         return values[-1] if values else None
 
+    def values(self, name: str) -> list[str]:
+        """Return the values of a repeated option; clients write its name with or without `[]`."""
+        return [*self.query.get(name, []), *self.query.get(f"{name}[]", [])]
+
+    def number(self, name: str, default: int) -> int:
+        text = self.option(name)
+        if text is None:
+            return default
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise Invalid(f"'{name}' is not a number.")
+        return int(text)
+
     def json(self) -> dict[str, Any]:
-        return json_object(self.body.all())
+        """Return the JSON object of the body, empty if there is no body."""
+        content = self.body.all()
+        return json_object(content) if content else {}
+
+    def page(self, items: Iterable[T], most: int) -> tuple[list[T], dict[str, str]]:
+        """Return one page of a listing, of which nothing beyond is read, and the header that names the next page."""
+        start = self.number("cursor", 0)
+        count = min(max(self.number("limit", most), 1), most)
+        found, headers = list(islice(items, start, start + count + 1)), {}
+        if len(found) > count:
+            query = urlencode({**self.query, "cursor": [start + count]}, doseq=True)
+            headers["Link"] = f'<{self.base}{self.path}?{query}>; rel="next"'
+        return found[:count], headers
 
 
 @dataclass
@@ -139,14 +170,15 @@ class Response:
     file: tuple[Path, int, int] | None = None
 
     @classmethod
-    def of(cls, data: Any, status: int = 200, **headers: str) -> "Response":
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return cls(status, json.dumps(data).encode(), {"Content-Type": "application/json; charset=utf-8", **named})
+    def of(cls, data: Any, status: int = 200, headers: Mapping[str, str] | None = None, **named: str) -> "Response":
+        """Answer in JSON, with headers as a mapping or as arguments like `X_Error_Code`."""
+        headers = {**(headers or {}), **{name.replace("_", "-"): value for name, value in named.items()}}
+        return cls(status, json.dumps(data).encode(), {"Content-Type": "application/json; charset=utf-8", **headers})
 
     @classmethod
     def refusal(cls, error: HubError) -> "Response":
         text = " ".join(error.message.split()).encode("ascii", "replace").decode()[:500]
-        response = cls.of({"error": error.message}, error.status, X_Error_Message=text)
+        response = cls.of({"error": error.message}, error.status, {"X-Error-Message": text})
         if error.code:
             response.headers["X-Error-Code"] = error.code
         if error.commit:
