@@ -22,6 +22,7 @@ from torch import nn
 from mmhub import __version__
 from mmhub.errors import MmhubError, NotFoundError, PluginError, TrustError, UsageError, did_you_mean
 from mmhub.files import disk_errors, new_folder, sha256, write_file
+from mmhub.hashes import sha256_of
 from mmhub.interfaces import Encoder, decode_config, encode_config, find_task
 from mmhub.model import Columns, Model
 from mmhub.plugins import Component, explain_unmet, get_index, unmet_requirements
@@ -287,15 +288,32 @@ def _finite(text: str) -> float:
     return number
 
 
-def check_requirements(name: str, config: CheckpointConfig) -> None:
-    """Raise PluginError with one install line if a plugin the checkpoint needs is missing or incompatible."""
-    unmet = unmet_requirements(config.requires, get_index())
+def check_requirements(name: str, config: CheckpointConfig, role: str | None = None) -> None:
+    """Raise PluginError with one install line if a plugin the checkpoint, or one part of it, needs is missing."""
+    owner = config.components[role].use.rpartition("/")[0] if role else None
+    requires = [entry for entry in config.requires if owner is None or entry.get("distribution") == owner]
+    unmet = unmet_requirements(requires, get_index())
     if unmet:
-        raise explain_unmet(name, unmet)
+        raise explain_unmet(f"{name}#{role}" if role and "#" not in name else name, unmet)
+
+
+def find_encoder(config: CheckpointConfig, name: str, where: str) -> str:
+    """Return the encoder called `name`, as in "image" or "image_encoder".
+
+    Raises:
+        NotFoundError: there is none; lists those there are.
+    """
+    encoders = [role for role in config.components if role.endswith("_encoder")]
+    role = name if name.endswith("_encoder") else f"{name}_encoder"
+    if role not in encoders:
+        short = [role.removesuffix("_encoder") for role in encoders]
+        hint = did_you_mean(name, [*encoders, *short]) or f"it has {', '.join(encoders)}"
+        raise NotFoundError(f"'{where}' has no component {name!r}", hint)
+    return role
 
 
 def verify_files(folder: Path, config: CheckpointConfig, names: set[str] | None = None) -> None:
-    """Compare files with the sizes and hashes in config.json.
+    """Compare files with the sizes and hashes in config.json; one nobody wrote to since is not read again.
 
     Raises:
         TrustError: one is missing or different, named with what was expected.
@@ -309,7 +327,7 @@ def verify_files(folder: Path, config: CheckpointConfig, names: set[str] | None 
         size = path.stat().st_size
         if size != record.bytes:
             raise TrustError(f"'{path}' has {size} bytes instead of {record.bytes}", "fetch the checkpoint again")
-        found = sha256(path)
+        found = sha256_of(path)
         if found != record.sha256:
             raise TrustError(
                 f"'{path}' is damaged: its sha256 is {found[:12]}... instead of {record.sha256[:12]}...",
@@ -317,19 +335,22 @@ def verify_files(folder: Path, config: CheckpointConfig, names: set[str] | None 
             )
 
 
-def load(folder: Path, *, allow_partial: bool = False, name: str = "") -> Model:
+def load(folder: Path, *, allow_partial: bool = False, name: str = "", verified: bool = False) -> Model:
     """Build the model in `folder`, in evaluation mode on the CPU, its weights mapped from the files.
+
+    `verified` says that the caller compared the files with their hashes just now.
 
     Raises:
         NotFoundError, PluginError, TrustError: no checkpoint, a plugin is missing, or the files are damaged.
     """
     config = read_config(folder)
     check_requirements(name or str(folder), config)
-    verify_files(folder, config)
+    if not verified:
+        verify_files(folder, config)
     # What a partial load leaves without values must have started fresh, so that nothing is built on meta then.
     model = _build_model(config, folder, nullcontext if allow_partial else meta_parameters)
     model.name = name or str(folder)
-    fill(model.parts(), _stored(folder, config), allow_partial=allow_partial)
+    fill(model.parts(), stored_weights(folder, config), allow_partial=allow_partial)
     return model.eval()
 
 
@@ -355,26 +376,21 @@ def _build_model(config: CheckpointConfig, folder: Path, building: Callable[[], 
 def load_encoder(folder: Path, role: str) -> tuple[Encoder, Component]:
     """Build one encoder of the checkpoint in `folder`, reading no other part's weights."""
     config = read_config(folder)
-    encoders = [name for name in config.components if name.endswith("_encoder")]
-    if role not in encoders:
-        hint = did_you_mean(role, encoders) or f"it has {', '.join(encoders)}"
-        raise NotFoundError(f"'{folder}' has no component {role!r}", hint)
+    role = find_encoder(config, role, str(folder))
+    check_requirements(str(folder), config, role)
     record = config.components[role]
-    owner = record.use.rpartition("/")[0]
-    unmet = unmet_requirements([r for r in config.requires if r.get("distribution") == owner], get_index())
-    if unmet:
-        raise explain_unmet(f"{folder}#{role}", unmet)
     component = find_component(role, record.use)
     files = set(record.processor.files.values()) if record.processor else set()
     verify_files(folder, config, files | {record.weights})
-    stored = _stored(folder, config)
+    stored = stored_weights(folder, config)
     verify_files(folder, config, weight_files(stored, {role}))
     encoder = _build_encoder(component, record, folder, meta_parameters)
     fill({role: encoder}, stored, allow_partial=False)
     return encoder, component
 
 
-def _stored(folder: Path, config: CheckpointConfig) -> Stored:
+def stored_weights(folder: Path, config: CheckpointConfig) -> Stored:
+    """Return where the folder keeps the weights of each part."""
     places = {role: record.weights for role, record in config.components.items()}
     return Stored(folder, places, config.tied, config.files.keys())
 

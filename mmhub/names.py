@@ -16,7 +16,7 @@ from typing import Literal
 
 from mmhub.errors import MmhubError, NotFoundError, PluginError, UsageError, did_you_mean
 from mmhub.plugins import get_index, install_line
-from mmhub.registry import Named, Registries, read_lock, read_registries
+from mmhub.registry import Named, Pin, Registries, read_lock, read_registries
 from mmhub.spec import ModelSpec
 
 _SCHEMES = ("hub", "hf-hub", "hf", "local", "local-dir", "plugin")
@@ -52,8 +52,18 @@ class Resolved:
     entry: ModelSpec | None = None
 
 
-def resolve(name: str) -> Resolved:
-    """Resolve a model name as a user writes it.
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """One scope in which a bare name was looked for; `found` is the entry there, '' if it has none."""
+
+    scope: str
+    source: str
+    found: str = ""
+    alias: bool = False
+
+
+def resolve(name: str, *, to_pin: bool = False) -> Resolved:
+    """Resolve a model name as a user writes it. With `to_pin`, mmhub.lock is not looked at: the name is to be pinned.
 
     >>> resolve("hub:org/digits@v1#image").repo_id
     'org/digits'
@@ -68,8 +78,8 @@ def resolve(name: str) -> Resolved:
     found = _resolve(name, registries)
     if found.kind == "hub":
         assert found.repo_id
-        commit = found.commit or _pinned(found)
-        registries.check_allowed(found.repo_id, commit)
+        commit = found.commit or (None if to_pin else _pinned(found))
+        registries.check_allowed(found.repo_id, commit, to_pin=to_pin)
         found = replace(found, commit=commit)
     if found.entry and found.entry.deprecated:
         print(f"note: '{name}' is deprecated: {found.entry.deprecated}", file=sys.stderr)
@@ -79,6 +89,40 @@ def resolve(name: str) -> Resolved:
 def definitions(name: str, registries: Registries) -> list[Named]:
     """Return every entry of a bare name or alias, in order of precedence: the first is used and hides the others."""
     return [named for named in registries.named() if name == named.name or name in named.entry.aliases]
+
+
+def looked_at(bare: str, registries: Registries) -> list[Look]:
+    """Return every scope in which a bare name or alias is looked for, in order, with what each of them says."""
+    files = {file.scope: str(file.path) for file in registries.files}
+    plugins = [plugin.distribution for plugin in get_index().usable() if plugin.models]
+    sources = {
+        "project": files.get("project", "no registry.toml in this folder or above it"),
+        "user": files.get("user", "no registry.toml in the user's settings"),
+        "plugins": f"models of {', '.join(plugins)}" if plugins else "no installed plugin names a model",
+        "shipped": files["shipped"],
+    }
+    looks = []
+    for scope, source in sources.items():
+        hits = [named for named in definitions(bare, registries) if named.scope == scope]
+        looks += [Look(scope=scope, source=n.source, found=n.name, alias=n.name != bare) for n in hits] or [
+            Look(scope=scope, source=source)
+        ]
+    return looks
+
+
+def repository_of(named: Named) -> tuple[str, str]:
+    """Return the Hub repository and revision that an entry leads to, '' for what it does not name."""
+    try:
+        found = _follow_ref(named, named.name)
+    except MmhubError:
+        return "", ""
+    return found.repo_id or "", found.revision or ""
+
+
+def pin_of(found: Resolved) -> tuple[Pin | None, bool]:
+    """Return what mmhub.lock says of a Hub name, and whether it holds: the name may lead elsewhere by now."""
+    pin = read_lock().get(found.name)
+    return pin, pin is not None and _pinned(found) == pin.commit
 
 
 def _resolve(name: str, registries: Registries) -> Resolved:

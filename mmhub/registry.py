@@ -96,8 +96,15 @@ class Registries:
         set_in = (file.hub.endpoint for file in self.files if file.hub.endpoint)
         return os.environ.get("HF_ENDPOINT") or next(set_in, "")
 
-    def check_allowed(self, repo_id: str, commit: str | None) -> None:
+    def allows(self, repo_id: str) -> bool:
+        """Is a Hub repository on every `allow` list that there is?"""
+        lists = (file.hub.allow for file in self.files if file.hub.allow is not None)
+        return all(any(fnmatch.fnmatchcase(repo_id, pattern) for pattern in allow) for allow in lists)
+
+    def check_allowed(self, repo_id: str, commit: str | None, *, to_pin: bool = False) -> None:
         """Refuse a Hub repository that any scope's `[hub]` table forbids: a project can tighten, never loosen.
+
+        `to_pin` says that its commit is only asked for, in order to pin it.
 
         Raises:
             TrustError: it is not on an `allow` list, or not pinned where `require_pinned` is set.
@@ -107,10 +114,10 @@ class Registries:
             if allow is not None and not any(fnmatch.fnmatchcase(repo_id, pattern) for pattern in allow):
                 listed = ", ".join(allow) or "nothing"
                 raise TrustError(f"'{repo_id}' is not allowed by {file.path}", f"[hub] allow lists {listed}")
-            if file.hub.require_pinned and commit is None:
+            if file.hub.require_pinned and commit is None and not to_pin:
                 raise TrustError(
                     f"'{repo_id}' is not pinned to a commit, and {file.path} sets [hub] require_pinned",
-                    f"write '{repo_id}@<40 hex digits>', or set `commit` where the name is registered",
+                    f"pin it with `mmhub models lock {repo_id}`, or write '{repo_id}@<40 hex digits>'",
                 )
 
     def named(self) -> Iterator[Named]:
@@ -304,23 +311,37 @@ def read_lock(start: Path | None = None) -> dict[str, Pin]:
     return _read_lock(path) if path else {}
 
 
-def write_lock(name: str, repo: str, commit: str, start: Path | None = None) -> Path:
-    """Pin `name` (a `Resolved.name`) to a commit of `repo`, "org/name" or "org/name@revision"; return the lock's path.
+def lock_file(start: Path | None = None) -> Path:
+    """Return the mmhub.lock that applies in `start`: the nearest, or the one `write_pins` would make.
 
-    The nearest mmhub.lock is used; without one it is made beside the project's registry.toml, or in the current folder.
+    That is beside the project's registry.toml, or in the current folder.
     """
-    if not _COMMIT.fullmatch(commit):
-        raise UsageError(f"cannot pin '{name}' to {commit!r}", "a commit has 40 hex digits")
-    path = find_upward(LOCK, start)
-    pins = _read_lock(path) if path else {}
-    if path is None:
-        registry = find_upward(FILE, start)
-        path = registry.with_name(LOCK) if registry else (start or Path.cwd()) / LOCK
-    pins[name] = Pin(ref=f"hub:{repo}", commit=commit)
-    models = {key: {"ref": pins[key].ref, "commit": pins[key].commit} for key in sorted(pins)}
-    draft = path.with_name(f"{LOCK}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps({"schema": SCHEMA, "models": models}, indent=2) + "\n", encoding="utf-8")
-    draft.replace(path)
+    registry = find_upward(FILE, start)
+    beside = registry.with_name(LOCK) if registry else (start or Path.cwd()) / LOCK
+    return find_upward(LOCK, start) or beside
+
+
+def write_lock(name: str, repo: str, commit: str, start: Path | None = None) -> Path:
+    """Pin `name` (a `Resolved.name`) to a commit of `repo`, "org/name[@revision]", and return the lock's path."""
+    return write_pins({name: Pin(ref=f"hub:{repo}", commit=commit)}, start)
+
+
+def write_pins(changes: Mapping[str, Pin | None], start: Path | None = None) -> Path:
+    """Add or replace pins in mmhub.lock, remove those that are None, and return the file's path.
+
+    Raises:
+        UsageError: a commit is malformed, or the file that is there is invalid.
+    """
+    from mmhub.files import disk_errors, write_file
+
+    wrong = next(((name, pin) for name, pin in changes.items() if pin and not _COMMIT.fullmatch(pin.commit)), None)
+    if wrong:
+        raise UsageError(f"cannot pin '{wrong[0]}' to {wrong[1].commit!r}", "a commit has 40 hex digits")
+    path = lock_file(start)
+    pins = {name: pin for name, pin in (read_lock(start) | dict(changes)).items() if pin}
+    models = {name: {"ref": pins[name].ref, "commit": pins[name].commit} for name in sorted(pins)}
+    with disk_errors("the pins", path.parent):
+        write_file(path, json.dumps({"schema": SCHEMA, "models": models}, indent=2) + "\n")
     return path
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from mmhub.errors import TrustError
 from mmhub.files import write_file
+from mmhub.hashes import facts_of, remember
 
 SINGLE_FILE_BYTES = 64 * 2**20  # larger models are split by component, so that parts can be fetched alone
 SHARD_BYTES = 5 * 10**9
@@ -97,15 +99,22 @@ def _shards(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
 
 
 class _NoInitialValues(TorchFunctionMode):
-    """Draw no normal numbers for meta tensors: torch imports its compiler for that, which takes seconds."""
+    """Draw no numbers for meta tensors: torch imports its compiler for normal ones, which takes seconds."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (Tensor.normal_, nn.init.normal_):
+        if getattr(func, "__name__", "") in _DRAWS:
             tensor: Tensor = args[0] if args else kwargs["tensor"]
             if tensor.is_meta:
                 return tensor
         return func(*args, **kwargs)
+
+
+# By name: transformers puts functions of its own in the place of torch's while it builds a model.
+_DRAWS = {
+    *("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_"),
+    *("xavier_normal_", "zeros_", "ones_", "constant_", "zero_", "fill_"),
+}
 
 
 _patching = threading.RLock()
@@ -183,9 +192,11 @@ def fill(parts: Mapping[str, nn.Module], stored: Stored, *, allow_partial: bool)
     """Assign the tensors of the files to the parts, strictly, and tie again what was tied.
 
     Raises:
-        TrustError: a file is damaged, or what it holds does not fit (a warning alone with `allow_partial`).
+        TrustError: a file is damaged, or what it holds does not fit (a warning alone with `allow_partial`), or a
+            parameter is not a number (a warning alone with MMHUB_ALLOW_NONFINITE=1).
     """
-    found, problems = _read_parts(stored, parts)
+    found, problems, whole = _read_parts(stored, parts)
+    _check_finite(stored, parts, found, whole)
     tied = {alias: source for alias, source in stored.tied.items() if alias.partition(".")[0] in parts}
     for alias, source in tied.items():
         if source in found:
@@ -199,18 +210,19 @@ def fill(parts: Mapping[str, nn.Module], stored: Stored, *, allow_partial: bool)
         if not allow_partial:
             raise TrustError(line, "fetch the checkpoint again")
         print(f"warning: {line}", file=sys.stderr)
-    names = {f"{role}.{key}" for role, part in parts.items() for key in part.state_dict()}
+    names = {f"{role}.{key}" for role, part in parts.items() for key in part.state_dict()} if tied else set()
     for alias, source in tied.items():
         if {alias, source} <= names:
             _tie(parts, alias, source)
 
 
-def _read_parts(stored: Stored, roles: Iterable[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of these roles and those they share, by full name, and what is wrong with the files."""
+def _read_parts(stored: Stored, roles: Iterable[str]) -> tuple[dict[str, Tensor], list[str], list[Path]]:
+    """The tensors of these roles and those they share, by full name; what is wrong; the files read completely."""
     wanted = _roles_with_ties(stored, roles)
     found: dict[str, Tensor] = {}
-    problems = []
+    problems, whole = [], []
     for file in sorted(weight_files(stored, roles)):
+        complete = True
         for name, tensor in read_tensors(stored.folder / file):
             role = name.partition(".")[0]
             if role not in stored.places:
@@ -219,7 +231,45 @@ def _read_parts(stored: Stored, roles: Iterable[str]) -> tuple[dict[str, Tensor]
                 problems.append(f"{name} is in two files")
             elif role in wanted:
                 found[name] = tensor
-    return found, problems
+            complete = complete and name in found
+        if complete:
+            whole.append(stored.folder / file)
+    return found, problems, whole
+
+
+def _check_finite(
+    stored: Stored, parts: Mapping[str, nn.Module], found: Mapping[str, Tensor], whole: Sequence[Path]
+) -> None:
+    """Refuse NaN anywhere and infinity in a parameter; buffers may hold it, as masks do.
+
+    Reading every number costs about as much as hashing, so a file without any is remembered as such.
+    """
+    paths = [stored.folder / file for file in weight_files(stored, parts)]
+    if all(facts_of(path).get("finite") is True for path in paths):
+        return
+    odd = [name for name, tensor in found.items() if not _is_finite(tensor)]
+    if not odd:
+        for path in whole:
+            remember(path, {"finite": True})
+        return
+    parameters = {f"{role}.{key}" for role, part in parts.items() for key, _ in part.named_parameters()}
+    bad = [name for name in odd if name in parameters or torch.isnan(found[name]).any()]
+    if bad:
+        more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        line = f"the weights in '{stored.folder}' hold NaN or infinity: {bad[0]}{more}"
+        if os.environ.get("MMHUB_ALLOW_NONFINITE", "") in ("", "0"):
+            raise TrustError(line, "the model was saved broken: use another; MMHUB_ALLOW_NONFINITE=1 loads it anyway")
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """One pass without a temporary: a sum of finite numbers is finite, save for an overflow that is looked into."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.element_size() == 1:  # 8-bit floats cannot be summed
+        tensor = tensor.to(torch.float32)
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 
 def _assign(role: str, part: nn.Module, found: Mapping[str, Tensor], allow_partial: bool) -> list[str]:

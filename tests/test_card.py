@@ -30,7 +30,8 @@ def test_the_metadata_is_what_the_hub_indexes(folder: Path) -> None:
     assert data["license"] == "mit"
     assert data["language"] == ["en"]
     assert "datasets" not in data
-    assert data["tags"] == ["mmhub", "classification", "image", "audio"]
+    parts = ["mmhub-audio", "mmhub-heads", "mmhub-image"]
+    assert data["tags"] == ["mmhub", "classification", "image", "audio", *parts]
     measured = json.loads((folder / "eval" / "classification.json").read_text())
     result = data["model-index"][0]["results"][0]
     values = {metric["name"]: metric["value"] for metric in result["metrics"]}

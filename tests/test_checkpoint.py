@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmhub import checkpoint, files, weights
+from mmhub import checkpoint, files, hashes, weights
 from mmhub.checkpoint import (
     ALLOWED,
     compatible_range,
@@ -394,6 +394,57 @@ def test_tensors_must_fit_the_model_exactly(saved: Path) -> None:
         "decoder.more is unexpected",
         "fusion.kinds.text has type int64, not float32",
     )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_parameter_that_is_no_number_is_refused_by_name(
+    saved: Path, value: float, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = min(key for key in load_file(saved / "model.safetensors") if key.startswith("decoder."))
+    change_weights(saved, lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
+    for _ in range(2):  # the outcome is not remembered as good
+        with pytest.raises(TrustError, match="NaN or infinity") as caught:
+            load(saved)
+        assert name in str(caught.value)
+        assert caught.value.exit_code == ExitCode.TRUST
+    with pytest.raises(TrustError, match="NaN or infinity"):
+        load(saved, allow_partial=True)
+    monkeypatch.setenv("MMHUB_ALLOW_NONFINITE", "1")
+    load(saved)
+    assert f"warning: the weights in '{saved}' hold NaN or infinity: {name}" in capfd.readouterr().err
+
+
+def test_a_buffer_may_hold_infinity_but_not_nan(saved: Path) -> None:
+    name = next(key for key in load_file(saved / "model.safetensors") if key.endswith("running_var"))
+    change_weights(saved, lambda tensors: tensors[name].fill_(float("inf")))
+    load(saved)
+    change_weights(saved, lambda tensors: tensors[name].fill_(float("nan")))
+    with pytest.raises(TrustError, match="NaN or infinity"):
+        load(saved)
+
+
+def test_large_numbers_whose_sum_overflows_are_numbers(saved: Path) -> None:
+    name = next(key for key in load_file(saved / "model.safetensors") if key.startswith("decoder."))
+    change_weights(saved, lambda tensors: tensors[name].fill_(3e38))
+    load(saved)
+
+
+def test_weights_are_searched_for_nan_once(split: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MMHUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hashes, "RACY_SECONDS", 0.0)
+    searched: list[Tensor] = []
+    real = weights._is_finite
+    monkeypatch.setattr(weights, "_is_finite", lambda tensor: searched.append(tensor) or real(tensor))
+    load_encoder(split, "text_encoder")
+    assert searched
+    load(split)
+    count = len(searched)
+    load(split)
+    load_encoder(split, "text_encoder")
+    assert len(searched) == count
+    change_weights(split, lambda tensors: None, "model-decoder.safetensors")
+    load(split)
+    assert len(searched) > count
 
 
 def test_a_tensor_of_no_component_is_unexpected(saved: Path) -> None:

@@ -40,6 +40,7 @@ errors
 files
 spec hookspecs
 discovery
+hashes
 plugins
 registry
 names

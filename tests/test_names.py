@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mmhub.errors import NotFoundError, PluginError, TrustError, UsageError
-from mmhub.names import resolve
-from mmhub.registry import write_lock
+from mmhub.names import looked_at, pin_of, repository_of, resolve
+from mmhub.registry import read_registries, write_lock
 from tests.fake_plugins import Site, make_site
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -224,3 +224,47 @@ def test_the_allow_list_and_pinning_are_enforced_on_every_spelling(site: Site) -
         resolve("org/x")
     write_lock("org/x", "org/x", COMMIT)
     assert resolve("org/x").commit == COMMIT
+
+
+def test_every_scope_that_a_name_is_looked_for_in_is_told_in_order(site: Site) -> None:
+    site.install("mmhub-fake", "api = 1\n[models.digits]\nref = 'hub:plugin/digits'\naliases = ['numbers']\n")
+    path = site.registry("schema = 1\n[models.numbers]\nref = 'hub:org/x'\n")
+    looks = looked_at("numbers", read_registries())
+    assert [(look.scope, look.found, look.alias) for look in looks] == [
+        ("project", "numbers", False),
+        ("user", "", False),
+        ("plugins", "digits", True),
+        ("shipped", "", False),
+    ]
+    assert looks[0].source == str(path)
+    assert "no registry.toml" in looks[1].source
+
+
+def test_the_repository_of_an_entry_is_told_without_following_it(site: Site) -> None:
+    site.registry(
+        "schema = 1\n[models.a]\nref='hub:org/a@v1'\n[models.b]\nref='local:./none'\n"
+        "[models.c.compose]\nfusion='streams'\n"
+        "[models.d]\nref='https://huggingface.co/org/d'\n"
+    )
+    found = {named.name: repository_of(named) for named in read_registries().named()}
+    assert found == {"a": ("org/a", "v1"), "b": ("", ""), "c": ("", ""), "d": ("org/d", "")}
+
+
+def test_a_name_that_is_to_be_pinned_passes_over_its_old_pin_and_over_require_pinned(site: Site) -> None:
+    write_lock("org/x", "org/x", OTHER)
+    site.registry("schema = 1\n[hub]\nallow = ['org/*']\nrequire_pinned = true\n")
+    assert resolve("org/x").commit == OTHER
+    assert resolve("org/x", to_pin=True).commit is None
+    assert resolve("org/y", to_pin=True).repo_id == "org/y"
+    with pytest.raises(TrustError, match="is not allowed"):
+        resolve("evil/x", to_pin=True)
+
+
+def test_a_pin_is_told_with_whether_it_holds(site: Site) -> None:
+    write_lock("a", "org/a@v1", OTHER)
+    for ref, holds in (("hub:org/a@v1", True), ("hub:org/a@v2", False)):
+        site.registry(f"schema = 1\n[models.a]\nref = '{ref}'")
+        pin, held = pin_of(resolve("a"))
+        assert pin is not None
+        assert (pin.commit, held) == (OTHER, holds)
+    assert pin_of(resolve("org/z")) == (None, False)

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from mmhub.errors import TrustError, UsageError
-from mmhub.registry import find_upward, read_lock, read_registries, read_registry, shipped_file, write_lock
+from mmhub.registry import (
+    Pin,
+    find_upward,
+    lock_file,
+    read_lock,
+    read_registries,
+    read_registry,
+    shipped_file,
+    write_lock,
+    write_pins,
+)
 from tests.fake_plugins import Site, make_site
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -144,3 +154,26 @@ def test_a_damaged_lock_is_an_error_that_names_it(site: Site, text: str) -> None
     (site.work / "mmhub.lock").write_text(text)
     with pytest.raises(UsageError, match=r"mmhub\.lock"):
         read_lock()
+
+
+def test_pins_are_replaced_and_removed_and_the_others_stay(site: Site) -> None:
+    for name in ("a", "b"):
+        write_lock(name, f"org/{name}", COMMIT)
+    moved = Pin(ref="hub:org/b", commit=COMMIT[::-1])
+    path = write_pins({"a": None, "b": moved, "c": moved})
+    assert read_lock() == {"b": moved, "c": moved}
+    assert path == lock_file() == site.work / "mmhub.lock"
+    assert list(site.work.iterdir()) == [path], "nothing is left beside it"
+    with pytest.raises(UsageError, match="40 hex digits"):
+        write_pins({"d": Pin(ref="hub:org/d", commit="main")})
+    assert read_lock() == {"b": moved, "c": moved}
+
+
+def test_a_repository_is_allowed_where_every_list_holds_it(site: Site) -> None:
+    assert read_registries().allows("any/thing")
+    site.registry('schema = 1\n[hub]\nallow = ["org/*", "team/one"]', "user")
+    site.registry('schema = 1\n[hub]\nallow = ["*/one"]', "project")
+    assert [name for name in ("org/one", "org/two", "team/one") if read_registries().allows(name)] == [
+        "org/one",
+        "team/one",
+    ]

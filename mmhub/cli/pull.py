@@ -19,6 +19,7 @@ from mmhub.cli.output import emit, json_option, quiet_option
 def pull(name: str, revision: str | None, out: Path | None, quiet: bool, as_json: bool) -> None:
     """Fetch the model NAME and check every file against its hash.
 
+    NAME#image fetches only what the image encoder needs. An interrupted pull goes on from where it ended.
     A model that needs a plugin which is not installed fails before its weights are fetched, and says what to install.
     """
     if quiet or as_json or not sys.stderr.isatty():
@@ -26,11 +27,12 @@ def pull(name: str, revision: str | None, out: Path | None, quiet: bool, as_json
 
         disable_progress_bars()
     from mmhub.checkpoint import read_config, verify_files
-    from mmhub.hub import pull as run
+    from mmhub.hub.pull import locate, resolve_name
 
-    folder = run(name, revision=revision, local_dir=out)
+    folder, verified = locate(name, resolve_name(name, revision), out)
     config = read_config(folder)
-    verify_files(folder, config)
+    if not verified:
+        verify_files(folder, config)
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
     emit({"name": name, "path": str(folder), "task": config.task, "files": files}, as_json, str(folder))
 

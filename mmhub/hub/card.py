@@ -67,7 +67,8 @@ def merge_card(
     tag = find_task(config.task).pipeline_tag(modalities)
     if tag:
         data["pipeline_tag"] = tag
-    data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), "mmhub", config.task, *modalities]))
+    plugins = [str(record["distribution"]) for record in config.requires]  # so that a search can tell what to install
+    data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), "mmhub", config.task, *modalities, *plugins]))
     results = read_results(folder)
     if results:
         data["model-index"] = [_model_index(name, config.task, tag, results)]

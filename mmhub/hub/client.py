@@ -62,26 +62,6 @@ def cache_dir() -> Path:
     return root if is_public_hub() else root / "endpoints" / re.sub(r"[^\w.-]+", "_", endpoint().split("://")[-1])
 
 
-def is_reachable() -> bool:
-    """Does the Hub's machine, or the proxy before it, accept connections?
-
-    huggingface_hub retries for half a minute before it says that one does not.
-    """
-    import socket
-    from urllib.parse import urlsplit
-    from urllib.request import getproxies, proxy_bypass
-
-    address = urlsplit(endpoint())
-    host = address.hostname or ""
-    if address.scheme in getproxies() and not proxy_bypass(host):
-        return True
-    try:
-        with socket.create_connection((host, address.port or (443 if address.scheme == "https" else 80)), timeout=10):
-            return True
-    except OSError:
-        return False
-
-
 def api() -> Any:
     from huggingface_hub import HfApi
 
@@ -93,6 +73,16 @@ def api() -> Any:
 def download_options() -> dict[str, Any]:
     """Arguments for huggingface_hub's download functions."""
     return {"endpoint": endpoint(), "token": token(), "cache_dir": cache_dir()}
+
+
+def request_headers() -> dict[str, str]:
+    """Return the headers of a request that the client does not make for us."""
+    from huggingface_hub.utils import build_hf_headers
+
+    from mmhub import __version__
+
+    headers: dict[str, str] = build_hf_headers(token=token(), library_name="mmhub", library_version=__version__)
+    return headers
 
 
 @contextmanager

@@ -1,23 +1,54 @@
-"""Fetch a checkpoint by name and load it: config.json first, then, if its plugins are here, the rest, checked."""
+"""Fetch a checkpoint by name and load it: config.json first, then, if its plugins are here, the rest, checked.
+
+Every file is compared with config.json and with the server's own record, when it is fetched and when it is loaded from
+the cache. How bytes travel is left to `mmhub.hub.download`.
+"""
 
 from __future__ import annotations
 
+import fnmatch
+import json
 import os
 import re
 import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from mmhub.checkpoint import ALLOWED, CheckpointConfig, check_requirements, is_checkpoint, read_config, verify_files
+from mmhub.checkpoint import (
+    ALLOWED,
+    CheckpointConfig,
+    check_requirements,
+    find_encoder,
+    is_checkpoint,
+    read_config,
+    stored_weights,
+)
 from mmhub.checkpoint import load as load_folder
 from mmhub.device import find_device
-from mmhub.errors import MmhubError, TrustError, UsageError
+from mmhub.errors import MmhubError, NetworkError, TrustError, UsageError
 from mmhub.files import disk_errors, new_folder
-from mmhub.hub.client import cache_dir, download_options, hub_errors, is_offline, is_reachable
+from mmhub.hashes import remember, sha256_of
+from mmhub.hub.client import cache_dir, endpoint, hub_errors, is_offline
+from mmhub.hub.download import (
+    REPUBLISH,
+    Place,
+    Remote,
+    beside,
+    check_names,
+    contradiction,
+    fetch,
+    find_file,
+    in_cache,
+    list_files,
+)
+from mmhub.hub.integrity import blob_name, check_blob
 from mmhub.model import Model
 from mmhub.names import Resolved, resolve
+from mmhub.weights import weight_files
 
-_EXTRAS = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "provenance.json", "eval/*.json")
+_EXTRAS = re.compile(r"README\.md|LICENSE(\.txt|\.md)?|provenance\.json|eval/[\w.-]+\.json")
 _LIBRARY_FILES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors",
     "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
@@ -25,6 +56,7 @@ _LIBRARY_FILES = (
     "modules.json", "sentence_bert_config.json", "1_Pooling/config.json",
     "0_Transformer/*.json", "0_Transformer/*.safetensors",
 )  # fmt: skip
+_AGAIN = "fetch the checkpoint again"
 
 
 def load(
@@ -38,8 +70,12 @@ def load(
         NotFoundError, PluginError, TrustError, NetworkError: see `pull` and `mmhub.checkpoint.load`.
     """
     target = find_device(device)
-    folder = pull(name, revision=revision)
-    model = load_folder(folder, allow_partial=allow_partial, name=os.fspath(name))
+    resolved = resolve_name(name, revision)
+    if resolved.component:
+        what = f"'{os.fspath(name)}' names one part, '{resolved.component}', not a model"
+        raise UsageError(what, "leave out '#...', or give it as `init` of a part in a recipe")
+    folder, verified = locate(name, resolved)
+    model = load_folder(folder, allow_partial=allow_partial, name=os.fspath(name), verified=verified)
     return model.to(target) if target.type != "cpu" else model
 
 
@@ -47,20 +83,32 @@ def pull(name: str | os.PathLike[str], *, revision: str | None = None, local_dir
     """Make the checkpoint called `name` available and return its folder, every file checked against its hash.
 
     A local checkpoint is returned as it is. `local_dir` puts the files there instead of into the cache, replacing an
-    older checkpoint at once or not at all. `revision` is what `name@revision` says.
+    older checkpoint at once or not at all. `revision` is what `name@revision` says. `name#component` fetches only what
+    that part needs. A download that was interrupted goes on from where it ended.
 
     Raises:
         PluginError: a plugin it needs is missing; nothing but config.json was fetched.
-        TrustError: a file is damaged, also after fetching it again.
+        TrustError: a file is damaged, also after fetching it again, or server and config.json disagree about it.
+        NetworkError: the server cannot be reached or stalls, and the files are not in the cache.
     """
-    name = name if isinstance(name, str) else f"local:{os.fspath(name)}"
-    resolved = resolve(_at_revision(name, revision))
+    return locate(name, resolve_name(name, revision), Path(local_dir) if local_dir else None)[0]
+
+
+def resolve_name(name: str | os.PathLike[str], revision: str | None = None) -> Resolved:
+    """Return what a name or `Path` means; `revision` replaces what the name says after '@'."""
+    return resolve(_at_revision(name if isinstance(name, str) else f"local:{os.fspath(name)}", revision))
+
+
+def locate(name: str | os.PathLike[str], resolved: Resolved, local_dir: Path | None = None) -> tuple[Path, bool]:
+    """Return the folder of a checkpoint as `pull` does, and whether its files were verified just now."""
     if resolved.kind == "local":
         assert resolved.path is not None
-        return resolved.path
+        if local_dir is not None:
+            raise UsageError(f"'{os.fspath(name)}' is a local folder already", "leave out --out, or copy the folder")
+        return resolved.path, False
     if resolved.kind != "hub":
-        raise UsageError(f"{name!r} is a composition, not a checkpoint", "train it from a recipe first")
-    return pull_repo(name, resolved, Path(local_dir) if local_dir else None)
+        raise UsageError(f"'{os.fspath(name)}' is a composition, not a checkpoint", "train it from a recipe first")
+    return pull_repo(os.fspath(name), resolved, local_dir), True
 
 
 def _at_revision(name: str, revision: str | None) -> str:
@@ -73,56 +121,220 @@ def _at_revision(name: str, revision: str | None) -> str:
     return f"{plain.partition('@')[0]}@{revision}{mark}{component}"
 
 
+def at_commit(resolved: Resolved) -> tuple[Resolved, Path]:
+    """Return a Hub name pinned to the commit it means now, and the folder with its config.json: all that is fetched."""
+    folder = _fetch_config(in_cache(resolved.repo_id or ""), resolved.commit or resolved.revision).parent
+    return replace(resolved, commit=folder.name), folder
+
+
 def pull_repo(name: str, resolved: Resolved, local_dir: Path | None = None) -> Path:
-    """Fetch a checkpoint repository."""
-    repo = resolved.repo_id or ""
-    config_path = _fetch_config(repo, resolved.commit or resolved.revision)
-    config = read_config(config_path.parent)
-    check_requirements(name, config)
-    commit = config_path.parent.name
+    """Fetch a checkpoint repository, or what one part of it needs."""
+    place = in_cache(resolved.repo_id or "")
+    folder = _fetch_config(place, resolved.commit or resolved.revision).parent
+    config = read_config(folder)
+    role = None
+    if resolved.component:
+        role = find_encoder(config, resolved.component, name)
+        if local_dir is not None:
+            raise UsageError(f"'{name}' is one part, and a folder holds a whole checkpoint", "leave out '#...'")
+    check_requirements(name, config, role)
     if local_dir is not None:
         _check_target(local_dir)
-        with disk_errors("the checkpoint", local_dir), new_folder(local_dir) as aside:
-            _fetch(repo, commit, config, aside)
-            _repair(repo, commit, aside, config, aside)
+        _pull_into(place, folder, config, local_dir)
         return local_dir
-    folder = config_path.parent
-    if not all((folder / file).is_file() for file in config.files):
-        _fetch(repo, commit, config)
-    _repair(repo, commit, folder, config)
+    _make_sound(place, folder.name, config, _first_files(config, role), role is None)
+    if role is not None:
+        _make_sound(place, folder.name, config, weight_files(stored_weights(folder, config), {role}), False)
     return folder
 
 
-def _fetch_config(repo: str, revision: str | None) -> Path:
+def _first_files(config: CheckpointConfig, role: str | None) -> set[str]:
+    """What is needed of a whole checkpoint, or, for a part, all but the shards its index names."""
+    if role is None:
+        return set(config.files)
+    record = config.components[role]
+    files = set(record.processor.files.values()) if record.processor else set()
+    return files | ({record.weights} if record.weights else set())
+
+
+def _fetch_config(place: Place, revision: str | None) -> Path:
     """The cached file if a commit is asked for or the Hub cannot be reached, else what the Hub has now."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    cached = _cached_config(place, revision)
+    pinned = re.fullmatch("[0-9a-f]{40}", revision or "") is not None
+    sound = cached is not None and not _problem(cached, None)
+    if cached and sound and (pinned or is_offline()):
+        return cached
+    with hub_errors(place.repo, revision):
+        try:
+            commit, remote = find_file(place.repo, "config.json", revision or "main", hurry=sound)
+        except Exception as error:
+            problem = _no_answer(place.repo, revision, error)
+            if problem is None:
+                raise
+            if cached and sound:
+                _say_cached(problem, cached)
+                return cached
+            raise (_damaged(cached, None) if cached else problem) from None
+        path = place.snapshot(commit) / "config.json"
+        if not (path.is_file() and blob_name(path) in (remote.hash, None) and not _problem(path, None)):
+            fetch(place, commit, [remote])
+    place.name_commit(revision or "main", commit)
+    return path
 
-    if revision and re.fullmatch("[0-9a-f]{40}", revision):
-        cached = try_to_load_from_cache(repo, "config.json", cache_dir=cache_dir(), revision=revision)
-        if isinstance(cached, str):
-            return Path(cached)
-    cached_only = not is_offline() and not is_reachable()
-    with hub_errors(repo, revision):
-        return Path(
-            hf_hub_download(repo, "config.json", revision=revision, local_files_only=cached_only, **download_options())
-        )
+
+def _cached_config(place: Place, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(place.repo, "config.json", cache_dir=cache_dir(), revision=revision)
+    return Path(cached) if isinstance(cached, str) else None
 
 
-def _fetch(repo: str, commit: str, config: CheckpointConfig, local_dir: Path | None = None) -> None:
-    from huggingface_hub import snapshot_download
+def _no_answer(repo: str, revision: str | None, error: Exception) -> NetworkError | None:
+    """What `error` means, if it means that the Hub cannot be asked now."""
+    try:
+        with hub_errors(repo, revision):
+            raise error
+    except NetworkError as problem:
+        return problem
+    except Exception:
+        return None
 
-    patterns = ["config.json", *_EXTRAS, *config.files]
-    options: dict[str, Any] = download_options()
-    if local_dir:
-        options["local_dir"] = local_dir
-    with hub_errors(repo, commit):
-        folder = Path(snapshot_download(repo, revision=commit, allow_patterns=patterns, **options))
-    if local_dir:
-        _drop_client_metadata(local_dir)
-    for path in folder.rglob("*"):
-        inside = path.relative_to(folder).as_posix()
-        if not path.is_dir() and not ALLOWED.fullmatch(inside):
-            raise TrustError(f"'{repo}' delivered {inside!r}, which no checkpoint may hold")
+
+def _say_cached(problem: NetworkError, cached: Path) -> None:
+    print(f"warning: {problem.message}; using the copy pulled before ({cached.parent.name[:12]})", file=sys.stderr)
+
+
+def _make_sound(place: Place, commit: str, config: CheckpointConfig, names: Iterable[str], whole: bool) -> None:
+    """Fetch those of the files that are missing or damaged; of a whole checkpoint also card, licence and results."""
+    folder = place.snapshot(commit)
+    problems = {name: _problem(folder / name, config.files[name].sha256) for name in names}
+    problems |= {name: _problem(folder / name, None) for name in _present(folder) - set(config.files)}
+    todo = {name: problem for name, problem in problems.items() if problem}
+    if not todo:
+        return
+    damaged = next((name for name, problem in todo.items() if problem == "damaged"), None)
+    if is_offline():
+        if damaged:
+            raise _damaged(folder / damaged, config.files.get(damaged))
+        what = f"'{place.repo}' is not wholly in the cache, and HF_HUB_OFFLINE is set"
+        raise NetworkError(what, "unset it, or pull it first")
+    try:
+        with hub_errors(place.repo, commit):
+            listed = _listing(place.repo, commit, config, folder)
+            extras = {name for name in listed if _EXTRAS.fullmatch(name)} if whole else set()
+            files = [listed[name] for name in listed if name in todo or (name in extras - problems.keys())]
+            check_names(place.repo, [remote.path for remote in files], listed)
+            fetch(place, commit, files, {name: record.sha256 for name, record in config.files.items()})
+    except NetworkError as error:
+        if damaged is None:
+            raise
+        raise TrustError(f"'{folder / damaged}' is damaged, and {error.message}", "load it again when online") from None
+
+
+def _present(folder: Path) -> set[str]:
+    """The files of a snapshot that a checkpoint may hold; other libraries may keep theirs there, too."""
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name for name in found if ALLOWED.fullmatch(name)}
+
+
+def _problem(path: Path, sha256: str | None) -> str | None:
+    """Say "missing" or "damaged" of a cached file that is not what its blob's name and config.json say."""
+    try:
+        if not path.is_file():
+            return "missing"
+        name = blob_name(path) or ""
+        if len(name) == 64 or sha256 is not None:
+            found = sha256_of(path)
+            sound = found == (sha256 or name) and (len(name) != 64 or found == name)
+        else:
+            sound = True
+        sound = sound and (len(name) != 40 or check_blob(path))
+    except OSError:
+        return "damaged"
+    return None if sound else "damaged"
+
+
+def _damaged(path: Path, record: object) -> TrustError:
+    what = f"the cached file '{path}' is damaged"
+    why = "and HF_HUB_OFFLINE is set" if is_offline() else f"and {endpoint()} cannot be reached"
+    return TrustError(f"{what}, {why}", "load it again when online: it is fetched anew")
+
+
+def _listing(repo: str, commit: str, config: CheckpointConfig, folder: Path) -> dict[str, Remote]:
+    """The server's record of all files, held against config.json: a contradiction shows before weights are fetched.
+
+    Raises:
+        TrustError: they differ.
+    """
+    listed = list_files(repo, commit)
+    mine = blob_name(folder / "config.json")
+    if "config.json" not in listed or listed["config.json"].hash != (mine or listed["config.json"].hash):
+        raise TrustError(f"'{repo}' at {endpoint()} lists another config.json than it delivered", _AGAIN)
+    for name, record in config.files.items():
+        remote = listed.get(name)
+        if remote is None:
+            raise TrustError(f"'{repo}' at {endpoint()} lacks '{name}', which its config.json lists", _AGAIN)
+        if len(remote.hash) == 64 and remote.hash != record.sha256:
+            raise contradiction(repo, name, record.sha256, remote.hash)
+        if remote.size != record.bytes:
+            what = f"config.json gives '{name}' {record.bytes:,} bytes, the server {remote.size:,}"
+            raise TrustError(f"'{repo}' at {endpoint()} contradicts itself: {what}", REPUBLISH)
+    return listed
+
+
+# -- into a folder of one's own ---------------------------------------------------------------------------------
+
+
+def _pull_into(cached: Place, snapshot: Path, config: CheckpointConfig, target: Path) -> None:
+    """Fill `target`, replacing an older checkpoint at once; only config.json goes through the cache."""
+    staging = beside(cached.repo, Path(os.path.realpath(target)))
+    names = _present(snapshot)
+    whole = set(config.files) <= names and not any(
+        _problem(snapshot / name, config.files[name].sha256 if name in config.files else None) for name in names
+    )
+    with disk_errors("the checkpoint", target):
+        if not whole:
+            staged = staging.snapshot(snapshot.name)
+            staged.mkdir(parents=True, exist_ok=True)
+            _copy_known(cached, staging, snapshot, config)
+            _make_sound(staging, snapshot.name, config, set(config.files), True)
+            snapshot, names = staged, _present(staged)
+        with new_folder(target) as aside:
+            for name in sorted(names):
+                (aside / name).parent.mkdir(exist_ok=True)
+                _move(snapshot / name, aside / name, copy=whole)
+    shutil.rmtree(staging.folder, ignore_errors=True)
+    for name, record in config.files.items():
+        remember(target / name, {"sha256": record.sha256}, written_by_us=True)
+
+
+def _copy_known(cached: Place, staging: Place, snapshot: Path, config: CheckpointConfig) -> None:
+    """Begin with config.json and whatever else of this commit is in the cache."""
+    for name in _present(snapshot):
+        blob = blob_name(snapshot / name)
+        if blob is None or _problem(snapshot / name, None):
+            if name == "config.json":
+                shutil.copyfile(snapshot / name, staging.snapshot(snapshot.name) / name)
+            continue
+        (staging.folder / "blobs").mkdir(exist_ok=True)
+        if not (staging.folder / "blobs" / blob).exists():
+            aside = staging.folder / "blobs" / f"{blob}.incomplete"
+            shutil.copyfile(snapshot / name, aside)
+            os.replace(aside, staging.folder / "blobs" / blob)
+        staging.point(snapshot.name, Remote(name, 0, blob))
+
+
+def _move(source: Path, target: Path, *, copy: bool) -> None:
+    """Give `target` the content of a staged file without copying it, where the system can."""
+    if not copy:
+        real = source.resolve()
+        try:
+            if real.stat().st_nlink == 1:
+                os.link(real, target)
+                return
+        except OSError:
+            pass
+    shutil.copyfile(source, target)
 
 
 def _check_target(folder: Path) -> None:
@@ -137,46 +349,56 @@ def _check_target(folder: Path) -> None:
         raise UsageError(f"'{folder}' also holds {own[0]!r}, which would be lost", "name another folder")
 
 
-def _drop_client_metadata(folder: Path) -> None:
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
-
-
-def _repair(repo: str, commit: str, folder: Path, config: CheckpointConfig, local_dir: Path | None = None) -> None:
-    """Check every file, and fetch once more what is damaged: the client itself compares sizes only."""
-    from huggingface_hub import hf_hub_download
-
-    for name in config.files:
-        try:
-            verify_files(folder, config, {name})
-            continue
-        except TrustError:
-            if is_offline():
-                raise
-        options: dict[str, Any] = download_options()
-        if local_dir:
-            options["local_dir"] = local_dir
-        with hub_errors(repo, commit):
-            hf_hub_download(repo, name, revision=commit, force_download=True, **options)
-        if local_dir:
-            _drop_client_metadata(local_dir)
-        verify_files(folder, config, {name})
+# -- other libraries' models ------------------------------------------------------------------------------------
 
 
 def fetch_library_model(name: str, resolved: Resolved) -> Path:
     """Fetch another library's model (transformers, timm): known data files only, never code or pickle."""
-    from huggingface_hub import snapshot_download
+    place = in_cache(resolved.repo_id or "")
+    folder = _fetch_config(place, resolved.commit or resolved.revision).parent
+    return fetch_known_files(name, place, folder, _LIBRARY_FILES)
 
-    repo = resolved.repo_id or ""
-    with hub_errors(repo, resolved.revision):
-        folder = snapshot_download(
-            repo,
-            revision=resolved.commit or resolved.revision,
-            allow_patterns=list(_LIBRARY_FILES),
-            **download_options(),
-        )
-    if not any(Path(folder).glob("*.safetensors")):
-        raise MmhubError(f"'{name}' has no safetensors weights", "mmhub does not read pickle files; convert it first")
-    return Path(folder)
+
+def fetch_known_files(name: str, place: Place, folder: Path, patterns: Iterable[str]) -> Path:
+    """Complete the snapshot `folder` with the listed files that match, each verified against the server's record.
+
+    One that holds all its weights already is verified without a request.
+    """
+    patterns = list(patterns)
+    here = {
+        path.relative_to(folder).as_posix(): path
+        for path in folder.rglob("*")
+        if not path.is_dir() and _matches(path.relative_to(folder).as_posix(), patterns)
+    }
+    damaged = [path for path in here.values() if _problem(path, None)]
+    if damaged and is_offline():
+        raise _damaged(damaged[0], None)
+    if damaged or not _has_all_weights(here):
+        with hub_errors(place.repo, folder.name):
+            listed = list_files(place.repo, folder.name)
+            wanted = [remote for path, remote in listed.items() if _matches(path, patterns)]
+            if not any(remote.path.endswith(".safetensors") for remote in wanted):
+                hint = "mmhub does not read pickle files; convert it first"
+                raise MmhubError(f"'{name}' has no safetensors weights", hint)
+            check_names(place.repo, [remote.path for remote in wanted], listed)
+            fetch(place, folder.name, wanted)
+    return folder
+
+
+def _matches(path: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) and path.count("/") == pattern.count("/") for pattern in patterns)
+
+
+def _has_all_weights(here: Mapping[str, Path]) -> bool:
+    """Are the weights here, and every shard that an index names?"""
+    for name, path in here.items():
+        if name.endswith(".safetensors.index.json"):
+            try:
+                shards = set(json.loads(path.read_bytes())["weight_map"].values())
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                return False
+            return shards <= {Path(other).name for other in here}
+    return any(name.endswith(".safetensors") for name in here)
 
 
 def find_pretrained(name: str) -> tuple[str, Path, str | None]:
@@ -190,10 +412,13 @@ def find_pretrained(name: str) -> tuple[str, Path, str | None]:
         return ("mmhub" if is_checkpoint(resolved.path) else "library"), resolved.path, resolved.component
     if resolved.kind != "hub":
         raise UsageError(f"init = {name!r} is a composition, not a checkpoint", "name a checkpoint")
-    config = _fetch_config(resolved.repo_id or "", resolved.commit or resolved.revision)
-    if is_checkpoint(config.parent):
+    resolved, folder = at_commit(resolved)
+    if is_checkpoint(folder):
         return "mmhub", pull_repo(name, resolved), resolved.component
     return "library", fetch_library_model(name, resolved), resolved.component
 
 
-__all__ = ["cache_dir", "fetch_library_model", "find_pretrained", "load", "pull", "pull_repo"]
+__all__ = [
+    "at_commit", "fetch_known_files", "fetch_library_model", "find_pretrained", "load", "locate", "pull", "pull_repo",
+    "resolve_name",
+]  # fmt: skip
