@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mmhub.errors import InputError, UsageError
+from mmhub.errors import InputError, TrustError, UsageError
 from mmhub.interfaces import Policy, Processor, describe_raw
 from mmhub_text.tokenizer import (
     CLS,
@@ -42,6 +42,7 @@ class TextProcessor(Processor):
         self.max_length, self.pad_id, self.empty_id = max_length, pad_id, empty_id
         self._recipe: TokenizerRecipe | None = None
         self._wrap = False
+        self._stored: tuple[bytes, int] | None = None  # a tokenizer.json that is not parsed yet, and its vocab_size
         self._use(tokenizer)
 
     @classmethod
@@ -72,7 +73,19 @@ class TextProcessor(Processor):
     @property
     def vocab_size(self) -> int:
         """One more than the highest id."""
-        return max(self._ready().get_vocab(with_added_tokens=True).values()) + 1
+        if self._stored is not None:
+            return self._stored[1]
+        return _count_ids(self._ready())
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer; one of a checkpoint is parsed when first needed, for that takes most of a load's time."""
+        if self._stored is not None:
+            tokenizer = parse_tokenizer(self._stored[0])
+            if _count_ids(tokenizer) > self._stored[1]:
+                raise TrustError("tokenizer.json has more ids than the checkpoint says", "pull or save it again")
+            self._use(tokenizer)
+        return self._tokenizer
 
     def read(self, raw: Any, policy: Policy, rng: torch.Generator | None = None) -> Tensor:
         """Return the token ids of a text, (S,) long."""
@@ -88,7 +101,8 @@ class TextProcessor(Processor):
         self._use(train_tokenizer(self._recipe, _texts(raws), wrap=self._wrap))
 
     def state(self) -> dict[str, Any]:
-        return {"pad_id": self.pad_id, "empty_id": self.empty_id, "max_length": self.max_length}
+        ids = {"pad_id": self.pad_id, "empty_id": self.empty_id, "vocab_size": self.vocab_size}
+        return ids | {"max_length": self.max_length}
 
     def files(self) -> dict[str, bytes]:
         """Return tokenizer.json, without the truncation that `max_length` stands for."""
@@ -99,20 +113,26 @@ class TextProcessor(Processor):
     def from_state(cls, state: Mapping[str, Any], files: Mapping[str, bytes]) -> Self:
         if "tokenizer.json" not in files:
             raise UsageError("the checkpoint holds no tokenizer.json", "pull or save it again")
-        tokenizer = parse_tokenizer(files["tokenizer.json"])
-        max_length = state.get("max_length")
-        return cls(tokenizer, max_length=max_length, pad_id=int(state["pad_id"]), empty_id=int(state["empty_id"]))
+        content, vocab_size = files["tokenizer.json"], state.get("vocab_size")
+        ids = {"pad_id": int(state["pad_id"]), "empty_id": int(state["empty_id"])}
+        if not isinstance(vocab_size, int) or vocab_size < 1:  # older checkpoints do not say
+            return cls(parse_tokenizer(content), max_length=state.get("max_length"), **ids)
+        processor = cls(None, max_length=state.get("max_length"), **ids)
+        processor._stored, processor.needs_fit = (content, vocab_size), False
+        return processor
 
     def _use(self, tokenizer: Tokenizer | None) -> None:
-        self.tokenizer = tokenizer
-        self.needs_fit = tokenizer is None
         if tokenizer is not None and self.max_length is not None:
             tokenizer.enable_truncation(self.max_length)
+        self._tokenizer = tokenizer  # before the next line, for other threads
+        self._stored = None
+        self.needs_fit = tokenizer is None
 
     def _ready(self) -> Tokenizer:
-        if self.tokenizer is None:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
             raise UsageError("the tokenizer has not been trained", "call fit with the training texts first")
-        return self.tokenizer
+        return tokenizer
 
     def _encode(self, text: str) -> list[int]:
         try:
@@ -124,6 +144,10 @@ class TextProcessor(Processor):
                 raise InputError(f"the tokenizer failed on this text: {error}") from None
             raise
         return ids
+
+
+def _count_ids(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def _first_id(tokenizer: Tokenizer, *names: str) -> int:

@@ -179,3 +179,28 @@ def test_training_leaves_the_environment_alone(texts: list[str], monkeypatch: py
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     trained(texts, "bpe")
     assert "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+def test_a_stored_tokenizer_is_parsed_when_it_is_needed(texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmhub_text import processor as module
+
+    saved = trained(texts, "bpe", max_length=5)
+    parsed: list[int] = []
+    real = module.parse_tokenizer
+    monkeypatch.setattr(module, "parse_tokenizer", lambda *args: parsed.append(1) or real(*args))
+    state, files = saved.state(), saved.files()
+    parsed.clear()
+    loaded = TextProcessor.from_state(state, files)
+    assert (loaded.vocab_size, loaded.needs_fit, parsed) == (saved.vocab_size, False, [])
+    assert loaded.read(texts[0], POLICY).tolist() == saved.read(texts[0], POLICY).tolist()
+    assert loaded.read(texts[1], POLICY).tolist() == saved.read(texts[1], POLICY).tolist()
+    assert parsed == [1]
+    older = {key: value for key, value in state.items() if key != "vocab_size"}
+    assert TextProcessor.from_state(older, files).vocab_size == saved.vocab_size
+
+
+def test_a_stored_tokenizer_with_more_ids_than_it_says_is_refused(texts: list[str]) -> None:
+    saved = trained(texts, "bpe")
+    loaded = TextProcessor.from_state(saved.state() | {"vocab_size": 10}, saved.files())
+    with pytest.raises(TrustError, match="more ids than"):
+        loaded.read("good", POLICY)
