@@ -11,8 +11,9 @@ import torch
 from mmhub.checkpoint import load_encoder
 from mmhub.config import ModelRecipe, PartRecipe
 from mmhub.errors import InputError, UsageError, did_you_mean
-from mmhub.hub.pull import find_pretrained, load
+from mmhub.hub.pull import find_pretrained, load, pull
 from mmhub.interfaces import Encoder, Task, decode_config, encode_config, find_task
+from mmhub.lineage import parent_of
 from mmhub.model import Columns, Model
 from mmhub.plugins import Component
 from mmhub.registry import find_component
@@ -73,8 +74,12 @@ def build_model(
         raise UsageError("the recipe names no encoder", "add [model.encoders.text], .image or .audio")
     encoders: dict[str, Encoder] = {}
     sources: dict[str, Component] = {}
+    parents: list[dict[str, str]] = []
     for modality, part in recipe.encoders.items():
-        encoders[modality], sources[f"{modality}_encoder"] = _encoder(modality, part, recipe, values, folder)
+        role = f"{modality}_encoder"
+        encoders[modality], sources[role], origin = _encoder(modality, part, recipe, values, folder)
+        if origin is not None:
+            parents.append(parent_of(local_name(part.init, folder), origin, role))
     missing = [m for m in task.required if m not in encoders]
     if missing:
         raise UsageError(f"{task.name} needs the modality {missing[0]!r}", f"add [model.encoders.{missing[0]}]")
@@ -82,6 +87,7 @@ def build_model(
     fusion, sources["fusion"] = _fusion(recipe, streams)
     decoder, sources["decoder"] = _decoder(task, recipe, values, fusion.outputs)
     model = Model(task, encoders, fusion, decoder, sources, columns)
+    model.parents = parents
     for modality, part in recipe.encoders.items():
         if part.freeze:
             model.freeze(modality)
@@ -95,7 +101,9 @@ def _from_base(task: Task, recipe: ModelRecipe, values: Values, columns: Columns
         raise UsageError(
             "model.base brings its own encoders, tokenizer and fusion", "keep only freeze and lr_multiplier there"
         )
-    model = load(local_name(recipe.base, folder))
+    name = local_name(recipe.base, folder)
+    model = load(name)
+    model.parents = [parent_of(name, pull(name), "model")]
     model.task = task
     for modality, part in recipe.encoders.items():
         if modality not in model.encoders:
@@ -121,14 +129,15 @@ def _from_base(task: Task, recipe: ModelRecipe, values: Values, columns: Columns
 
 def _encoder(
     modality: str, part: PartRecipe, recipe: ModelRecipe, values: Values, folder: Path | None
-) -> tuple[Encoder, Component]:
+) -> tuple[Encoder, Component, Path | None]:
+    """An encoder, the component it was built from, and the folder or file its weights came from."""
     where = f"model.encoders.{modality}"
     if not part.use and not part.init:
         raise UsageError(f"{where}: the key 'use' is missing", "name a component, see `mmhub plugins ls`")
     kind, path, role = find_pretrained(local_name(part.init, folder)) if part.init else ("", None, None)
     if kind == "mmhub":
         assert path is not None
-        return _from_checkpoint(modality, part, path, role, where)
+        return *_from_checkpoint(modality, part, path, role, where), path
     if not part.use:
         raise UsageError(
             f"{where}: {part.init!r} is no mmhub checkpoint, and the key 'use' is missing",
@@ -138,11 +147,11 @@ def _encoder(
     cls: Any = component.load()
     config = decode_config(cls.Config, part.config, f"{where}.config")
     if path is not None:
-        return cls.from_library(config, path, recipe.tokenizer), component
+        return cls.from_library(config, path, recipe.tokenizer), component, path
     processor = cls.make_processor(config, recipe.tokenizer)
     if processor.needs_fit:
         processor.fit(_not_empty(values(modality), modality))
-    return cls(config, processor), component
+    return cls(config, processor), component, None
 
 
 def _not_empty(values: Iterable[Any], modality: str) -> Iterable[Any]:

@@ -57,6 +57,7 @@ class Model(nn.Module):
         self.frozen: set[str] = set()
         self.unimodal_loss = 0.0  # share of the training loss that comes from each modality alone
         self.name = ""
+        self.parents: list[dict[str, str]] = []  # what its weights started from, as `mmhub.lineage` says it
 
     @property
     def modalities(self) -> tuple[str, ...]:

@@ -53,6 +53,7 @@ model
 weights
 checkpoint
 hub
+lineage
 data metrics
 optim
 build

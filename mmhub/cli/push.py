@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -15,7 +15,8 @@ from mmhub.cli.output import emit, json_option, note, quiet_option, table
 @click.option("--license", "license_", default="", metavar="ID", help="Licence of the model, e.g. apache-2.0.")
 @click.option("-m", "--message", default="", help="Commit message.")
 @click.option("--private/--public", default=None, help="For a new repository.")
-@click.option("--revision", help="Branch to push to.")
+@click.option("--gated", type=click.Choice(["auto", "manual"]), help="Let people ask for access first.")
+@click.option("--revision", help="Branch to push to, made if needed; 'pr' proposes the change as a pull request.")
 @click.option("--tag", default="", help="Tag the commit.")
 @click.option("--dry-run", is_flag=True, help="List what would be sent, and send nothing.")
 @quiet_option
@@ -26,6 +27,7 @@ def push(
     license_: str,
     message: str,
     private: bool | None,
+    gated: Literal["auto", "manual"] | None,
     revision: str | None,
     tag: str,
     dry_run: bool,
@@ -34,14 +36,23 @@ def push(
 ) -> None:
     """Publish MODEL (a checkpoint folder or name) to REPO (org/name) as one commit.
 
-    The Hub is the one HF_ENDPOINT names, else the public one; log in with `hf auth login`.
+    The Hub is the one HF_ENDPOINT names, else the public one; log in with `hf auth login`. Interrupted, it leaves the
+    repository as it was; push again to go on: files that arrived whole are not sent a second time.
     """
     from mmhub.hub import pull
     from mmhub.hub import push as run
+    from mmhub.hub.staging import listed
 
-    folder = pull(model)
     pushed = run(
-        folder, repo, license=license_, message=message, private=private, revision=revision, tag=tag, dry_run=dry_run
+        pull(model),
+        repo,
+        license=license_,
+        message=message,
+        private=private,
+        gated=gated,
+        revision=revision,
+        tag=tag,
+        dry_run=dry_run,
     )
     data: dict[str, Any] = {
         "repo": pushed.repo,
@@ -49,9 +60,14 @@ def push(
         "commit": pushed.commit,
         "files": pushed.files,
         "deleted": list(pushed.deleted),
+        "left_out": list(pushed.left_out),
+        "pull_request": pushed.pull_request or None,
         "dry_run": pushed.dry_run,
     }
     total = sum(pushed.files.values())
     note(f"{len(pushed.files)} files, {total:,} bytes" + (" would be sent" if dry_run else " sent"), quiet)
-    text = table(["file", "bytes"], sorted(pushed.files.items())) if dry_run else f"{pushed.url} @ {pushed.commit}"
+    if pushed.left_out:
+        note(f"never sent, for they belong to no checkpoint: {listed(pushed.left_out)}", quiet)
+    done = pushed.pull_request or f"{pushed.url} @ {pushed.commit}"
+    text = table(["file", "bytes"], sorted(pushed.files.items())) if dry_run else done
     emit(data, as_json, text)

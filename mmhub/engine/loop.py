@@ -36,6 +36,7 @@ from mmhub.files import disk_errors, write_file
 from mmhub.hub.card import merge_card
 from mmhub.hub.pull import pull
 from mmhub.interfaces import Policy, find_task
+from mmhub.lineage import code_state
 from mmhub.model import Columns, Model
 from mmhub.optim import learning_rate_factor, learning_rate_groups, seed_step
 from mmhub.weights import copy_parameters
@@ -94,6 +95,7 @@ class _Run:
         self.options = recipe.train
         self.device = find_device(recipe.train.device)
         self.precision = find_precision(recipe.train.precision, self.device)
+        self.code = code_state(folder or Path.cwd())
         self.stop_signal = 0
         self._check_out(resume)
         self.rows, self.valid = self._open_data()
@@ -104,7 +106,7 @@ class _Run:
             learning_rate_groups(self.model, recipe.model, self.options.learning_rate, self.options.weight_decay),
             fused=self.device.type in ("cpu", "cuda"),
         )
-        self.position = load_state(state, self.optimizer) if state else Position(rows=len(self.rows))
+        self.position = load_state(state, self.optimizer) if state else self._start()
         self._check_rows()
         self.batches_per_epoch = math.ceil(len(self.rows) / self.options.batch_size)
         steps = math.ceil(self.batches_per_epoch / self.options.accumulate) * self.options.epochs
@@ -128,6 +130,9 @@ class _Run:
             self._check_same(read_recipe(stored))
         elif self.out.is_dir() and any(self.out.iterdir()):
             raise UsageError(f"'{self.out}' is no run folder, it has no recipe.toml", "name another with --out")
+
+    def _start(self) -> Position:
+        return Position(rows=len(self.rows), parents=self.model.parents)
 
     def _check_rows(self) -> None:
         """A resumed run must read the same table; a different length is what can be seen at no cost."""
@@ -487,7 +492,16 @@ class _Run:
             with disk_errors("the model", folder):
                 (folder / "eval").mkdir(exist_ok=True)
                 write_file(folder / "eval" / f"{self.task.name}.json", json.dumps(report, indent=2) + "\n")
-        facts = provenance(self.recipe, self.model, self.rows, self.valid, steps=position.step, seconds=seconds)
+        facts = provenance(
+            self.recipe,
+            self.model,
+            self.rows,
+            self.valid,
+            steps=position.step,
+            seconds=seconds,
+            parents=position.parents,
+            code=self.code,
+        )
         with disk_errors("the model", folder):
             write_file(folder / "provenance.json", json.dumps(facts, indent=2) + "\n")
             write_file(folder / "README.md", self._card(folder))

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: data hashes, seed, steps, hardware and versions."""
+"""Where a checkpoint comes from: data ids and hashes, code, parents, seed, steps, hardware and versions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,20 @@ from mmhub.model import Model
 
 
 def provenance(
-    recipe: Recipe, model: Model, train: Rows, valid: Rows | None, *, steps: int, seconds: float
+    recipe: Recipe,
+    model: Model,
+    train: Rows,
+    valid: Rows | None,
+    *,
+    steps: int,
+    seconds: float,
+    parents: Sequence[Mapping[str, str]] = (),
+    code: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the facts that go into provenance.json; no path of this machine is among them."""
+    """Return the facts that go into provenance.json; no path of this machine is among them.
+
+    `parents` and `code` are what `mmhub.lineage` says; `code` is None outside a git repository.
+    """
     data = {"train": _data(train)}
     if valid is not None:
         data["valid"] = _data(valid)
@@ -33,6 +45,8 @@ def provenance(
         "seconds": round(seconds, 1),
         "hardware": hardware(),
         "versions": versions(model),
+        "code": None if code is None else dict(code),
+        "parents": [dict(parent) for parent in parents],
         "data": data,
         "train": settings["train"],
         "model": _without_folders(settings["model"]),
@@ -43,8 +57,8 @@ def _data(rows: Rows) -> dict[str, Any]:
     facts = dict(rows.fingerprint())
     for file in facts.get("files", []):
         file["name"] = Path(str(file["name"])).name
-    facts.pop("source", None)
-    return facts
+    source = facts.pop("source", None)
+    return {"id": source} | facts if facts.get("revision") else facts  # else it names files, which stand there anyway
 
 
 def _without_folders(value: Any) -> Any:

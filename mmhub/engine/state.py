@@ -41,6 +41,7 @@ class Position(msgspec.Struct):
     evaluated_step: int = -1
     lines: int = 0  # in metrics.jsonl
     rows: int = 0  # of the training data
+    parents: list[dict[str, str]] = []  # what the weights started from
 
 
 def step_name(step: int) -> str:

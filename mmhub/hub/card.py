@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmhub.checkpoint import CheckpointConfig
 from mmhub.errors import UsageError
+from mmhub.hub.cache import as_table, read_json
 from mmhub.interfaces import find_task
 
 START, END = "<!-- mmhub: generated from here -->", "<!-- mmhub: to here; text outside is kept -->"
@@ -62,6 +64,8 @@ def merge_card(
 
     data, text = read_card(old)
     data |= {key: value for key, value in (metadata or {}).items() if value}
+    facts = _provenance(folder)
+    data |= _origins(facts, data)
     data["library_name"] = "mmhub"
     modalities = tuple(role.removesuffix("_encoder") for role in config.components if role.endswith("_encoder"))
     tag = find_task(config.task).pipeline_tag(modalities)
@@ -72,9 +76,34 @@ def merge_card(
     results = read_results(folder)
     if results:
         data["model-index"] = [_model_index(name, config.task, tag, results)]
-    section = f"{START}\n{_section(folder, config, name, modalities, results, summary)}\n{END}"
+    section = f"{START}\n{_section(facts, config, name, modalities, results, summary)}\n{END}"
     body = _replace_section(text, section, name)
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    return as_table(read_json(folder / "provenance.json"))
+
+
+def _origins(facts: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata by which a Hub draws a model's family tree: base models and data sets, those known first."""
+    found: dict[str, Any] = {}
+    bases = [parent["repo"] for parent in facts.get("parents") or () if parent.get("repo")]
+    if bases:
+        found["base_model"] = _joined(known.get("base_model"), bases)
+        found["base_model_relation"] = known.get("base_model_relation") or "finetune"
+    ids = [part["id"] for part in (facts.get("data") or {}).values() if part.get("id")]
+    names = [re.split("[@#:]", re.sub("^(hub|hf-hub):", "", one))[0] for one in ids]
+    return found | ({"datasets": _joined(known.get("datasets"), names)} if names else {})
+
+
+def _joined(known: Any, found: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*([known] if isinstance(known, str) else known or ()), *found]))
+
+
+def _pinned(parent: Mapping[str, str]) -> str:
+    pin = f"commit {parent['commit'][:12]}" if parent.get("commit") else f"sha256 {parent.get('sha256', '?')[:12]}"
+    return f"`{parent['name']}` ({pin})"
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -108,18 +137,26 @@ def _model_index(name: str, task: str, tag: str, results: Sequence[Mapping[str, 
     for result in results:
         subsets = {"": result["metrics"], **result.get("subsets", {})}
         metrics = [
-            {"type": key, "name": f"{key} ({subset} only)" if subset else key, "value": round(float(value), 6)}
+            {"type": kind, "name": f"{name} ({subset} only)" if subset else name, "value": round(value, 6)}
             for subset, values in subsets.items()
-            for key, value in values.items()
-            if isinstance(value, (int, float)) and key != "rows"
+            for kind, name, value in _numbers(values)
         ]
         dataset = {"name": result.get("data", "data"), "type": result.get("data", "data")}
         entries.append({"task": {"type": tag or task, "name": task}, "dataset": dataset, "metrics": metrics})
     return {"name": name, "results": entries}
 
 
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Yield the metric, the name of one of its values and that value: metrics such as recall have several."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((key, f"{key} {name}", number) for _, name, number in _numbers(value))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and key != "rows" and math.isfinite(value):
+            yield key, key, float(value)
+
+
 def _section(
-    folder: Path,
+    facts: Mapping[str, Any],
     config: CheckpointConfig,
     name: str,
     modalities: Sequence[str],
@@ -138,7 +175,7 @@ def _section(
     for result in results:
         lines += ["", f"## Results on {result.get('data', 'held-out data')} ({result['rows']} rows)", ""]
         lines += _table(result)
-    lines += ["", "## Training", "", *_training(folder), "", "## Intended use and limits", ""]
+    lines += ["", "## Training", "", *_training(facts), "", "## Intended use and limits", ""]
     lines += [
         "Measured on the data named above and on nothing else. Check it on your own data, for each group of",
         "people it affects, before you rely on it, and do not let it decide about people where nobody can overrule it.",
@@ -148,24 +185,30 @@ def _section(
 
 def _table(result: Mapping[str, Any]) -> list[str]:
     rows = {"all inputs given": result["metrics"], **{f"{k} only": v for k, v in result.get("subsets", {}).items()}}
-    keys = [key for key, value in result["metrics"].items() if isinstance(value, (int, float))]
+    keys = [name for _, name, _ in _numbers(result["metrics"])]
     lines = ["| inputs | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
     for label, values in rows.items():
-        cells = (f"{values[key]:.4f}" if key in values else "" for key in keys)
+        known = {name: number for _, name, number in _numbers(values)}
+        cells = (f"{known[key]:.4f}" if key in known else "" for key in keys)
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return lines
 
 
-def _training(folder: Path) -> list[str]:
-    path = folder / "provenance.json"
-    if not path.is_file():
+def _training(facts: Mapping[str, Any]) -> list[str]:
+    if not facts:
         return ["Not recorded."]
-    facts = json.loads(path.read_text())
     data = facts.get("data", {}).get("train", {})
     source = ", ".join(f"`{file['name']}` ({file['sha256'][:12]})" for file in data.get("files", []))
+    if data.get("id"):
+        source = f"`{data['id']}` ({str(data.get('revision', '?'))[:12]})"
     what = f"{data.get('rows', '?')} rows of {source or 'unrecorded data'}"
     how = f"seed {facts.get('seed', '?')}, in {facts.get('seconds', '?')} s on {facts.get('hardware', '?')}"
     lines = [f"{facts.get('steps', '?')} optimizer steps over {what}, {how}."]
+    lines += [f"The {parent['part']} started from {_pinned(parent)}." for parent in facts.get("parents") or ()]
+    code = facts.get("code")
+    if code:
+        changed = ", with uncommitted changes" if code.get("dirty") else ""
+        lines.append(f"Code: commit {code['commit'][:12]}{changed}.")
     versions = facts.get("versions", {})
     if versions:
         lines.append("Versions: " + ", ".join(f"{key} {value}" for key, value in versions.items()) + ".")

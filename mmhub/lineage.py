@@ -1,0 +1,65 @@
+"""What a model comes from: the checkpoints its weights started from, and the code that trained it.
+
+Each fact pins something that can be looked up again, and none holds a path or an address of this machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from mmhub.hashes import sha256_of
+from mmhub.hub.pull import resolve_name
+
+_GIT_SECONDS = 5.0
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+def parent_of(name: str, found: Path, part: str) -> dict[str, str]:
+    """Describe what a part's weights start from: `name` as a recipe gives it, `found` the folder or file it led to.
+
+    A Hub name has its repository and commit; anything local the last part of its path and a sha256 over its files.
+    """
+    resolved = resolve_name(name)
+    facts = {"part": part}
+    if resolved.kind == "hub":
+        facts |= {"name": name, "repo": resolved.repo_id or ""}
+        return facts | ({"commit": found.name} if _COMMIT.fullmatch(found.name) else {})
+    component = f"#{resolved.component}" if resolved.component else ""
+    return facts | {"name": found.name + component, "sha256": _digest(found)}
+
+
+def _digest(found: Path) -> str:
+    """The hash of a file; of a folder, the hash over the names and hashes of its configuration and weights."""
+    if found.is_file():
+        return sha256_of(found)
+    lines = hashlib.sha256()
+    for path in sorted([*found.glob("*.safetensors"), *found.glob("config.json")]):
+        lines.update(f"{sha256_of(path)}  {path.name}\n".encode())
+    return lines.hexdigest()
+
+
+def code_state(folder: Path) -> dict[str, Any] | None:
+    """Return the commit of the git repository around `folder`, and whether tracked files differ; None outside of one.
+
+    Only asks; nothing that the repository configures is run.
+    """
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None or not _COMMIT.fullmatch(commit):
+        return None
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changed is None else bool(changed)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(folder), "--no-optional-locks", "-c", "core.fsmonitor=false"]
+    command += ["-c", f"core.hooksPath={os.devnull}", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError, UnicodeError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
