@@ -330,8 +330,8 @@ def test_a_repository_without_a_config_is_not_found(hub: str) -> None:
         pull(REPO)
 
 
-def test_a_repository_of_another_library_is_refused(hub: str) -> None:
-    commit(hub, {"config.json": b'{"model_type": "bert"}'})
+def test_a_repository_of_no_known_library_is_refused(hub: str) -> None:
+    commit(hub, {"config.json": b'{"kind": "bert"}'})
     with pytest.raises(TrustError, match="not an mmhub checkpoint"):
         pull(REPO)
 

@@ -202,7 +202,7 @@ def test_another_librarys_repository_is_not_written_over(hub: str, model: Path) 
     api(hub).create_repo(REPO)
     files = [CommitOperationAdd("README.md", card), CommitOperationAdd("config.json", b"{}")]
     api(hub).create_commit(REPO, files, commit_message="x")
-    with pytest.raises(UsageError, match="holds a model of transformers"):
+    with pytest.raises(UsageError, match="holds a model in the layout of transformers, not mmhub"):
         push(model, REPO)
     assert api(hub).list_repo_commits(REPO)[0].title == "x"
 

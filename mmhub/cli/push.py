@@ -18,6 +18,7 @@ from mmhub.cli.output import emit, json_option, note, quiet_option, table
 @click.option("--gated", type=click.Choice(["auto", "manual"]), help="Let people ask for access first.")
 @click.option("--revision", help="Branch to push to, made if needed; 'pr' proposes the change as a pull request.")
 @click.option("--tag", default="", help="Tag the commit.")
+@click.option("--layout", default="", help="Write it as transformers, sentence-transformers or timm users load it.")
 @click.option("--dry-run", is_flag=True, help="List what would be sent, and send nothing.")
 @quiet_option
 @json_option
@@ -30,6 +31,7 @@ def push(
     gated: Literal["auto", "manual"] | None,
     revision: str | None,
     tag: str,
+    layout: str,
     dry_run: bool,
     quiet: bool,
     as_json: bool,
@@ -52,6 +54,7 @@ def push(
         gated=gated,
         revision=revision,
         tag=tag,
+        layout=layout,
         dry_run=dry_run,
     )
     data: dict[str, Any] = {

@@ -55,10 +55,13 @@ def merge_card(
     old: str = "",
     metadata: Mapping[str, Any] | None = None,
     summary: str = "",
+    library: str = "mmhub",
+    architecture: str = "",
 ) -> str:
     """Return the README for a checkpoint: `old` with our metadata keys and generated section renewed.
 
-    Keys and text that mmhub does not generate stay as the user left them.
+    Keys and text that mmhub does not generate stay as the user left them. `library` is whose layout it is published in,
+    and `architecture` what that library calls the model.
     """
     import yaml
 
@@ -66,17 +69,20 @@ def merge_card(
     data |= {key: value for key, value in (metadata or {}).items() if value}
     facts = _provenance(folder)
     data |= _origins(facts, data)
-    data["library_name"] = "mmhub"
+    data["library_name"] = library
     modalities = tuple(role.removesuffix("_encoder") for role in config.components if role.endswith("_encoder"))
     tag = find_task(config.task).pipeline_tag(modalities)
     if tag:
         data["pipeline_tag"] = tag
     plugins = [str(record["distribution"]) for record in config.requires]  # so that a search can tell what to install
-    data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), "mmhub", config.task, *modalities, *plugins]))
+    known = ["mmhub", config.task, *modalities, *plugins] if library == "mmhub" else [config.task, *modalities]
+    data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), *known]))
     results = read_results(folder)
     if results:
         data["model-index"] = [_model_index(name, config.task, tag, results)]
-    section = f"{START}\n{_section(facts, config, name, modalities, results, summary)}\n{END}"
+    use = _own_use(config, name, modalities) if library == "mmhub" else _library_use(library, architecture, name)
+    intro = summary or f"A {config.task} model that takes {' and '.join(modalities)}, made with mmhub."
+    section = f"{START}\n{_section(facts, config, [intro, '', '## Use', '', *use], results)}\n{END}"
     body = _replace_section(text, section, name)
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n{body}"
 
@@ -158,19 +164,10 @@ def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
 def _section(
     facts: Mapping[str, Any],
     config: CheckpointConfig,
-    name: str,
-    modalities: Sequence[str],
+    start: Sequence[str],
     results: Sequence[Mapping[str, Any]],
-    summary: str,
 ) -> str:
-    takes = " and ".join(modalities)
-    lines = [summary or f"A {config.task} model that takes {takes}, made with mmhub.", "", "## Use", "", "```sh"]
-    needs = " ".join(f'"{r["distribution"]}{r["specifier"]}"' for r in config.requires)
-    options = " ".join(f"--{m} {'TEXT' if m == 'text' else 'FILE'}" for m in modalities)
-    lines += [f"pip install {needs}", f"mmhub predict {name} {options}", "```", ""]
-    if len(modalities) > 1:
-        lines += ["Any subset of the inputs works; what is missing is left out of the command.", ""]
-    lines += ["## Parts", "", "| part | component |", "|---|---|"]
+    lines = [*start, "## Parts", "", "| part | component |", "|---|---|"]
     lines += [f"| {role} | `{record.use}` |" for role, record in config.components.items()]
     for result in results:
         lines += ["", f"## Results on {result.get('data', 'held-out data')} ({result['rows']} rows)", ""]
@@ -181,6 +178,27 @@ def _section(
         "people it affects, before you rely on it, and do not let it decide about people where nobody can overrule it.",
     ]
     return "\n".join(lines)
+
+
+def _own_use(config: CheckpointConfig, name: str, modalities: Sequence[str]) -> list[str]:
+    needs = " ".join(f'"{r["distribution"]}{r["specifier"]}"' for r in config.requires)
+    options = " ".join(f"--{m} {'TEXT' if m == 'text' else 'FILE'}" for m in modalities)
+    lines = ["```sh", f"pip install {needs}", f"mmhub predict {name} {options}", "```", ""]
+    if len(modalities) > 1:
+        lines += ["Any subset of the inputs works; what is missing is left out of the command.", ""]
+    return lines
+
+
+def _library_use(library: str, architecture: str, name: str) -> list[str]:
+    auto = "AutoModel" + "".join(re.findall(r"For[A-Z]\w*$", architecture))
+    code = {
+        "transformers": f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{name}")',
+        "sentence-transformers": (
+            f'from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer("{name}")'
+        ),
+        "timm": f'import timm\n\nmodel = timm.create_model("hf-hub:{name}", pretrained=True)',
+    }.get(library)
+    return [f"In the layout of {library}; mmhub loads it, too.", "", *(["```python", code, "```", ""] if code else [])]
 
 
 def _table(result: Mapping[str, Any]) -> list[str]:

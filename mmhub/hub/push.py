@@ -15,13 +15,18 @@ from typing import Any, Literal
 from mmhub.checkpoint import ALLOWED, is_checkpoint, load, read_config
 from mmhub.errors import NetworkError, NotFoundError, TrustError, UsageError
 from mmhub.hashes import git_sha1_of, sha256_of
+from mmhub.hub.cache import as_table, read_json
 from mmhub.hub.card import join_cards, merge_card, read_card
 from mmhub.hub.client import api, download_options, endpoint, hub_errors, is_public_hub
+from mmhub.hub.readme import strings
 from mmhub.hub.secrets import find_secret
 from mmhub.hub.staging import Staged, stage
 from mmhub.model import Model
 
 PROPOSAL = "pr"  # as a revision: a pull request instead of a commit to a branch
+# Files of an older push that this one no longer has must not stay beside it; the user's own texts may.
+_OURS = re.compile(rf"(?!README\.md|LICENSE|config\.json)(?:{ALLOWED.pattern})")
+_LIBRARY_WEIGHTS = re.compile(r".*\.safetensors(\.index\.json)?")
 Gate = Literal["auto", "manual"]
 
 
@@ -52,6 +57,7 @@ def push(
     gated: Gate | None = None,
     revision: str | None = None,
     tag: str = "",
+    layout: str = "",
     dry_run: bool = False,
 ) -> Pushed:
     """Publish a model or checkpoint folder to `repo` ("org/name") as one commit; the repository is made if needed.
@@ -59,53 +65,89 @@ def push(
     The user's text and metadata in the folder's card are published; where the folder's card has none, those already in
     the repository survive. Files outside the checkpoint layout are never sent. Files that an interrupted push sent
     whole are not sent again. `revision` is a branch, made if needed; "pr" opens a pull request instead, and
-    "refs/pr/N" adds to one.
+    "refs/pr/N" adds to one. `layout` publishes a model of one encoder as another library's users load it:
+    "transformers", "sentence-transformers" or "timm".
 
     Raises:
         UsageError: no licence is known, or the repository holds something else. TrustError: the folder is damaged or
         holds a secret, or what arrived is not what was sent. NetworkError. MmhubError: somebody else pushed meanwhile.
     """
+    plan = _Plan(repo, license, message, private, gated, revision, tag, layout, dry_run)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UsageError(f"{repo!r} is no repository name", "use org/name, e.g. my-team/digits")
-    if revision and revision.startswith((PROPOSAL, "refs/pr/")) and tag:
+    if tag and (plan.proposes or (revision or "").startswith("refs/pr/")):
         raise UsageError("a pull request cannot be tagged", "leave out --tag, and tag after it is merged")
-    if isinstance(model, Model):
-        with tempfile.TemporaryDirectory() as temporary:
-            return push(
-                model.save(Path(temporary) / "model"), repo, license=license, message=message, private=private,
-                gated=gated, revision=revision, tag=tag, dry_run=dry_run,
-            )  # fmt: skip
-    folder = Path(model)
+    if not isinstance(model, Model):
+        return _push_folder(plan, Path(model))
+    with tempfile.TemporaryDirectory() as temporary:
+        return _push_folder(plan, model.save(Path(temporary) / "model"))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the user asked for."""
+
+    repo: str
+    license: str
+    message: str
+    private: bool | None
+    gated: Gate | None
+    revision: str | None
+    tag: str
+    layout: str
+    dry_run: bool
+
+    @property
+    def proposes(self) -> bool:
+        return self.revision == PROPOSAL
+
+    @property
+    def branch(self) -> str | None:
+        return None if self.proposes else self.revision
+
+
+def _push_folder(plan: _Plan, folder: Path) -> Pushed:
     if not is_checkpoint(folder):
         inside = folder / "model" / "config.json"
         hint = f"push '{inside.parent}'" if inside.is_file() else "name the folder with config.json"
         raise NotFoundError(f"'{folder}' is no mmhub checkpoint folder", hint)
     staged = stage(folder)
-    load(folder)  # a checkpoint that does not load strictly is not published
-    path = folder / "README.md"
+    model = load(folder)  # a checkpoint that does not load strictly is not published
+    if not plan.layout:
+        return _publish(plan, folder, folder, staged)
+    from mmhub.hub.foreign import write_layout
+
+    with tempfile.TemporaryDirectory() as temporary:
+        written = write_layout(model, Path(temporary) / "model", plan.layout)
+        return _publish(plan, folder, written, replace(stage(written, every=True), left_out=staged.left_out))
+
+
+def _publish(plan: _Plan, source: Path, folder: Path, staged: Staged) -> Pushed:
+    """Send the staged files of `folder`, with a card made from the checkpoint in `source`."""
+    repo = plan.repo
+    path = source / "README.md"
     local = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if dry_run:
-        card = _card(folder, repo, local, license)
-        _check_texts(repo, card, message)
+    if plan.dry_run:
+        card = _card(plan, source, folder, local)
+        _check_texts(repo, card, plan.message)
         return _pushed(folder, repo, staged, card, dry_run=True)
-    branch = None if revision == PROPOSAL else revision
-    with hub_errors(repo, branch):
-        head = _find_head(repo, branch)
+    with hub_errors(repo, plan.branch):
+        head = _find_head(repo, plan.branch)
     if head:
-        _check_head(repo, head, private)
-    card = _card(folder, repo, join_cards(local, head.card) if head else local, license)
-    _check_texts(repo, card, message)
-    if revision == PROPOSAL and head is None:
+        _check_head(plan, head)
+    elif plan.proposes:
         raise NotFoundError(f"no repository '{repo}' at {endpoint()} to propose a change to", "leave out --revision pr")
-    with hub_errors(repo, branch):
-        if head and tag:
-            _check_tag(repo, tag)
+    card = _card(plan, source, folder, join_cards(local, head.card) if head else local)
+    _check_texts(repo, card, plan.message)
+    with hub_errors(repo, plan.branch):
+        if head and plan.tag:
+            _check_tag(repo, plan.tag)
         if head is None:
-            head = _create(repo, private, branch)
-        if gated:
-            api().update_repo_settings(repo, gated=gated)
+            head = _create(repo, plan.private, plan.branch)
+        if plan.gated:
+            api().update_repo_settings(repo, gated=plan.gated)
     try:
-        return _commit(_Job(folder, repo, staged, card, message), head, revision, tag)
+        return _commit(plan, folder, staged, card, head)
     except NetworkError as error:
         raise NetworkError(error.message, "push again: files that arrived whole are not sent a second time") from None
 
@@ -121,22 +163,20 @@ def _licence_of(card: str) -> str:
     return str(read_card(card)[0].get("license") or "")
 
 
-def _card(folder: Path, repo: str, old: str, license: str) -> str:
-    known = license or _licence_of(old)
+def _card(plan: _Plan, source: Path, folder: Path, old: str) -> str:
+    known = plan.license or _licence_of(old)
     if not known:
         raise UsageError("no licence is given for the model", "add --license, e.g. --license apache-2.0")
-    return merge_card(folder, read_config(folder), name=repo, old=old, metadata={"license": known})
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is to be sent, and where."""
-
-    folder: Path
-    repo: str
-    staged: Staged
-    card: str
-    message: str
+    architectures = as_table(read_json(folder / "config.json")).get("architectures") if plan.layout else None
+    return merge_card(
+        source,
+        read_config(source),
+        name=plan.repo,
+        old=old,
+        metadata={"license": known},
+        library=plan.layout or "mmhub",
+        architecture=(strings(architectures) or [""])[0],
+    )
 
 
 def _pushed(folder: Path, repo: str, staged: Staged, card: str, *, commit: str = "", dry_run: bool = False) -> Pushed:
@@ -184,12 +224,16 @@ def _read_head(repo: str, revision: str | None) -> _Head:
     return _Head(info.sha, names, card, info.private)
 
 
-def _check_head(repo: str, head: _Head, private: bool | None) -> None:
+def _check_head(plan: _Plan, head: _Head) -> None:
     """Refuse to write over another library's model, and to publish openly what was meant to be private."""
-    other = read_card(head.card)[0].get("library_name") or "mmhub"
-    if other != "mmhub" and "config.json" in head.files:
-        raise UsageError(f"'{repo}' at {endpoint()} holds a model of {other}", "choose another repository name")
-    if private is not None and head.private is not None and head.private != private:
+    repo, wanted = plan.repo, plan.layout or "mmhub"
+    there = read_card(head.card)[0].get("library_name") or wanted
+    if there != wanted and "config.json" in head.files:
+        raise UsageError(
+            f"'{repo}' at {endpoint()} holds a model in the layout of {there}, not {wanted}",
+            "choose another repository name",
+        )
+    if plan.private is not None and head.private is not None and head.private != plan.private:
         is_now = "private" if head.private else "public"
         raise UsageError(
             f"'{repo}' at {endpoint()} exists and is {is_now}; nothing was sent",
@@ -209,34 +253,34 @@ def _check_tag(repo: str, tag: str) -> None:
         raise UsageError(f"'{repo}' already has a tag '{tag}'", "choose another --tag; nothing was sent")
 
 
-def _commit(job: _Job, head: _Head, revision: str | None, tag: str) -> Pushed:
+def _commit(plan: _Plan, folder: Path, staged: Staged, card: str, head: _Head) -> Pushed:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    repo, files = job.repo, job.staged.files
-    stale = [name for name in head.files if _is_ours(name) and name not in files]
-    proposal = revision == PROPOSAL
-    with _opened(job.folder, [name for name in files if name != "README.md"]) as contents:
+    repo, files = plan.repo, [name for name in staged.files if name != "README.md"]
+    pattern = _LIBRARY_WEIGHTS if plan.layout else _OURS
+    stale = [name for name in head.files if pattern.fullmatch(name) and name not in files]
+    with _opened(folder, files) as contents:
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
-        operations.append(CommitOperationAdd("README.md", job.card.encode()))
+        operations.append(CommitOperationAdd("README.md", card.encode()))
         operations += [CommitOperationDelete(name) for name in stale]
-        with hub_errors(repo, revision), _without_xet_warning():
+        with hub_errors(repo, plan.revision), _without_xet_warning():
             done = api().create_commit(
                 repo,
                 operations,
-                commit_message=job.message or "Publish with mmhub",
-                revision=None if proposal else revision,
-                create_pr=proposal,
+                commit_message=plan.message or "Publish with mmhub",
+                revision=plan.branch,
+                create_pr=plan.proposes,
                 parent_commit=head.commit,
             )
-    _check_arrived(job, done.oid)
-    if tag:
-        with hub_errors(repo, tag):
-            api().create_tag(repo, tag=tag, revision=done.oid)
-    pushed = _pushed(job.folder, repo, job.staged, job.card, commit=done.oid)
+    _check_arrived(repo, folder, files, done.oid)
+    if plan.tag:
+        with hub_errors(repo, plan.tag):
+            api().create_tag(repo, tag=plan.tag, revision=done.oid)
+    pushed = _pushed(folder, repo, staged, card, commit=done.oid)
     return replace(pushed, deleted=tuple(stale), pull_request=done.pr_url or "")
 
 
-def _check_arrived(job: _Job, commit: str) -> None:
+def _check_arrived(repo: str, folder: Path, files: Sequence[str], commit: str) -> None:
     """Compare the server's record of the new commit with the files here, byte for byte by their hashes.
 
     Raises:
@@ -244,20 +288,15 @@ def _check_arrived(job: _Job, commit: str) -> None:
     """
     from mmhub.hub.download import list_files
 
-    with hub_errors(job.repo, commit):
-        there = list_files(job.repo, commit)
-    for name in (name for name in job.staged.files if name != "README.md"):
+    with hub_errors(repo, commit):
+        there = list_files(repo, commit)
+    for name in files:
         hash = there[name].hash if name in there else "nothing"
-        if hash != (git_sha1_of if len(hash) == 40 else sha256_of)(job.folder / name):
+        if hash != (git_sha1_of if len(hash) == 40 else sha256_of)(folder / name):
             raise TrustError(
-                f"'{job.repo}' at {commit[:12]} does not hold the '{name}' that is in '{job.folder}'",
+                f"'{repo}' at {commit[:12]} does not hold the '{name}' that is in '{folder}'",
                 "the folder was changed while it was sent, or the server is damaged; push again",
             )
-
-
-def _is_ours(name: str) -> bool:
-    """Files of an older push that this one no longer has must not stay beside it; the user's own texts may."""
-    return bool(ALLOWED.fullmatch(name)) and not re.fullmatch(r"README\.md|LICENSE.*|config\.json", name)
 
 
 @contextmanager

@@ -23,8 +23,8 @@ class Staged:
     left_out: tuple[str, ...] = ()
 
 
-def stage(folder: Path) -> Staged:
-    """List the files of a checkpoint folder that may be sent.
+def stage(folder: Path, *, every: bool = False) -> Staged:
+    """List the files of a checkpoint folder that may be sent; `every` takes all names, of a folder that we just wrote.
 
     Raises:
         TrustError: a symbolic link leads out, a secret is in a file, or weights are damaged; every such file is named.
@@ -32,7 +32,7 @@ def stage(folder: Path) -> Staged:
     files, left_out, problems = [], [], []
     for name in _names(folder):
         path = folder / name
-        if path.is_dir() or not ALLOWED.fullmatch(name):
+        if path.is_dir() or not (every or ALLOWED.fullmatch(name)):
             left_out.append(name)
             continue
         problem = _problem(path, folder)
