@@ -4,6 +4,10 @@
     python tools/hub_acceptance/run.py                    # Xet uploads, as clients do by default
     python tools/hub_acceptance/run.py --lfs              # HF_HUB_DISABLE_XET=1
     python tools/hub_acceptance/run.py --npm              # and @huggingface/hub, from npm
+    python tools/hub_acceptance/run.py --record           # and write what came out into RESULTS.md
+
+With `--lfs` every upload goes by LFS, but for the tests marked `xet`: these are about Xet and switch it on for
+themselves. Downloads are plain HTTP in both modes, so the same tests fail, for the same reasons.
 
 The tests come from the source distribution of exactly that version, on the package index; nothing of them is kept here.
 They run without a network (in a namespace of their own, where the system lets us) against a hub on loopback with the
@@ -12,6 +16,7 @@ three accounts that the tests log in with. Exits 1 if fewer than `--at-least` pa
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -23,6 +28,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import results
 
 VERSION = "2.4.0"
 AT_LEAST = 565
@@ -45,7 +52,10 @@ def main() -> int:
     with _hub(scratch) as endpoint:
         outcomes = _run_tests(tests, endpoint, options)
         npm_failed = bool(npm) and _run_npm(npm, endpoint) != 0
-    failed = _report(outcomes, partial=bool(options.keyword or options.modules), at_least=options.at_least)
+    partial = bool(options.keyword or options.modules)
+    failed = _report(outcomes, partial=partial, at_least=options.at_least)
+    if options.record and not partial:
+        _record(outcomes, options, f"{_npm_version(npm)} {'failed' if npm_failed else 'passed'}" if npm else "-")
     return int(failed or npm_failed)
 
 
@@ -56,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--npm", action="store_true", help="also run the JavaScript client (needs node and npm)")
     parser.add_argument("--at-least", type=int, default=AT_LEAST, help="passes required (default: %(default)s)")
     parser.add_argument("--workers", default="2", help="pytest-xdist processes (default: %(default)s)")
+    parser.add_argument("--record", action="store_true", help="write the outcome of a whole run into RESULTS.md")
     parser.add_argument("--with-network", action="store_true", help="do not cut the network off")
     parser.add_argument("--isolated", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("-k", dest="keyword", help="run only matching tests; the number of passes is then not checked")
@@ -172,6 +183,20 @@ def _report(outcomes: Outcomes, *, partial: bool, at_least: int) -> bool:
     return bool(unexpected) or (not partial and count["passed"] < at_least)
 
 
+def _record(outcomes: Outcomes, options: argparse.Namespace, npm: str) -> None:
+    known = _out_of_scope()
+    count = Counter(outcomes.values())
+    bad = [name for name, outcome in outcomes.items() if outcome in ("failed", "error")]
+    results.write(
+        HERE / "RESULTS.md",
+        mode="LFS" if options.lfs else "Xet",
+        options=" --lfs" * options.lfs + " --npm" * options.npm,
+        counts=[count[kind] for kind in ("passed", "failed", "error", "skipped")],
+        npm=npm,
+        reasons=Counter(_reason(name, known) or "not expected" for name in bad),
+    )
+
+
 def _out_of_scope() -> dict[str, str]:
     """Return reason by test, or by the start of test names that end in `*`."""
     found, reason = {}, ""
@@ -197,6 +222,11 @@ def _npm_folder(scratch: Path) -> Path:
         subprocess.check_call(["npm", "install", "--silent", "--no-audit", "--no-fund", "@huggingface/hub"], cwd=folder)
     shutil.copy(HERE / "npm_client.mjs", folder)
     return folder
+
+
+def _npm_version(folder: Path) -> str:
+    package = folder / "node_modules" / "@huggingface" / "hub" / "package.json"
+    return str(json.loads(package.read_text())["version"])
 
 
 def _run_npm(folder: Path, endpoint: str) -> int:

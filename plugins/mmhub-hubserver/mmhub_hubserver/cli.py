@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -202,7 +203,7 @@ def gc(data: Path | None, grace: float, as_json: bool) -> None:
     """Free the disk space of deleted repositories and of uploads that no commit uses. Stop the hub first."""
     with _told("collect garbage"), _opened(data) as store:
         report = store.gc(grace_seconds=grace * 3600)
-    emit(report, as_json, str(report))
+    emit(asdict(report), as_json, str(report))
 
 
 @hub.command()
@@ -272,6 +273,6 @@ def _greeting(url: str, folder: Path, accounts: Accounts) -> str:
         f"mmhub hub at {url}\n"
         f"Data in      {folder}\n"
         f"Open to      {who}\n"
-        f"Use it:      export HF_ENDPOINT={url}\n"
+        f"Use it:      export HF_ENDPOINT={url}{' HF_TOKEN=...' if number else ''}\n"
         "Ctrl-C stops it."
     )

@@ -33,17 +33,22 @@ def listing(hub: Hub, request: Request, repo: Repo) -> Response:
 
 
 def details(hub: Hub, request: Request, repo: Repo, number: str) -> Response:
-    thread = threads.load(repo, int(number))
+    return Response.of(described(hub, request, repo, int(number), diff=request.flag("diff")))
+
+
+def described(hub: Hub, request: Request, repo: Repo, number: int, *, diff: bool) -> dict[str, Any]:
+    """Return all about one conversation; the `diff` of a pull request only for those who may read the files."""
+    thread = threads.load(repo, number)
     shown, events = _brief(repo, thread), list(thread["events"])
     if base := thread["base"]:
         shown["changes"] = {"base": f"refs/heads/{base}", "mergeCommitId": thread["mergeCommitId"]}
         start, head = _ends(repo, thread)
         events += _commits(repo, thread, start)
         shown["filesWithConflicts"] = _conflicts(repo, thread, start) if thread["status"] == "open" else []
-        if request.flag("diff") and hub.access.reads(request.account, repo):
+        if diff and hub.access.reads(request.account, repo):
             shown["diff"] = unified_diff(repo, start, head)
     shown["events"] = [_event(event) for event in sorted(events, key=lambda event: str(event["createdAt"]))]
-    return Response.of(shown)
+    return shown
 
 
 def create(hub: Hub, request: Request, repo: Repo) -> Response:

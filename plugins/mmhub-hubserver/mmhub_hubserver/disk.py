@@ -47,10 +47,10 @@ class Disk:
         """
         with self._lock:
             taken = self._used + self._promised
-            if self.quota is not None and taken + size > self.quota:
+            if self.quota is not None and size and taken + size > self.quota:
                 raise StorageFailed(
                     f"The hub is full: {taken} of {self.quota} bytes are used and {size} more do not fit. "
-                    "Delete repositories or ask whoever runs the hub for a larger quota."
+                    "Whoever runs it can free space with `mmhub hub gc`, or serve with a larger --quota."
                 )
             self._promised += size
         try:
@@ -73,15 +73,30 @@ class Disk:
     def publish(self, file: IO[bytes], path: Path) -> None:
         """Move a staged file to `path`, durably; the folder of `path` exists."""
         self.harden(file)
-        os.replace(file.name, path)
+        self.keep(file, path)
         sync_folder(path.parent)
 
     def harden(self, file: IO[bytes]) -> None:
         """Bring a staged file onto the disk under its temporary name."""
         file.flush()
         os.fsync(file.fileno())
-        with self._lock:
-            self._used += os.fstat(file.fileno()).st_size
+
+    def keep(self, file: IO[bytes], path: Path) -> None:
+        """Move a staged file to `path` without waiting for the disk: as it is, a power cut may lose it."""
+        file.flush()
+        replaced = _size(path)
+        os.replace(file.name, path)
+        self._count(os.fstat(file.fileno()).st_size - replaced)
+
+    def discard(self, path: Path) -> None:
+        """Remove a file or folder, if it is there, and count it no longer."""
+        if path.is_dir():
+            size = usage(path)
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            size = _size(path)
+            path.unlink(missing_ok=True)
+        self._count(-size)
 
     def write(self, path: Path, content: bytes) -> None:
         """Write a small file atomically and durably, with its folders."""
@@ -89,6 +104,39 @@ class Disk:
         with self.staged() as file:
             file.write(content)
             self.publish(file, path)
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self._used += size
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def usage(folder: Path) -> int:
+    """Return the bytes of all files below a folder, a file with several names counted once."""
+    total, seen = 0, set()
+    waiting = [str(folder)]
+    while waiting:
+        try:
+            found = list(os.scandir(waiting.pop()))
+        except FileNotFoundError:
+            continue
+        for item in found:
+            try:
+                facts = item.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if item.is_dir(follow_symlinks=False):
+                waiting.append(item.path)
+            elif facts.st_nlink == 1 or facts.st_ino not in seen:
+                seen.add(facts.st_ino) if facts.st_nlink > 1 else None
+                total += facts.st_size
+    return total
 
 
 @contextmanager

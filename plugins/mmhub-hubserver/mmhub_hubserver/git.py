@@ -350,7 +350,7 @@ class Objects:
             for name in old:
                 if name != new:
                     for path in sorted((self.folder / "pack").glob(f"{name}.*")):  # .idx before .pack
-                        path.unlink()
+                        disk.discard(path)
             sync_folder(self.folder / "pack")
             self.refresh()
 
@@ -472,8 +472,8 @@ class PackWriter:
             self._disk.harden(self._file)
             self._disk.harden(index)
             name = f"pack-{checksum.hex()}"
-            os.replace(self._file.name, folder / f"{name}.pack")
-            os.replace(index.name, folder / f"{name}.idx")  # git and we look for this one: the pack is there already
+            self._disk.keep(self._file, folder / f"{name}.pack")
+            self._disk.keep(index, folder / f"{name}.idx")  # git and we look for this one: the pack is there already
             sync_folder(folder)
         return name
 

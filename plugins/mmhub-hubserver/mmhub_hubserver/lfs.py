@@ -5,8 +5,6 @@ folder, not in tmp/, so that a large upload goes on after a restart; what nobody
 """
 
 import hashlib
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,7 +72,7 @@ def put_part(hub: Hub, request: Request, oid: str, **_: str) -> Response:
     with hub.store.disk.promised(wanted), hub.store.disk.staged() as file:
         _save(request, file, number, wanted)
         folder.mkdir(parents=True, exist_ok=True)
-        os.replace(file.name, folder / str(number))
+        hub.store.disk.keep(file, folder / str(number))
     return Response.of({}, headers={"ETag": f'"{oid[:16]}-{number}"'})
 
 
@@ -92,7 +90,7 @@ def complete(hub: Hub, request: Request, oid: str, **_: str) -> Response:
             raise Invalid(f"Parts {', '.join(missing[:10])} were not uploaded; upload the file again.")
         hub.store.add_stream(_joined(parts), oid, size)
         repo.add_object(oid)
-    shutil.rmtree(folder, ignore_errors=True)
+    hub.store.disk.discard(folder)
     return Response.of({})
 
 
@@ -145,14 +143,17 @@ def duplicate(hub: Hub, request: Request, repo: Repo) -> Response:
     return Response.of({"failed": failed})
 
 
-def sweep(store: Store) -> None:
-    """Remove the parts of uploads that nobody can finish any more."""
+def sweep(store: Store, keep_seconds: float = signing.SECONDS) -> int:
+    """Remove the parts of uploads that nobody can finish any more; return the number of uploads."""
+    dropped = 0
     for folder in store.root.glob("uploads/*"):
         try:
-            if folder.stat().st_mtime < time.time() - signing.SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
+            if folder.stat().st_mtime <= time.time() - keep_seconds:
+                store.disk.discard(folder)
+                dropped += 1
         except FileNotFoundError:
             continue
+    return dropped
 
 
 def _identified(item: Any) -> tuple[str, int]:

@@ -4,7 +4,6 @@ Safe while the hub serves: each repository is held against writers for its turn,
 """
 
 import hashlib
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmhub_hubserver import git
+from mmhub_hubserver.disk import usage
 from mmhub_hubserver.errors import HubError
 from mmhub_hubserver.pool import link_path
 
@@ -26,30 +26,20 @@ class Collected:
     links: int = 0  # large files taken from a repository none of whose commits names them
     files: int = 0  # large files that no repository links any more
     objects: int = 0  # git objects that no ref leads to
+    uploads: int = 0  # uploads in parts or chunks that nobody finished, and chunks whose file is gone
     leftovers: int = 0  # parts of packs and temporary files of killed servers
     bytes: int = 0
 
-
-def usage(root: Path) -> int:
-    """Return the bytes of all files below a folder, a file with several names counted once."""
-    total, seen = 0, set()
-    waiting = [str(root)]
-    while waiting:
-        try:
-            found = list(os.scandir(waiting.pop()))
-        except FileNotFoundError:
-            continue
-        for item in found:
-            try:
-                facts = item.stat(follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            if item.is_dir(follow_symlinks=False):
-                waiting.append(item.path)
-            elif facts.st_nlink == 1 or facts.st_ino not in seen:
-                seen.add(facts.st_ino) if facts.st_nlink > 1 else None
-                total += facts.st_size
-    return total
+    def __str__(self) -> str:
+        counts = {
+            "large files": self.files,
+            "links to large files": self.links,
+            "git objects": self.objects,
+            "unfinished uploads": self.uploads,
+            "leftovers": self.leftovers,
+        }
+        what = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        return f"freed {self.bytes:,} bytes: {what}" if what else "nothing to free"
 
 
 def collect(store: "Store", grace_seconds: float) -> Collected:
@@ -60,10 +50,13 @@ def collect(store: "Store", grace_seconds: float) -> Collected:
     """
     report = Collected()
     before = time.time() - grace_seconds
+    released: set[str] = set()
     for repo in _repos(store):
         with repo.writing():
-            _collect_repo(repo, before, report)
-    for size in store.pool.drop_unlinked(before):
+            released.update(_collect_repo(repo, before, report))
+    report.uploads, freed = _sweep_uploads(store, grace_seconds)
+    report.bytes += freed
+    for size in store.pool.drop_unlinked(before, released):
         report.files += 1
         report.bytes += size
     for path in store.tmp.rglob("*"):
@@ -73,7 +66,17 @@ def collect(store: "Store", grace_seconds: float) -> Collected:
     return report
 
 
-def _collect_repo(repo: "Repo", before: float, report: Collected) -> None:
+def _sweep_uploads(store: "Store", grace_seconds: float) -> tuple[int, int]:
+    """Return how many uploads were dropped, and their bytes."""
+    from mmhub_hubserver import lfs, xet  # not at the top: they are built on the store, which imports this module
+
+    before = usage(store.root)
+    dropped = lfs.sweep(store, grace_seconds) + xet.sweep(store, grace_seconds)
+    return dropped, max(before - usage(store.root), 0)
+
+
+def _collect_repo(repo: "Repo", before: float, report: Collected) -> list[str]:
+    """Return the sha256 of the large files that this repository does not link any more."""
     objects = repo.objects
     wanted = dict(objects.reachable(_tips(repo)))
     unwanted = set(objects.all()) - wanted.keys()
@@ -87,11 +90,14 @@ def _collect_repo(repo: "Repo", before: float, report: Collected) -> None:
     for path in (objects.folder / "pack").glob("*.pack"):
         if not path.with_suffix(".idx").exists():
             _drop(path, report)
+    released = []
     named = {objects.entry(oid).sha256 for oid, kind in wanted.items() if kind == git.BLOB}
     for path in (repo.folder / "lfs" / "objects").glob("??/??/*"):
         if path.name not in named and path.stat().st_ctime <= before:
             path.unlink()
-            report.links += 1
+            released.append(path.name)
+    report.links += len(released)
+    return released
 
 
 def problems(store: "Store") -> Iterator[str]:

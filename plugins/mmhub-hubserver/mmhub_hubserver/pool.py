@@ -7,7 +7,7 @@ file, so knowing a hash is not enough to read another repository's file.
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -67,12 +67,16 @@ class Pool:
                     return
             sync_folder(target.parent)
 
-    def drop_unlinked(self, before: float) -> Iterator[int]:
-        """Remove files that no repository links and that were last touched before this time; yield their sizes."""
+    def drop_unlinked(self, before: float, released: Collection[str] = ()) -> Iterator[int]:
+        """Remove files that no repository links and that were last touched before this time; yield their sizes.
+
+        To take the last link away touches a file too, except those that were `released` for being old.
+        """
         for path in self.files():
             with self._locked(), suppress(FileNotFoundError):
                 facts = path.stat()
-                if facts.st_nlink == 1 and facts.st_ctime <= before:
+                touched = facts.st_mtime if path.name in released else facts.st_ctime
+                if facts.st_nlink == 1 and touched <= before:
                     path.unlink()
                     yield facts.st_size
 

@@ -7,7 +7,7 @@ import re
 from typing import Any
 from urllib.parse import unquote
 
-from mmhub_hubserver import discussions, gates, lfs, reading, repositories, web, writing
+from mmhub_hubserver import discussions, gates, lfs, reading, repositories, talk, web, writing
 from mmhub_hubserver.access import Access
 from mmhub_hubserver.accounts import Accounts
 from mmhub_hubserver.errors import Invalid, MethodNotAllowed, RouteNotFound
@@ -24,6 +24,7 @@ TABLE: tuple[Route, ...] = (
     *discussions.TABLE,
     *gates.TABLE,
     *xet.TABLE,
+    *talk.TABLE,
     *web.TABLE,
 )
 _REPO = re.compile(f"{API}(?:/.*)?")

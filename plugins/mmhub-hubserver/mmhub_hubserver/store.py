@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from mmhub_hubserver import attributes, git, maintenance, names
-from mmhub_hubserver.disk import Disk, make_folder, refusing_when_full, sync_folder
+from mmhub_hubserver.disk import Disk, make_folder, refusing_when_full, sync_folder, usage
 from mmhub_hubserver.errors import (
     Conflict,
     EntryNotFound,
@@ -37,6 +37,7 @@ from mmhub_hubserver.errors import (
     RepoNotFound,
     RevisionNotFound,
     Stale,
+    StorageFailed,
     StoreUnusable,
 )
 from mmhub_hubserver.git import Commit, Entry, Objects, PackWriter, lfs_pointer
@@ -189,13 +190,15 @@ class Store:
         self.disk.write(path, content)
 
     def check_room(self, size: int) -> None:
-        """Raise `StorageFailed` if `size` more bytes do not fit into the quota."""
+        """Raise `StorageFailed` if `size` more bytes do not fit into the quota or onto the disk."""
         with self.disk.promised(size):
             pass
+        if size > (free := shutil.disk_usage(self.root).free):
+            raise StorageFailed(f"The hub's disk is full: {size} more bytes do not fit; {free} are free.")
 
     def usage(self) -> int:
         """Return the bytes in use, a file with several names counted once."""
-        return maintenance.usage(self.root)
+        return usage(self.root)
 
     def gc(self, *, grace_seconds: float = 24 * 3600) -> maintenance.Collected:
         """Free what nothing refers to; see `maintenance.collect`."""
@@ -290,7 +293,9 @@ class Store:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.close()
-            raise StoreUnusable(f"Another hub server is already using {self.root}.") from None
+            raise StoreUnusable(
+                f"Another hub server (or gc, or verify) is already using {self.root}. Stop it first."
+            ) from None
         return lock
 
     def _check_format(self) -> None:

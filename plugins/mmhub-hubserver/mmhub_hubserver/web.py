@@ -75,7 +75,7 @@ def _list(hub: Hub, request: Request, kind: str, author: str = "") -> Response:
         "total": len(found),
         "more": more,
     }
-    return _page(hub, request, "list.html", rows=rows, **facts)
+    return page(hub, request, "list.html", rows=rows, **facts)
 
 
 def _known(hub: Hub, request: Request, name: str) -> bool:
@@ -99,11 +99,11 @@ def card(hub: Hub, request: Request, repo: Repo) -> Response:
     readme = _body(_content(repo, entry) or "") if entry is not None else None
     shown = {name: _texts(facts.get(key)) for name, key in _FACTS.items() if facts.get(key)}
     address = _Address(web_path(repo.kind, repo.id), revision)
-    return _page(
+    return page(
         hub,
         request,
         "repo.html",
-        **_about(request, repo, revision, commit, "card"),
+        **about(request, repo, revision, commit, "card"),
         facts=shown,
         ours=facts.get("library_name") == "mmhub",
         readme=markdown.render(readme, address.blob(""), address.resolve("")) if readme else None,
@@ -129,7 +129,7 @@ def folder(hub: Hub, request: Request, repo: Repo, revision: str, path: str) -> 
     rows: list[tuple[str, str, Entry | None]] = [(name, f"{path}/{name}".strip("/"), None) for name in sorted(folders)]
     rows += [(name, f"{path}/{name}".strip("/"), files[name]) for name in sorted(files)]
     shown: dict[str, Any] = {"path": path, "rows": rows[:_MOST_FILES], "hidden": len(rows[_MOST_FILES:])}
-    return _page(hub, request, "folder.html", **_about(request, repo, revision, commit, "files"), **shown)
+    return page(hub, request, "folder.html", **about(request, repo, revision, commit, "files"), **shown)
 
 
 def _children(files: Mapping[str, Entry], path: str) -> tuple[dict[str, Entry], set[str]]:
@@ -150,9 +150,9 @@ def file(hub: Hub, request: Request, repo: Repo, revision: str, path: str) -> Re
     entry = commit.files.get(path)
     if entry is None:
         raise EntryNotFound(f"There is no file '{path}' in {repo.id} at '{revision}'.")
-    about = _about(request, repo, revision, commit, "files")
+    shown = about(request, repo, revision, commit, "files")
     image = path.lower().endswith(_IMAGES)
-    return _page(hub, request, "file.html", **about, path=path, entry=entry, text=_content(repo, entry), image=image)
+    return page(hub, request, "file.html", **shown, path=path, entry=entry, text=_content(repo, entry), image=image)
 
 
 def history(hub: Hub, request: Request, repo: Repo, revision: str) -> Response:
@@ -162,9 +162,9 @@ def history(hub: Hub, request: Request, repo: Repo, revision: str) -> Response:
             commits.append(commit)
         elif number > start + PAGE:
             break
-    about = _about(request, repo, revision, repo.at(revision), "history")
+    shown = about(request, repo, revision, repo.at(revision), "history")
     more = start + PAGE if len(commits) > PAGE else None
-    return _page(hub, request, "history.html", **about, commits=commits[:PAGE], more=more)
+    return page(hub, request, "history.html", **shown, commits=commits[:PAGE], more=more)
 
 
 def commit(hub: Hub, request: Request, repo: Repo, revision: str) -> Response:
@@ -173,11 +173,11 @@ def commit(hub: Hub, request: Request, repo: Repo, revision: str) -> Response:
     changes = [(path, "changed" if path in before else "added") for path in new.files]
     changes = [change for change in changes if before.get(change[0]) != new.files[change[0]]]
     changes += [(path, "removed") for path in before if path not in new.files]
-    about = _about(request, repo, new.id, new, "history")
-    return _page(hub, request, "commit.html", **about, changes=sorted(changes)[:_MOST_FILES])
+    shown = about(request, repo, new.id, new, "history")
+    return page(hub, request, "commit.html", **shown, changes=sorted(changes)[:_MOST_FILES])
 
 
-def _about(request: Request, repo: Repo, revision: str, commit: Commit, tab: str) -> dict[str, Any]:
+def about(request: Request, repo: Repo, revision: str, commit: Commit, tab: str) -> dict[str, Any]:
     """Return what all pages of one repository show."""
     return {
         "repo": repo,
@@ -209,6 +209,9 @@ class _Address:
 
     def resolve(self, path: str) -> str:
         return self._to("resolve", path) + ("/" if not path else "")
+
+    def discussions(self) -> str:
+        return f"{self.root}/discussions"
 
     def commits(self) -> str:
         return self._to("commits", "")
@@ -253,7 +256,7 @@ def _text(value: Any) -> str:
 
 
 def sign_in_form(hub: Hub, request: Request) -> Response:
-    return _page(hub, request, "sign_in.html", wrong=False)
+    return page(hub, request, "sign_in.html", wrong=False)
 
 
 def sign_in(hub: Hub, request: Request) -> Response:
@@ -261,7 +264,7 @@ def sign_in(hub: Hub, request: Request) -> Response:
     fields = form(request.body.all(4096).decode("utf-8", "replace"))
     token = fields.get("token", [""])[-1].strip()
     if not hub.accounts or hub.accounts.authenticate(token) is None:
-        return _page(hub, request, "sign_in.html", status=403, wrong=True)
+        return page(hub, request, "sign_in.html", status=403, wrong=True)
     return _redirect(_cookie(request, hub.accounts.sessions.open(token), LIFETIME))
 
 
@@ -308,7 +311,7 @@ def refusal(error: HubError) -> Response:
     return Response(error.status, text.encode(), dict(_HEADERS))
 
 
-def _page(hub: Hub, request: Request, name: str, status: int = 200, **values: Any) -> Response:
+def page(hub: Hub, request: Request, name: str, status: int = 200, **values: Any) -> Response:
     signed_in = bool(hub.accounts) and request.account is not None
     common = {"account": request.account, "signed_in": signed_in, "accounts": bool(hub.accounts), "base": request.base}
     text = _templates().get_template(name).render(**common, **values)
@@ -340,7 +343,7 @@ def _day(date: str) -> str:
     return datetime.fromisoformat(date).strftime("%d %b %Y").lstrip("0")
 
 
-_PAGES = "/(?!api/|-/)(?:(?P<kind>datasets|spaces)/)?(?P<repo>[^/]+/[^/]+)"
+PAGES = "/(?!api/|-/)(?:(?P<kind>datasets|spaces)/)?(?P<repo>[^/]+/[^/]+)"
 TABLE = (
     route("GET", "/", models, Need.ANYONE),
     route("GET", "/(?P<tab>models|datasets|spaces)", listing, Need.ANYONE),
@@ -350,9 +353,9 @@ TABLE = (
     route("POST", "/-/sign-in", sign_in, Need.ANYONE),
     route("POST", "/-/sign-out", sign_out, Need.ANYONE),
     route("GET", f"/(?!api$|-){NAME}", namespace, Need.ANYONE),
-    route("GET", f"{_PAGES}/tree/{REVISION}(?:/(?P<path>.*))?", folder, Need.SEE),
-    route("GET", f"{_PAGES}/blob/{REVISION}/(?P<path>.+)", file, Need.READ),
-    route("GET", f"{_PAGES}/commits/{REVISION}", history, Need.SEE),
-    route("GET", f"{_PAGES}/commit/{REVISION}", commit, Need.SEE),
-    route("GET", _PAGES, card, Need.SEE),
+    route("GET", f"{PAGES}/tree/{REVISION}(?:/(?P<path>.*))?", folder, Need.SEE),
+    route("GET", f"{PAGES}/blob/{REVISION}/(?P<path>.+)", file, Need.READ),
+    route("GET", f"{PAGES}/commits/{REVISION}", history, Need.SEE),
+    route("GET", f"{PAGES}/commit/{REVISION}", commit, Need.SEE),
+    route("GET", PAGES, card, Need.SEE),
 )

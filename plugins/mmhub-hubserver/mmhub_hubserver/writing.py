@@ -74,7 +74,9 @@ def preupload(hub: Hub, request: Request, repo: Repo, revision: str) -> Response
     files = member(data, "files", list)
     if len(files) > MAX_FILES:
         raise Invalid(f"More than {MAX_FILES} files in one request.")
-    return Response.of({"files": [_mode(commit, rules, file) for file in files]})
+    answer = [_mode(commit, rules, file) for file in files]
+    hub.store.check_room(sum(_new_bytes(commit, file) for file in files))
+    return Response.of({"files": answer})
 
 
 def commit(hub: Hub, request: Request, repo: Repo, revision: str) -> Response:
@@ -125,6 +127,12 @@ def _mode(commit: Commit, rules: UploadRules, file: Any) -> dict[str, Any]:
     if path in commit.files:
         shown["oid"] = commit.files[path].etag
     return shown
+
+
+def _new_bytes(commit: Commit, file: dict[str, Any]) -> int:
+    """Return how much room a file needs; none if it looks unchanged. Xet clients do not understand a later refusal."""
+    known, size = commit.files.get(file["path"]), int(file["size"])
+    return 0 if known is not None and known.size == size else max(size, 0)
 
 
 def _read(repo: Repo, base: Commit, staged: Staging, lines: Iterator[bytes]) -> tuple[dict[str, Any], list[Change]]:

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,12 @@ class Team:
         kind = response.getheader("Content-Type") or ""
         data = json.loads(text) if "json" in kind and text else text
         return Answer(response.status, data, {key.lower(): value for key, value in response.getheaders()})
+
+
+@pytest.fixture(autouse=True)
+def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than half of the time would be fsync. `test_crashes` checks it, and kills servers that do it."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture

@@ -466,7 +466,7 @@ def test_a_restart_keeps_everything_and_upload_addresses_stay_valid(tmp_path: Pa
 def test_one_data_folder_has_one_server(hub: HubServer, tmp_path: Path) -> None:
     result = CliRunner().invoke(hub_command, ["serve", "--data", str(tmp_path / "hub")])
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: Another hub server is already using")
+    assert result.stderr.startswith("Error: Another hub server (or gc, or verify) is already using")
 
 
 def test_a_damaged_commit_is_reported_and_does_not_hide_the_others(hub: HubServer, api: HfApi, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from huggingface_hub.utils._http import close_session
 from huggingface_hub.utils._xet import abort_xet_session
 
 from mmhub_hubserver import HubServer
+from mmhub_hubserver.disk import Disk
 from mmhub_hubserver.store import Repo, Store
 from mmhub_hubserver.xet import routes as xet_routes
 from mmhub_hubserver.xet import sweep
@@ -397,7 +398,7 @@ def test_a_small_shard_cannot_fill_the_disk(hub: HubServer, api: HfApi, data: Pa
     xorb = client.send(*chunks)
     petabyte = shard((noise(1), [(xorb, 0, 512)] * 300_000))
     status, answer = client.shard(petabyte)
-    assert status == 507 and "no room" in answer["error"]
+    assert status == 413 and "disk is full" in answer["error"]
 
 
 def test_a_token_opens_one_repository_for_a_while(hub: HubServer, api: HfApi, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,6 +476,7 @@ def test_a_push_works_after_the_chunks_of_the_one_before_were_swept(
 def _repo(data: Path) -> Repo:
     store = Store.__new__(Store)  # the running server holds the lock of the real one
     store.root = data
+    store.disk = Disk(store.tmp)
     return Repo(store, "models", REPO)
 
 
@@ -492,6 +494,16 @@ def test_only_abandoned_uploads_are_swept(data: Path) -> None:
     with HubServer(data) as hub:
         assert Client(hub).root.rpartition("/")[2] != client.root.rpartition("/")[2]
         assert Client(hub).shard(shard((noise(5000), [(xorb, 0, 1)])))[0] == 400
+
+
+def test_an_abandoned_upload_makes_way_for_the_next(hub: HubServer, api: HfApi, data: Path) -> None:
+    client = Client(hub)
+    client.send(noise(5000))
+    assert Client(hub).root == client.root
+    old = time.time() - 4 * 24 * 3600
+    os.utime(pending(data)[0], (old, old))
+    assert Client(hub).root != client.root
+    assert not pending(data)
 
 
 def test_chunks_in_a_file_that_is_gone_are_swept(data: Path) -> None:

@@ -19,9 +19,7 @@ import fcntl
 import hashlib
 import os
 import secrets
-import shutil
 import struct
-import tempfile
 import time
 from array import array
 from collections import OrderedDict, defaultdict
@@ -30,8 +28,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from typing import IO
 
-from mmhub_hubserver.errors import Invalid, StorageFailed
+from mmhub_hubserver.disk import Disk, make_folder
+from mmhub_hubserver.errors import Invalid
 from mmhub_hubserver.store import KINDS, Repo, Store
 from mmhub_hubserver.xet.formats import ShardFile, Term, chunk_hash, hash_text, xorb_hash
 
@@ -139,13 +139,15 @@ class Area:
 
     @classmethod
     def current(cls, repo: Repo) -> "Area":
-        """Return the area of a repository, a new one if it has none."""
+        """Return the area of a repository, a new one if it has none or was abandoned in the middle of an upload."""
         if (found := _existing(repo)) is not None:
-            return found
-        with repo.locked():
+            if not found.abandoned(KEEP_SECONDS):
+                return found
+            found.drop()
+        with repo.writing():
             if (found := _existing(repo)) is None:
                 found = cls(repo, secrets.token_hex(16))
-                found.folder.mkdir(parents=True)
+                make_folder(found.folder)
         return found
 
     @property
@@ -160,16 +162,17 @@ class Area:
 
         Raises:
             Invalid: the chunks do not have this hash.
+            StorageFailed: the disk or the quota is full.
         """
         nodes: list[tuple[bytes, int]] = []
-        with _staged(self.repo.store) as path:
-            with open(path, "wb", buffering=1 << 20) as file:
-                for chunk in chunks:
-                    nodes.append((chunk_hash(chunk), len(chunk)))
-                    file.write(chunk)
+        with self._disk.staged() as file:
+            for chunk in chunks:
+                nodes.append((chunk_hash(chunk), len(chunk)))
+                file.write(chunk)
             if not nodes or hash_text(xorb_hash(nodes)) != name:
                 raise Invalid(f"The chunks do not make up the xorb {name}.")
-            self._publish(path, self._data(name))
+            with self._disk.promised(file.tell()):
+                self._keep(file, self._data(name))
         self._save(name, Xorb.unpacked(size for _, size in nodes))
 
     def register(self, file: ShardFile) -> None:
@@ -204,24 +207,30 @@ class Area:
 
     def drop(self) -> None:
         """Forget everything, so that the next client starts afresh."""
-        trash = Path(tempfile.mkdtemp(dir=self.repo.store.tmp))
+        trash = self.repo.store.tmp / f"xet-{secrets.token_hex(8)}"
         with suppress(FileNotFoundError):  # somebody else did
-            os.rename(self.folder, trash / "xet")
-        shutil.rmtree(trash, ignore_errors=True)
+            os.rename(self.folder, trash)
+        self._disk.discard(trash)
 
     def useless(self, keep_seconds: float) -> bool:
         """Say whether a chunk is missing, or has waited for its file for too long."""
-        oldest = time.time() - keep_seconds
         try:
-            return any(self._useless(path, oldest) for path in self.folder.iterdir())
+            return self.abandoned(keep_seconds) or any(map(self._incomplete, self.folder.iterdir()))
         except Lost:
             return True
 
-    def _useless(self, path: Path, oldest: float) -> bool:
-        if path.name == "lock":
+    def abandoned(self, keep_seconds: float) -> bool:
+        """Say whether a chunk has waited for its file for too long. Quick, unlike `useless`."""
+        oldest = time.time() - keep_seconds
+        for path in self.folder.glob("*.data"):
+            with suppress(FileNotFoundError):  # settled meanwhile
+                if path.stat().st_mtime <= oldest:
+                    return True
+        return False
+
+    def _incomplete(self, path: Path) -> bool:
+        if path.name == "lock" or path.suffix == ".data":
             return False
-        if path.suffix == ".data":
-            return path.stat().st_mtime < oldest
         return any(_object(self.repo, sha256) is None for sha256 in Xorb.load(path).holders)
 
     def _settle(self, file: ShardFile) -> None:
@@ -239,7 +248,7 @@ class Area:
                 xorb.move(term, file.sha256, offset)
             self._save(name, xorb)
             if not xorb.needs_data:
-                self._data(name).unlink()
+                self._disk.discard(self._data(name))
 
     def _check(self, file: ShardFile) -> None:
         """Raise `Lost` if it is this disk's fault that a file does not come out right."""
@@ -265,15 +274,19 @@ class Area:
         return xorb
 
     def _save(self, name: str, xorb: Xorb) -> None:
-        with _staged(self.repo.store) as path:
-            path.write_bytes(xorb.dump())
-            self._publish(path, self.folder / name)
+        with self._disk.staged() as file:
+            file.write(xorb.dump())
+            self._keep(file, self.folder / name)
 
-    def _publish(self, path: Path, target: Path) -> None:
+    def _keep(self, file: IO[bytes], target: Path) -> None:
         try:
-            os.replace(path, target)
+            self._disk.keep(file, target)
         except FileNotFoundError:  # the area was dropped
             raise Lost from None
+
+    @property
+    def _disk(self) -> Disk:
+        return self.repo.store.disk
 
     def _data(self, name: str) -> Path:
         return self.folder / f"{name}.data"
@@ -317,22 +330,10 @@ def _blocks(path: Path, start: int, length: int) -> Iterator[bytes]:
             yield block
 
 
-@contextmanager
-def _staged(store: Store) -> Iterator[Path]:
-    """Give the path of a new file, which is deleted unless it was moved away."""
-    handle, name = tempfile.mkstemp(dir=store.tmp)
-    os.close(handle)
-    try:
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
 def _upload(repo: Repo, sha256: str, size: int, blocks: Iterable[bytes]) -> None:
     """Store a large file in a repository, or check that it is the one which is there."""
     if repo.uploaded(sha256) is None:
-        if size > (free := shutil.disk_usage(repo.store.root).free):  # a few bytes can stand for petabytes
-            raise StorageFailed(f"The disk of the hub has no room for this file: {size} bytes; {free} are free.")
+        repo.store.check_room(size)  # a few bytes can stand for petabytes
         repo.store.add_stream(blocks, sha256, size)
         repo.add_object(sha256)
         return

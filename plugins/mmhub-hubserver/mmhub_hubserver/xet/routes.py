@@ -7,8 +7,10 @@ chunks that it sent itself), no reading, no upload grants: unknown addresses ans
 import hashlib
 import hmac
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from mmhub_hubserver.errors import Forbidden, TooLarge, Unauthorized
+from mmhub_hubserver.errors import Forbidden, StorageFailed, TooLarge, Unauthorized
 from mmhub_hubserver.routing import API, REVISION, Hub, Need, Route, route
 from mmhub_hubserver.store import Repo
 from mmhub_hubserver.wire import Request, Response
@@ -36,7 +38,9 @@ def upload_xorb(hub: Hub, request: Request, area_kind: str, area_repo: str, epoc
     if area.has(xorb):
         request.body.drain(XORB_LIMIT)
         return Response.of({"was_inserted": False})
-    area.add(xorb, read_xorb(request.body.read))
+    with _refusing_for_good():
+        hub.store.check_room(request.body.length or 0)  # the exact size is known when it is unpacked
+        area.add(xorb, read_xorb(request.body.read))
     return Response.of({"was_inserted": True})
 
 
@@ -46,7 +50,7 @@ def upload_shard(hub: Hub, request: Request, area_kind: str, area_repo: str, epo
     _limit(request, SHARD_LIMIT)
     files = read_shard(request.body.read)
     request.body.drain(SHARD_LIMIT)
-    with area.changing():
+    with _refusing_for_good(), area.changing():
         for file in files:
             area.register(file)
     return Response.of({"result": 1})
@@ -70,6 +74,15 @@ def _area(hub: Hub, request: Request, kind: str, repo_id: str, epoch: str) -> Ar
     if not area.exists:
         raise Forbidden("The hub has forgotten the chunks of this upload meanwhile. Push again.")
     return area
+
+
+@contextmanager
+def _refusing_for_good() -> Iterator[None]:
+    """Say 413 where the disk is full: the client would repeat a 507, like any 5xx, for minutes."""
+    try:
+        yield
+    except StorageFailed as error:
+        raise TooLarge(error.message) from None
 
 
 def _signature(hub: Hub, epoch: str, expires: str) -> str:
