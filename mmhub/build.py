@@ -15,6 +15,7 @@ from mmhub.hub.pull import find_pretrained, load, pull
 from mmhub.interfaces import Encoder, Task, decode_config, encode_config, find_task
 from mmhub.lineage import parent_of
 from mmhub.model import Columns, Model
+from mmhub.names import resolve
 from mmhub.plugins import Component
 from mmhub.registry import find_component
 
@@ -79,7 +80,7 @@ def build_model(
         role = f"{modality}_encoder"
         encoders[modality], sources[role], origin = _encoder(modality, part, recipe, values, folder)
         if origin is not None:
-            parents.append(parent_of(local_name(part.init, folder), origin, role))
+            parents.append(parent_of(resolve(local_name(part.init, folder)), origin, role))
     missing = [m for m in task.required if m not in encoders]
     if missing:
         raise UsageError(f"{task.name} needs the modality {missing[0]!r}", f"add [model.encoders.{missing[0]}]")
@@ -103,7 +104,7 @@ def _from_base(task: Task, recipe: ModelRecipe, values: Values, columns: Columns
         )
     name = local_name(recipe.base, folder)
     model = load(name)
-    model.parents = [parent_of(name, pull(name), "model")]
+    model.parents = [parent_of(resolve(name), pull(name), "model")]
     model.task = task
     for modality, part in recipe.encoders.items():
         if modality not in model.encoders:

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,12 +23,21 @@ from torch import nn
 from mmhub import __version__
 from mmhub.errors import MmhubError, NotFoundError, PluginError, TrustError, UsageError, did_you_mean
 from mmhub.files import disk_errors, new_folder, sha256, write_file
-from mmhub.hashes import sha256_of
+from mmhub.hashes import Facts, remember, sha256_of
 from mmhub.interfaces import Encoder, decode_config, encode_config, find_task
 from mmhub.model import Columns, Model
 from mmhub.plugins import Component, explain_unmet, get_index, unmet_requirements
 from mmhub.registry import find_component
-from mmhub.weights import Stored, fill, meta_parameters, no_constant, state_of, weight_files, write_weights
+from mmhub.weights import (
+    Stored,
+    all_finite,
+    fill,
+    meta_parameters,
+    no_constant,
+    state_of,
+    weight_files,
+    write_weights,
+)
 
 FORMAT = 1
 
@@ -97,7 +107,7 @@ def save(model: Model, folder: Path) -> Path:
     """Write `model` to `folder` as a checkpoint.
 
     A card, a licence and files of other kinds stay when an older checkpoint is replaced; measured results and
-    provenance go, for they describe the old weights.
+    provenance go, for they describe the old weights. What the model was loaded from is recorded.
 
     Raises:
         UsageError: the folder holds something that is no checkpoint.
@@ -108,8 +118,12 @@ def save(model: Model, folder: Path) -> Path:
     if folder.exists() and folder.samefile(Path.cwd()):
         raise UsageError(f"'{folder}' is the current folder, which cannot be replaced", "name another folder")
     with disk_errors("the checkpoint", folder), new_folder(folder) as aside:
-        _write_checkpoint(model, aside)
+        facts = _write_checkpoint(model, aside)
+        if model.parents:
+            write_file(aside / "provenance.json", json.dumps({"parents": model.parents}, indent=2) + "\n")
         _keep_others(folder, aside)
+    for name, known in facts.items():
+        remember(folder / name, known, written_by_us=True)
     return folder
 
 
@@ -125,7 +139,8 @@ def _keep_others(old: Path, new: Path) -> None:
             shutil.copy2(path, new / path.name, follow_symlinks=False)
 
 
-def _write_checkpoint(model: Model, folder: Path) -> None:
+def _write_checkpoint(model: Model, folder: Path) -> dict[str, Facts]:
+    """Write all files, and return what is known of them."""
     state, tied = state_of(model.parts())
     weights = write_weights(state, folder)
     records = {role: _record(model, role, part, weights, folder) for role, part in model.parts().items()}
@@ -142,6 +157,11 @@ def _write_checkpoint(model: Model, folder: Path) -> None:
     )
     config.files = _file_records(folder)
     write_file(folder / "config.json", json.dumps(msgspec.to_builtins(config), indent=2, ensure_ascii=False) + "\n")
+    finite: Facts = {"finite": True} if all_finite(state.values()) else {}
+    return {
+        name: {"sha256": record.sha256} | (finite if name.endswith(".safetensors") else {})
+        for name, record in config.files.items()
+    }
 
 
 def _file_records(folder: Path) -> dict[str, FileRecord]:
@@ -322,9 +342,13 @@ def verify_files(folder: Path, config: CheckpointConfig, names: set[str] | None 
         if names is not None and name not in names:
             continue
         path = folder / name
-        if not path.is_file():
+        try:
+            status = path.stat()
+        except OSError:
+            status = None
+        if status is None or not stat.S_ISREG(status.st_mode):
             raise TrustError(f"'{path}' is missing from the checkpoint", "fetch the checkpoint again")
-        size = path.stat().st_size
+        size = status.st_size
         if size != record.bytes:
             raise TrustError(f"'{path}' has {size} bytes instead of {record.bytes}", "fetch the checkpoint again")
         found = sha256_of(path)

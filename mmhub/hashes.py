@@ -19,7 +19,9 @@ from typing import Any, BinaryIO
 from mmhub.discovery import cache_folder
 
 MAX_FILES = 2048  # about 500 kB; the oldest are forgotten
-RACY_SECONDS = 2.0  # a file written this recently could be written again within one tick of its clock
+RACY_SECONDS = 2.0  # a file written this recently could be written again within one tick of a coarse clock, as FAT's
+_FINE_SECONDS = 0.1  # ten ticks of a slow kernel's clock, where that is what times come from
+_NAME = "hashes.json"
 _FORMAT = 1
 _BLOCK = 2**20
 
@@ -66,11 +68,11 @@ def git_hasher(size: int) -> Any:
 
 
 def _remembered(path: Path, kind: str, fresh: bool) -> str:
+    known = None if fresh else _read().get(_key(os.stat(path)), {}).get(kind)
+    if isinstance(known, str):
+        return known
     with path.open("rb") as file:
         before = os.fstat(file.fileno())
-        known = None if fresh else _read().get(_key(before), {}).get(kind)
-        if isinstance(known, str):
-            return known
         digest = _read_hash(file, kind, before.st_size)
         after = os.fstat(file.fileno())
     if _key(before) == _key(after) and not _is_racy(after):
@@ -90,7 +92,9 @@ def _key(stat: os.stat_result) -> str:
 
 
 def _is_racy(stat: os.stat_result) -> bool:
-    return time.time() - max(stat.st_mtime, stat.st_ctime) < RACY_SECONDS
+    fine = stat.st_ctime_ns % 1_000_000 != 0  # a clock of whole milliseconds or seconds never says so
+    seconds = min(RACY_SECONDS, _FINE_SECONDS) if fine else RACY_SECONDS
+    return time.time() - max(stat.st_mtime, stat.st_ctime) < seconds
 
 
 # -- the record -------------------------------------------------------------------------------------------------
@@ -99,7 +103,7 @@ _last: tuple[str, dict[str, Facts]] = ("", {})
 
 
 def _file() -> Path:
-    return Path(cache_folder()) / "hashes.json"
+    return Path(cache_folder()) / _NAME
 
 
 def _read() -> dict[str, Facts]:
@@ -108,9 +112,10 @@ def _read() -> dict[str, Facts]:
     if os.name != "posix":
         return {}
     try:
-        with _file().open("rb") as file:
-            version = f"{file.name}:{_key(os.fstat(file.fileno()))}"
-            if version != _last[0]:
+        path = os.path.join(cache_folder(), _NAME)
+        if f"{path}:{_key(os.stat(path))}" != _last[0]:
+            with open(path, "rb") as file:
+                version = f"{path}:{_key(os.fstat(file.fileno()))}"
                 _last = (version, _parse(file.read()))
     except OSError:
         return {}

@@ -7,10 +7,14 @@ an implementation may take fewer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pluggy
+
+if TYPE_CHECKING:
+    from mmhub.interfaces import Decoder, Encoder, ForeignReader, ForeignWriter
 
 hookspec = pluggy.HookspecMarker("mmhub")
 
@@ -28,6 +32,38 @@ def mmhub_train_callbacks(run: Any) -> Iterable[Any]:  # type: ignore[empty-body
     Args:
         run: the training run. `run.folder` is the run folder (a `Path`), `run.config` the resolved recipe as plain
             data, `run.total_steps` the number of optimizer steps planned.
+    """
+
+
+@hookspec
+def mmhub_load_foreign(folder: Path, config: Mapping[str, Any]) -> Iterable[ForeignReader]:  # type: ignore[empty-body]
+    """Return a `ForeignReader` if this plugin reads the model in `folder`, which another library wrote; else nothing.
+
+    Called when a name leads to a folder or repository that is no mmhub checkpoint. It should decide by `config` and
+    import a heavy library only for a model that is its own. The reader's `read(folder)` is called later, with all
+    files there; errors it raises are shown to the user. Only JSON, tokenizer files and safetensors may be read, and
+    no code from the folder may run. A model that will not be read for a reason worth telling gets a reader with a
+    `refusal`.
+
+    Args:
+        folder: where config.json is; of a Hub repository nothing else needs to be there yet.
+        config: the content of config.json, {} if there is none.
+    """
+
+
+@hookspec
+def mmhub_write_foreign(  # type: ignore[empty-body]
+    encoder: Encoder, decoder: Decoder | None, layout: str
+) -> Iterable[ForeignWriter]:
+    """Return a `ForeignWriter` if `encoder` is one of this plugin's and `layout` one it can write; else nothing.
+
+    Called to publish a model of one encoder for users of another library. The writer's `write(folder)` is called
+    with an empty folder; it raises UsageError if the model cannot be expressed there, for instance for its head.
+
+    Args:
+        encoder: the model's only encoder.
+        decoder: its head, None if it has none.
+        layout: "transformers", "sentence-transformers", "timm", or what a plugin calls its own.
     """
 
 

@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from mmhub.hashes import sha256_of
-from mmhub.hub.pull import resolve_name
+from mmhub.names import Resolved
 
 _GIT_SECONDS = 5.0
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
-def parent_of(name: str, found: Path, part: str) -> dict[str, str]:
-    """Describe what a part's weights start from: `name` as a recipe gives it, `found` the folder or file it led to.
+def parent_of(resolved: Resolved, found: Path, part: str) -> dict[str, str]:
+    """Describe what a part's weights start from: a resolved name, and the folder or file it led to.
 
     A Hub name has its repository and commit; anything local the last part of its path and a sha256 over its files.
     """
-    resolved = resolve_name(name)
     facts = {"part": part}
     if resolved.kind == "hub":
-        facts |= {"name": name, "repo": resolved.repo_id or ""}
+        component = f"#{resolved.component}" if resolved.component else ""
+        facts |= {"name": f"{resolved.repo_id}{component}", "repo": resolved.repo_id or ""}
         return facts | ({"commit": found.name} if _COMMIT.fullmatch(found.name) else {})
     component = f"#{resolved.component}" if resolved.component else ""
     return facts | {"name": found.name + component, "sha256": _digest(found)}

@@ -7,6 +7,7 @@ the file shipped with mmhub. Turning a name into a checkpoint is left to `mmhub.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import json
 import os
 import re
@@ -187,8 +188,16 @@ def read_registry(path: Path, scope: str) -> Registry:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        table = tomllib.loads(text)
     except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    return _parse(text, path, scope)
+
+
+@functools.lru_cache(maxsize=8)  # by content: a name is looked up often, and the files seldom change
+def _parse(text: str, path: Path, scope: str) -> Registry:
+    try:
+        table = tomllib.loads(text)
+    except ValueError as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
     _check_schema(table.pop("schema", None), SCHEMA, path)
     try:

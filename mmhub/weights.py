@@ -6,20 +6,21 @@ Whatever a file says is checked before it is used. What a checkpoint folder hold
 from __future__ import annotations
 
 import errno
+import functools
 import json
+import mmap
 import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from mmhub.errors import TrustError
 from mmhub.files import write_file
@@ -98,23 +99,11 @@ def _shards(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
 # -- building ---------------------------------------------------------------------------------------------------
 
 
-class _NoInitialValues(TorchFunctionMode):
-    """Draw no numbers for meta tensors: torch imports its compiler for normal ones, which takes seconds."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _DRAWS:
-            tensor: Tensor = args[0] if args else kwargs["tensor"]
-            if tensor.is_meta:
-                return tensor
-        return func(*args, **kwargs)
-
-
-# By name: transformers puts functions of its own in the place of torch's while it builds a model.
-_DRAWS = {
-    *("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_"),
-    *("xavier_normal_", "zeros_", "ones_", "constant_", "zero_", "fill_"),
-}
+_DRAWS = (
+    *((torch.Tensor, name) for name in ("normal_", "uniform_", "zero_", "fill_")),
+    *((nn.init, name) for name in ("normal_", "uniform_", "zeros_", "ones_", "constant_", "trunc_normal_")),
+    *((nn.init, name) for name in ("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_")),
+)
 
 
 _patching = threading.RLock()
@@ -124,23 +113,42 @@ _patching = threading.RLock()
 def meta_parameters() -> Iterator[None]:
     """Put every parameter that this thread registers inside the block on the meta device: no memory, no initialisation.
 
-    Buffers stay real, because some are tables that no checkpoint holds (rotary angles, position indices).
+    Buffers stay real, because some are tables that no checkpoint holds (rotary angles, position indices). Nothing is
+    drawn for meta tensors: torch imports its compiler for normal ones, which takes seconds.
     """
     thread = threading.get_ident()
-    with _patching:
+    with _patching, ExitStack() as undo:
         register = nn.Module.register_parameter
 
         def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
             if param is not None and not param.is_meta and threading.get_ident() == thread:
-                param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+                empty = torch.empty(param.shape, dtype=param.dtype, device="meta")
+                param = nn.Parameter(empty, requires_grad=param.requires_grad)
             register(module, name, param)
 
-        nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
-        try:
-            with _NoInitialValues():
-                yield
-        finally:
-            nn.Module.register_parameter = register  # type: ignore[method-assign]
+        _replace(undo, nn.Module, "register_parameter", on_meta)
+        # Classes and modules, not a TorchFunctionMode: that would take as long as all the rest of building a model.
+        for owner, name in _DRAWS:
+            _replace(undo, owner, name, _real_only(getattr(owner, name), thread))
+        yield
+
+
+def _replace(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute until `undo` is closed; one that a class inherits becomes inherited again."""
+    if name in vars(owner):
+        undo.callback(setattr, owner, name, getattr(owner, name))
+    else:
+        undo.callback(delattr, owner, name)
+    setattr(owner, name, value)
+
+
+def _real_only(draw: Callable[..., Any], thread: int) -> Callable[..., Any]:
+    def real_only(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tensor.is_meta and threading.get_ident() == thread:
+            return tensor
+        return draw(tensor, *args, **kwargs)
+
+    return real_only
 
 
 # -- reading ----------------------------------------------------------------------------------------------------
@@ -158,11 +166,14 @@ class Stored:
 
 def weight_files(stored: Stored, roles: Iterable[str]) -> set[str]:
     """Return the files that hold the tensors of these roles, and those that they share."""
-    files = set()
+    files: set[str] = set()
+    shards: dict[str, dict[str, set[str]]] = {}
     for role in _roles_with_ties(stored, roles):
         weights = stored.places[role]
         if weights.endswith(".index.json"):
-            files |= _shards_of(stored, weights, role)
+            if weights not in shards:
+                shards[weights] = _read_index(stored, weights)
+            files |= shards[weights].get(role, set())
         elif weights:
             files.add(weights)
     return files
@@ -176,14 +187,16 @@ def _roles_with_ties(stored: Stored, roles: Iterable[str]) -> set[str]:
     }
 
 
-def _shards_of(stored: Stored, name: str, role: str) -> set[str]:
+def _read_index(stored: Stored, name: str) -> dict[str, set[str]]:
+    """The files of each role."""
     index = stored.folder / name
+    found: dict[str, set[str]] = {}
     try:
-        places = json.loads(index.read_bytes())["weight_map"]
-        found = {str(file) for tensor, file in places.items() if tensor.startswith(f"{role}.")}
+        for tensor, file in json.loads(index.read_bytes())["weight_map"].items():
+            found.setdefault(tensor.partition(".")[0], set()).add(str(file))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TrustError(f"'{index}' is damaged: {error}", "fetch the checkpoint again") from None
-    for file in found - stored.listed:
+    for file in set[str]().union(*found.values()) - stored.listed:
         raise TrustError(f"'{index}' points to {file!r}, which config.json does not list", "fetch the checkpoint again")
     return found
 
@@ -195,15 +208,20 @@ def fill(parts: Mapping[str, nn.Module], stored: Stored, *, allow_partial: bool)
         TrustError: a file is damaged, or what it holds does not fit (a warning alone with `allow_partial`), or a
             parameter is not a number (a warning alone with MMHUB_ALLOW_NONFINITE=1).
     """
-    found, problems, whole = _read_parts(stored, parts)
-    _check_finite(stored, parts, found, whole)
+    paths = [stored.folder / file for file in sorted(weight_files(stored, parts))]
+    found, problems, whole = _read_parts(stored, parts, paths)
+    _check_finite(stored, parts, found, paths, whole)
     tied = {alias: source for alias, source in stored.tied.items() if alias.partition(".")[0] in parts}
     for alias, source in tied.items():
         if source in found:
             found[alias] = found[source]
+    mine: dict[str, dict[str, Tensor]] = {role: {} for role in parts}
+    for name, tensor in found.items():
+        role, _, key = name.partition(".")
+        if role in mine:
+            mine[role][key] = tensor
     for role, part in parts.items():
-        mine = {name.split(".", 1)[1]: t for name, t in found.items() if name.startswith(f"{role}.")}
-        problems += _assign(role, part, mine, allow_partial)
+        problems += _assign(role, part, mine[role], allow_partial)
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         line = f"the weights in '{stored.folder}' do not fit the model: {shown}"
@@ -216,14 +234,16 @@ def fill(parts: Mapping[str, nn.Module], stored: Stored, *, allow_partial: bool)
             _tie(parts, alias, source)
 
 
-def _read_parts(stored: Stored, roles: Iterable[str]) -> tuple[dict[str, Tensor], list[str], list[Path]]:
+def _read_parts(
+    stored: Stored, roles: Iterable[str], paths: Sequence[Path]
+) -> tuple[dict[str, Tensor], list[str], list[Path]]:
     """The tensors of these roles and those they share, by full name; what is wrong; the files read completely."""
     wanted = _roles_with_ties(stored, roles)
     found: dict[str, Tensor] = {}
     problems, whole = [], []
-    for file in sorted(weight_files(stored, roles)):
+    for path in paths:
         complete = True
-        for name, tensor in read_tensors(stored.folder / file):
+        for name, tensor in read_tensors(path):
             role = name.partition(".")[0]
             if role not in stored.places:
                 problems.append(f"{name} is unexpected")
@@ -233,18 +253,21 @@ def _read_parts(stored: Stored, roles: Iterable[str]) -> tuple[dict[str, Tensor]
                 found[name] = tensor
             complete = complete and name in found
         if complete:
-            whole.append(stored.folder / file)
+            whole.append(path)
     return found, problems, whole
 
 
 def _check_finite(
-    stored: Stored, parts: Mapping[str, nn.Module], found: Mapping[str, Tensor], whole: Sequence[Path]
+    stored: Stored,
+    parts: Mapping[str, nn.Module],
+    found: Mapping[str, Tensor],
+    paths: Sequence[Path],
+    whole: Sequence[Path],
 ) -> None:
     """Refuse NaN anywhere and infinity in a parameter; buffers may hold it, as masks do.
 
     Reading every number costs about as much as hashing, so a file without any is remembered as such.
     """
-    paths = [stored.folder / file for file in weight_files(stored, parts)]
     if all(facts_of(path).get("finite") is True for path in paths):
         return
     odd = [name for name, tensor in found.items() if not _is_finite(tensor)]
@@ -262,6 +285,11 @@ def _check_finite(
         print(f"warning: {line}", file=sys.stderr)
 
 
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every number is one; False says nothing, for buffers may hold infinity."""
+    return all(map(_is_finite, tensors))
+
+
 def _is_finite(tensor: Tensor) -> bool:
     """One pass without a temporary: a sum of finite numbers is finite, save for an overflow that is looked into."""
     if not tensor.is_floating_point() or not tensor.numel():
@@ -274,18 +302,62 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _assign(role: str, part: nn.Module, found: Mapping[str, Tensor], allow_partial: bool) -> list[str]:
     """Give a part the tensors that fit, all or (partially) some; return what does not fit."""
-    expected = part.state_dict()
+    places = _places(part)
+    expected = part.state_dict() if places is None else {key: table[leaf] for key, (table, leaf) in places.items()}
     problems = [f"{role}.{key} is unexpected" for key in found if key not in expected]
     fitting = {}
     for key, wanted in expected.items():
-        problem = _misfit(found.get(key), wanted)
-        if problem:
+        tensor = found.get(key)
+        problem = _misfit(tensor, wanted)
+        if tensor is None or problem:
             problems.append(f"{role}.{key} {problem}")
         else:
-            fitting[key] = found[key].to(wanted.dtype)
-    if not problems or allow_partial:
+            fitting[key] = tensor if tensor.dtype == wanted.dtype else tensor.to(wanted.dtype)
+    if problems and not allow_partial:
+        return problems
+    if places is None:
         part.load_state_dict(fitting, strict=False, assign=True)
+    for key, (table, leaf) in (places or {}).items():
+        if key in fitting:
+            old, new = table[leaf], fitting[key]
+            table[leaf] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     return problems
+
+
+def _places(part: nn.Module) -> dict[str, tuple[dict[str, Any], str]] | None:
+    """Where a part keeps what its `state_dict` shows; None if one of its modules has a way of its own.
+
+    `state_dict` and `load_state_dict` take most of the time of a load without copies, for the sake of such modules.
+    """
+    found: dict[str, tuple[dict[str, Any], str]] = {}
+    todo = [("", part)]
+    while todo:
+        prefix, module = todo.pop()
+        if not _is_plain(type(module)) or any(getattr(module, hooks) for hooks in _HOOKS):  # type: ignore[arg-type]
+            return None
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                found[prefix + leaf] = (module._parameters, leaf)
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and leaf not in module._non_persistent_buffers_set:
+                found[prefix + leaf] = (module._buffers, leaf)
+        todo += [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
+    return found
+
+
+_WAYS = (
+    *("state_dict", "_save_to_state_dict", "get_extra_state", "load_state_dict", "_load_from_state_dict"),
+    *("__setattr__", "register_parameter"),
+)
+_HOOKS = (
+    *("_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
+
+@functools.lru_cache(maxsize=512)  # torch makes a class for each parametrized module
+def _is_plain(kind: type[nn.Module]) -> bool:
+    return all(getattr(kind, name) is getattr(nn.Module, name) for name in _WAYS)
 
 
 def _misfit(tensor: Tensor | None, wanted: Tensor) -> str | None:
@@ -319,35 +391,70 @@ def copy_parameters(model: nn.Module) -> None:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a safetensors file by name, mapped, not copied.
+    """Yield the tensors of a safetensors file by name, mapped, not copied; what is written to them stays private.
 
     Raises:
         TrustError: the file is damaged or hostile.
     """
     from safetensors import SafetensorError, safe_open
 
-    check_header(path)
+    start, table = _checked_header(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - a safe_open handle is no dict
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+        with safe_open(path, framework="pt") as sound, path.open("rb") as file:  # the library checks every offset
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            for name in sound.keys():  # noqa: SIM118 - a safe_open handle is no dict
+                view = _view(mapped, start, table[name])
+                yield name, sound.get_tensor(name) if view is None else view
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, KeyError, OverflowError) as error:
         raise TrustError(f"'{path}' is damaged: {error}", "fetch the checkpoint again") from None
+
+
+# The usual ones; safetensors itself reads all others.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+
+
+def _view(mapped: mmap.mmap, start: int, entry: Mapping[str, Any]) -> Tensor | None:
+    """A tensor in a mapped file, as `get_tensor` gives it in seven times the time; None where that is needed."""
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None or sys.byteorder != "little":
+        return None
+    begin, end = entry["data_offsets"]
+    count = (end - begin) // dtype.itemsize
+    if not count or (start + begin) % dtype.itemsize:
+        return None
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin).view(entry["shape"])
 
 
 def check_header(path: Path) -> None:
     """Refuse a safetensors header that is too large, names a tensor twice, or would take long to parse."""
+    _checked_header(path)
+
+
+def _checked_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors of a safetensors file begin, and its header, sound as JSON and of a sane size."""
     try:
         with path.open("rb") as file:
-            problem = _header_problem(file)
+            size = int.from_bytes(file.read(8), "little")
+            table = _read_header(file, size)
     except OSError as error:
-        problem = error.strerror
-    if problem:
-        raise TrustError(f"'{path}' is not a sound safetensors file: {problem}", "fetch the checkpoint again")
+        table = str(error.strerror)
+    if isinstance(table, str):
+        raise TrustError(f"'{path}' is not a sound safetensors file: {table}", "fetch the checkpoint again")
+    return 8 + size, table
 
 
-def _header_problem(file: BinaryIO) -> str | None:
-    size = int.from_bytes(file.read(8), "little")
+def _read_header(file: BinaryIO, size: int) -> dict[str, Any] | str:
+    """The header of `size` bytes, or what is wrong with it."""
     if size > 10_000_000:
         return f"its header claims {size} bytes"
     head = file.read(size)
@@ -366,7 +473,9 @@ def _header_problem(file: BinaryIO) -> str | None:
     if not all(name.isprintable() for name in table):
         return "a tensor's name is not printable"
     shapes = [entry.get("shape", []) for entry in table.values()]
-    return "a tensor has more than 16 dimensions" if any(isinstance(s, list) and len(s) > 16 for s in shapes) else None
+    if any(isinstance(shape, list) and len(shape) > 16 for shape in shapes):
+        return "a tensor has more than 16 dimensions"
+    return table
 
 
 class _Twice(Exception):

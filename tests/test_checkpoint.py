@@ -34,7 +34,7 @@ from mmhub.errors import ExitCode, MmhubError, NotFoundError, PluginError, Trust
 from mmhub.files import sha256, write_file
 from mmhub.fusion.streams import Streams
 from mmhub.model import Columns, Model
-from mmhub.weights import check_header, copy_parameters, meta_parameters, write_weights
+from mmhub.weights import Stored, check_header, copy_parameters, fill, meta_parameters, read_tensors, write_weights
 from tests.conftest import flac, png, three_modalities
 from tests.fake_parts import Numbers, Scores, Sensitive, component, fake_model
 
@@ -894,6 +894,90 @@ def test_two_parts_with_a_file_of_the_same_name_keep_both(tmp_path: Path) -> Non
     assert (tmp_path / "model" / "preprocessor_config-second_encoder.json").read_bytes() == b"two"
 
 
+def test_tensors_are_read_as_the_library_reads_them(tmp_path: Path) -> None:
+    kinds = [
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.bool),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint32, torch.complex64),
+    ]
+    path = tmp_path / "x.safetensors"
+    tensors = {f"{i}": torch.randn(3, 4).to(kind) for i, kind in enumerate(kinds)}
+    save_file(tensors | {"none": torch.zeros(0, 4), "one": torch.tensor(5.0)}, path)
+    found, expected = dict(read_tensors(path)), load_file(path)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)) if tensor.dim() else True
+    assert found["one"] == 5
+
+
+def test_tensors_at_odd_places_are_read(tmp_path: Path) -> None:
+    header = (
+        '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}}'
+    )
+    path = raw_safetensors(tmp_path / "x.safetensors", header, b"\x07" + struct.pack("<f", 1.5))
+    found = dict(read_tensors(path))
+    assert found["a"].item() == 7 and found["b"].item() == 1.5
+
+
+def test_what_is_written_to_a_mapped_tensor_stays_private(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(5000)}, path)
+    one, other = (dict(read_tensors(path))["a"] for _ in range(2))
+    one.add_(1)
+    assert one.sum() == 10_000 and other.sum() == 5000 and load_file(path)["a"].sum() == 5000
+    assert one.untyped_storage().nbytes() == one.nbytes  # a copy of one tensor does not take the others along
+
+
+def test_what_was_just_saved_is_neither_hashed_nor_searched(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMHUB_CACHE", str(tmp_path / "cache"))
+    folder, broken = model.save(tmp_path / "model"), make_model()
+    with torch.no_grad():
+        next(broken.decoder.parameters()).fill_(torch.nan)
+    broken.save(tmp_path / "broken")
+    with pytest.raises(TrustError, match="NaN or infinity"):
+        load(tmp_path / "broken")
+    monkeypatch.setattr(hashes, "_read_hash", lambda *_: pytest.fail("hashed again"))
+    monkeypatch.setattr(weights, "_is_finite", lambda _: pytest.fail("searched again"))
+    assert same(load(folder), model)
+
+
+class Halved(nn.Module):
+    """Keeps half of what its files hold: a module with ways of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.inner = nn.LSTM(2, 2)
+        self.register_buffer("count", torch.zeros(1))
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state | {f"{prefix}weight": state[f"{prefix}weight"] / 2}, prefix, *rest)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_modules_take_their_tensors_in_their_own_way(
+    tmp_path: Path, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not own:
+        monkeypatch.delattr(Halved, "_load_from_state_dict")
+    weights._is_plain.cache_clear()
+    source = {f"fusion.{name}": torch.rand_like(value) for name, value in Halved().state_dict().items()}
+    save_file(source, tmp_path / "model.safetensors")
+    with meta_parameters():
+        part = Halved()
+    part.weight.requires_grad_(False)
+    stored = Stored(tmp_path, {"fusion": "model.safetensors"}, {}, {"model.safetensors"})
+    fill({"fusion": part}, stored, allow_partial=False)
+    weights._is_plain.cache_clear()
+    assert torch.equal(part.weight, source["fusion.weight"] / (2 if own else 1))
+    assert torch.equal(part.count, source["fusion.count"])  # type: ignore[arg-type]
+    assert not part.weight.requires_grad and part.inner.weight_ih_l0.requires_grad
+    assert part.inner._flat_weights[0] is part.inner.weight_ih_l0  # what the recurrent kernels really use
+    assert part.inner(torch.ones(1, 1, 2))[0].isfinite().all()
+
+
 # -- the meta device
 
 
@@ -946,3 +1030,5 @@ def test_the_meta_device_is_left_after_an_error_and_never_entered_by_other_threa
         break_inside()
     assert found == [False]
     assert not Table().weight.is_meta
+    assert nn.Linear(2, 2).weight.std() > 0
+    assert not {"normal_", "uniform_", "zero_", "fill_"} & vars(Tensor).keys()  # inherited, as before

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,3 +167,28 @@ def test_a_blob_is_checked_against_its_name(tmp_path: Path) -> None:
     assert not is_blob(tmp_path / "plain")
     with pytest.raises(ValueError, match="not named by its hash"):
         check_blob(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("clock", "age", "known"), [(1, 0.05, False), (1, 0.3, True), (10**9, 0.3, False), (10**9, 3, True)]
+)
+def test_a_file_is_remembered_once_its_clock_has_ticked(
+    file: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch, clock: int, age: float, known: bool
+) -> None:
+    now = 1_700_000_000_123_456_789
+
+    def stamped(status: os.stat_result) -> os.stat_result:
+        written = int(now - age * 1e9) // clock * clock
+        return SimpleNamespace(
+            st_dev=status.st_dev, st_ino=status.st_ino, st_size=status.st_size, st_mode=status.st_mode,
+            st_mtime_ns=written, st_ctime_ns=written, st_mtime=written / 1e9, st_ctime=written / 1e9,
+        )  # type: ignore[return-value]  # fmt: skip
+
+    sha256_of(file)
+    stat, fstat = os.stat, os.fstat
+    monkeypatch.setattr(hashes.time, "time", lambda: now / 1e9)
+    monkeypatch.setattr(hashes.os, "stat", lambda path, **more: stamped(stat(path, **more)))
+    monkeypatch.setattr(hashes.os, "fstat", lambda handle: stamped(fstat(handle)))
+    reads.clear()
+    sha256_of(file), sha256_of(file)
+    assert len(reads) == (1 if known else 2)

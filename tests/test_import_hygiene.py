@@ -48,12 +48,12 @@ config
 device batch
 interfaces
 layers
-fusion
+fusion embedding
 model
 weights
 checkpoint
-hub
 lineage
+hub
 data metrics
 optim
 build

@@ -15,6 +15,7 @@ from mmhub.engine import train
 from mmhub.hub import push
 from mmhub.hub.card import read_card
 from mmhub.lineage import code_state, parent_of
+from mmhub.names import resolve
 from tests.conftest import recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # how huggingface_hub uploads
@@ -58,7 +59,7 @@ def test_a_local_start_is_named_without_its_folder_and_known_by_its_hash(
     assert len(parent["sha256"]) == 64
     config = json.loads((start / "config.json").read_text())
     (start / "config.json").write_text(json.dumps(config))  # another layout of the same
-    assert parent_of(str(start), start, "model")["sha256"] != parent["sha256"]
+    assert parent_of(resolve(str(start)), start, "model")["sha256"] != parent["sha256"]
 
 
 def test_a_user_who_names_a_base_model_keeps_it(trained: Path, tmp_path: Path) -> None:

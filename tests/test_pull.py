@@ -464,8 +464,6 @@ def test_a_part_is_pulled_without_the_weights_of_others(server: FaultyHub, monke
         pull(REPO)
     with pytest.raises(NotFoundError, match="no component 'audio'"):
         pull(f"{REPO}#audio")
-    with pytest.raises(UsageError, match="one part"):
-        load(f"{REPO}#text")
     with pytest.raises(UsageError, match="whole checkpoint"):
         pull(f"{REPO}#text", local_dir="out")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

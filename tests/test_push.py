@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.utils._http import close_session
 
 from mmhub.errors import MmhubError, NetworkError, NotFoundError, TrustError, UsageError
 from mmhub.hub import load, pull, push
+from mmhub.hub.card import read_card
 from mmhub.hub.secrets import find_secret
 from mmhub.hub.staging import stage
 from mmhub_hubserver import HubServer
 from mmhub_hubserver.accounts import Accounts
 from tests.conftest import Cli, png
+from tests.interop_clients import tiny_config, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # how huggingface_hub uploads
 
@@ -260,6 +263,72 @@ def test_who_may_not_write_is_told_so_and_may_propose(
         push(model, REPO, message="Mine")
     (model / "README.md").write_text((model / "README.md").read_text() + "\nMore.\n")
     assert push(model, REPO, revision="pr", message="Mine").pull_request
+
+
+def test_a_part_is_loaded_alone_and_can_be_published_with_its_origin(
+    hub: str, split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load(split)
+    base = push(split, REPO, license="mit")
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "fresh"))
+        part = load(f"{REPO}#image")
+        fetched = {path.name for path in pull(f"{REPO}#image").iterdir()}
+    assert {name for name in fetched if name.endswith(".safetensors")} == {"model-image_encoder.safetensors"}
+    samples = [{"image": png(1)}, {"image": png(2)}]
+    alone = part.embed(samples)
+    assert torch.isfinite(alone).all()
+    for name, tensor in whole.encoders["image"].state_dict().items():
+        assert torch.equal(tensor, part.encoders["image"].state_dict()[name])
+    with pytest.raises(UsageError, match="no task head"):
+        part.predict(samples)
+    push(part.save(tmp_path / "part"), "team/eyes", license="mit")
+    data, text = read_card(Path(api(hub).hf_hub_download("team/eyes", "README.md")).read_text())
+    assert data["base_model"] == [REPO]
+    assert f"The model started from `{REPO}#image` (commit {base.commit[:12]})." in text
+    assert torch.equal(load("./part").embed(samples), alone)
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> Path:
+    """A tiny BERT with a head, in the layout of transformers."""
+    from transformers import BertForSequenceClassification
+
+    torch.manual_seed(0)
+    folder = tmp_path / "bert"
+    labels = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    BertForSequenceClassification(tiny_config(**labels)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_model_is_published_in_the_layout_of_its_library(
+    hub: str, classifier: Path, tmp_path: Path, cli: Cli
+) -> None:
+    mine = load(classifier)
+    expected = mine.predict([{"text": "a cat"}])
+    mine.save(tmp_path / "mine")
+    done = cli("push", "./mine", "team/bert", "--layout", "transformers", "--license", "mit", "--tag", "v1", "--json")
+    assert done.returncode == 0, done.stderr
+    there = set(api(hub).list_repo_files("team/bert"))
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= there
+    data, text = read_card(Path(api(hub).hf_hub_download("team/bert", "README.md")).read_text())
+    assert (data["library_name"], data["pipeline_tag"], data["license"]) == (
+        "transformers",
+        "text-classification",
+        "mit",
+    )
+    assert 'AutoModelForSequenceClassification.from_pretrained("team/bert")' in text
+    assert load("team/bert").predict([{"text": "a cat"}])[0]["label"] == expected[0]["label"]
+    with pytest.raises(UsageError, match="holds a model in the layout of transformers, not mmhub"):
+        push(tmp_path / "mine", "team/bert")
+    assert push(tmp_path / "mine", "team/bert", layout="transformers", message="Again").commit
+
+
+def test_what_a_layout_cannot_hold_is_not_sent(hub: str, model: Path) -> None:
+    with pytest.raises(UsageError, match="holds one encoder, and this model has image, audio"):
+        push(model, REPO, license="mit", layout="transformers")
+    assert not api(hub).repo_exists(REPO)
 
 
 # -- interruptions ----------------------------------------------------------------------------------------------

@@ -177,3 +177,11 @@ def test_a_repository_is_allowed_where_every_list_holds_it(site: Site) -> None:
         "org/one",
         "team/one",
     ]
+
+
+def test_a_registry_is_decoded_again_when_its_text_changes(tmp_path: Path) -> None:
+    path = tmp_path / "registry.toml"
+    for label in ("aa", "bb", "aa"):  # of one size, written within one tick of the file system's clock
+        path.write_text(f'schema = 1\n[models.{label}]\nref = "hub:org/{label}"\n')
+        assert list(read_registry(path, "project").models) == [label]
+    assert read_registry(path, "project") is read_registry(path, "project")

@@ -26,15 +26,18 @@ def pull(name: str, revision: str | None, out: Path | None, quiet: bool, as_json
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
-    from mmhub.checkpoint import read_config, verify_files
+    from mmhub.checkpoint import is_checkpoint, read_config, verify_files
     from mmhub.hub.pull import locate, resolve_name
 
     folder, verified = locate(name, resolve_name(name, revision), out)
-    config = read_config(folder)
-    if not verified:
-        verify_files(folder, config)
+    task = ""  # of another library's model
+    if not verified or is_checkpoint(folder):
+        config = read_config(folder)
+        task = config.task
+        if not verified:
+            verify_files(folder, config)
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
-    emit({"name": name, "path": str(folder), "task": config.task, "files": files}, as_json, str(folder))
+    emit({"name": name, "path": str(folder), "task": task, "files": files}, as_json, str(folder))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -213,8 +213,9 @@ def _table(result: Mapping[str, Any]) -> list[str]:
 
 
 def _training(facts: Mapping[str, Any]) -> list[str]:
-    if not facts:
-        return ["Not recorded."]
+    origins = [f"The {parent['part']} started from {_pinned(parent)}." for parent in facts.get("parents") or ()]
+    if "steps" not in facts:
+        return [*origins, "Not trained by mmhub." if origins else "Not recorded."]
     data = facts.get("data", {}).get("train", {})
     source = ", ".join(f"`{file['name']}` ({file['sha256'][:12]})" for file in data.get("files", []))
     if data.get("id"):
@@ -222,7 +223,7 @@ def _training(facts: Mapping[str, Any]) -> list[str]:
     what = f"{data.get('rows', '?')} rows of {source or 'unrecorded data'}"
     how = f"seed {facts.get('seed', '?')}, in {facts.get('seconds', '?')} s on {facts.get('hardware', '?')}"
     lines = [f"{facts.get('steps', '?')} optimizer steps over {what}, {how}."]
-    lines += [f"The {parent['part']} started from {_pinned(parent)}." for parent in facts.get("parents") or ()]
+    lines += origins
     code = facts.get("code")
     if code:
         changed = ", with uncommitted changes" if code.get("dirty") else ""

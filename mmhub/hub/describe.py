@@ -18,6 +18,7 @@ from mmhub.errors import MmhubError, NetworkError, PluginError, UsageError
 from mmhub.hub.cache import as_table, read_json, snapshot
 from mmhub.hub.client import api, hub_errors, is_offline
 from mmhub.hub.download import Remote, fetch, in_cache
+from mmhub.hub.foreign import recognise
 from mmhub.hub.licences import Link, chain, warnings
 from mmhub.hub.readme import Card, card_of, read_card
 from mmhub.hub.search import modalities_of, unmet_text
@@ -312,34 +313,30 @@ def _results(files: _Files, names: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 # --- other libraries' models
 
-_AUDIO = ("wav2vec2", "hubert", "wavlm", "whisper")
+_WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # of text: only their encoder is of use yet
 
 
 def _add_foreign(about: Description, config: Mapping[str, Any], found: Resolved) -> None:
-    names = set(about.files)
-    if "modules.json" in names:
-        about.library = "sentence-transformers"
-    elif "pretrained_cfg" in config or ("architecture" in config and "model_type" not in config):
-        about.library = "timm"
-    elif "model_type" in config:
-        about.library = about.library or "transformers"
-    about.library = about.library or "unknown"
+    library, kind, use = recognise(config, about.files)
+    own = about.library if library in ("transformers", "") else ""  # a Hub knows of others that have such a config.json
+    about.library = own or library or "unknown"
     name = found.repo_id if found.kind == "hub" else str(found.path)
-    model_type = config.get("model_type")
-    text = ("text_encoder", "transformers")
-    kind, use = {
-        "timm": ("image_encoder", "timm"),
-        "transformers": ("audio_encoder", str(model_type)) if model_type in _AUDIO else text,
-        "sentence-transformers": text,
-    }.get(about.library, ("", ""))
     if not kind:
         about.loadable = "no: no part of mmhub reads this library's models"
-    elif not any(file.endswith(".safetensors") for file in names):
+    elif config.get("auto_map"):
+        about.loadable = "no: it brings code of its own, which mmhub never runs"
+    elif not any(file.endswith(".safetensors") for file in about.files):
         about.loadable = "no: it has no safetensors weights, and mmhub reads no pickle; convert it first"
     else:
         part = kind.replace("_", " ")
-        about.loadable = f'as the start of an {part}: use = "{use}", init = "{name}"'.replace("an text", "a text")
+        start = f'as the start of an {part}: use = "{use}", init = "{name}"'.replace("an text", "a text")
+        named = config.get("architectures")
+        whole = str(named[0]) if isinstance(named, list) and named else ""
+        writes = kind == "text_encoder" and library == "transformers" and whole.endswith(_WRITERS)
+        about.loadable = f"only {start}" if writes else f"yes, and {start}"
         _need(about, kind, use)
+        if about.unmet:
+            about.loadable = "not before what it needs is installed"
 
 
 def _need(about: Description, kind: str, use: str) -> None:

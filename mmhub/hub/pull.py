@@ -22,6 +22,7 @@ from mmhub.checkpoint import (
     check_requirements,
     find_encoder,
     is_checkpoint,
+    load_encoder,
     read_config,
     stored_weights,
 )
@@ -43,7 +44,10 @@ from mmhub.hub.download import (
     in_cache,
     list_files,
 )
+from mmhub.hub.foreign import find_reader, join, load_foreign
 from mmhub.hub.integrity import blob_name, check_blob
+from mmhub.interfaces import ForeignParts
+from mmhub.lineage import parent_of
 from mmhub.model import Model
 from mmhub.names import Resolved, resolve
 from mmhub.weights import weight_files
@@ -53,8 +57,8 @@ _LIBRARY_FILES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors",
     "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
     "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-    "modules.json", "sentence_bert_config.json", "1_Pooling/config.json",
-    "0_Transformer/*.json", "0_Transformer/*.safetensors",
+    "added_tokens.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+    "0_Transformer/*.json", "0_Transformer/*.safetensors", "[0-9]_*/config.json", "[0-9]_Dense/model.safetensors",
 )  # fmt: skip
 _AGAIN = "fetch the checkpoint again"
 
@@ -64,19 +68,32 @@ def load(
 ) -> Model:
     """Load the model called `name`: a registry name, `org/name[@revision]` on the Hub, or a checkpoint folder.
 
-    A `Path` is always a folder.
+    A `Path` is always a folder. `NAME#image` fetches and reads the image encoder alone, as a model that embeds. A model
+    of another library (transformers, sentence-transformers, timm) is loaded by the plugin that reads it.
 
     Raises:
         NotFoundError, PluginError, TrustError, NetworkError: see `pull` and `mmhub.checkpoint.load`.
     """
     target = find_device(device)
     resolved = resolve_name(name, revision)
-    if resolved.component:
-        what = f"'{os.fspath(name)}' names one part, '{resolved.component}', not a model"
-        raise UsageError(what, "leave out '#...', or give it as `init` of a part in a recipe")
     folder, verified = locate(name, resolved)
-    model = load_folder(folder, allow_partial=allow_partial, name=os.fspath(name), verified=verified)
+    ours = is_checkpoint(folder)
+    if resolved.component:
+        model = _load_part(os.fspath(name), folder, resolved.component)
+    elif ours:
+        model = load_folder(folder, allow_partial=allow_partial, name=os.fspath(name), verified=verified)
+    else:
+        model = load_foreign(os.fspath(name), folder)
+    if resolved.kind == "hub" or not ours:
+        model.parents = [parent_of(resolved, folder, "model")]
     return model.to(target) if target.type != "cpu" else model
+
+
+def _load_part(name: str, folder: Path, component: str) -> Model:
+    """One encoder of a checkpoint as a model that embeds, built and read without the other parts."""
+    role = find_encoder(read_config(folder), component, name)
+    encoder, source = load_encoder(folder, role)
+    return join(ForeignParts(encoder=encoder, encoder_id=source.id), name)
 
 
 def pull(name: str | os.PathLike[str], *, revision: str | None = None, local_dir: str | Path | None = None) -> Path:
@@ -131,6 +148,8 @@ def pull_repo(name: str, resolved: Resolved, local_dir: Path | None = None) -> P
     """Fetch a checkpoint repository, or what one part of it needs."""
     place = in_cache(resolved.repo_id or "")
     folder = _fetch_config(place, resolved.commit or resolved.revision).parent
+    if not is_checkpoint(folder):
+        return _pull_foreign(name, resolved, place, folder, local_dir)
     config = read_config(folder)
     role = None
     if resolved.component:
@@ -352,6 +371,19 @@ def _check_target(folder: Path) -> None:
 # -- other libraries' models ------------------------------------------------------------------------------------
 
 
+def _pull_foreign(name: str, resolved: Resolved, place: Place, folder: Path, local_dir: Path | None) -> Path:
+    """Fetch a model of another library for the plugin that reads it, which is asked before the weights are fetched."""
+    if not _is_whole(_known(folder, _LIBRARY_FILES)) and not is_offline():
+        with hub_errors(place.repo, folder.name):
+            listed = list_files(place.repo, folder.name)
+            fetch(place, folder.name, [listed[path] for path in ("modules.json",) if path in listed])
+    find_reader(name, folder)
+    if resolved.component or local_dir is not None:
+        what = "has no parts by name" if resolved.component else "is kept in the cache alone"
+        raise UsageError(f"'{name}' is another library's model, which {what}", "load it, then save it to a folder")
+    return fetch_known_files(name, place, folder, _LIBRARY_FILES)
+
+
 def fetch_library_model(name: str, resolved: Resolved) -> Path:
     """Fetch another library's model (transformers, timm): known data files only, never code or pickle."""
     place = in_cache(resolved.repo_id or "")
@@ -365,15 +397,11 @@ def fetch_known_files(name: str, place: Place, folder: Path, patterns: Iterable[
     One that holds all its weights already is verified without a request.
     """
     patterns = list(patterns)
-    here = {
-        path.relative_to(folder).as_posix(): path
-        for path in folder.rglob("*")
-        if not path.is_dir() and _matches(path.relative_to(folder).as_posix(), patterns)
-    }
+    here = _known(folder, patterns)
     damaged = [path for path in here.values() if _problem(path, None)]
     if damaged and is_offline():
         raise _damaged(damaged[0], None)
-    if damaged or not _has_all_weights(here):
+    if damaged or not _is_whole(here):
         with hub_errors(place.repo, folder.name):
             listed = list_files(place.repo, folder.name)
             wanted = [remote for path, remote in listed.items() if _matches(path, patterns)]
@@ -381,12 +409,31 @@ def fetch_known_files(name: str, place: Place, folder: Path, patterns: Iterable[
                 hint = "mmhub does not read pickle files; convert it first"
                 raise MmhubError(f"'{name}' has no safetensors weights", hint)
             check_names(place.repo, [remote.path for remote in wanted], listed)
-            fetch(place, folder.name, wanted)
+            weights = [remote for remote in wanted if remote.path.endswith(".safetensors")]
+            fetch(place, folder.name, [remote for remote in wanted if remote not in weights])
+            fetch(place, folder.name, weights)  # last: where they are, everything is
     return folder
+
+
+def _known(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
+    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
+    return {name: path for name, path in names.items() if _matches(name, patterns)}
 
 
 def _matches(path: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) and path.count("/") == pattern.count("/") for pattern in patterns)
+
+
+def _is_whole(here: Mapping[str, Path]) -> bool:
+    """Are the weights here, and what the modules of a sentence-transformers model are made of?"""
+    if not _has_all_weights(here):
+        return False
+    try:
+        modules = json.loads(here["modules.json"].read_bytes()) if "modules.json" in here else []
+        paths = [one["path"] for one in modules if str(one.get("type")).endswith((".Pooling", ".Dense"))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+    return all(f"{path}/config.json" in here for path in paths)
 
 
 def _has_all_weights(here: Mapping[str, Path]) -> bool:
@@ -398,7 +445,7 @@ def _has_all_weights(here: Mapping[str, Path]) -> bool:
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 return False
             return shards <= {Path(other).name for other in here}
-    return any(name.endswith(".safetensors") for name in here)
+    return any(name.endswith(".safetensors") and "_Dense/" not in name for name in here)
 
 
 def find_pretrained(name: str) -> tuple[str, Path, str | None]:

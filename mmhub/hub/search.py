@@ -19,7 +19,7 @@ from mmhub.registry import Named, Registries
 
 TASKS = (
     "classification", "multilabel", "regression", "tagging", "question-answering", "language-modelling", "translation",
-    "speech-recognition", "retrieval", "captioning", "visual-question-answering", "chat",
+    "speech-recognition", "retrieval", "captioning", "visual-question-answering", "chat", "embedding",
 )  # fmt: skip
 _MODALITIES = ("text", "image", "audio")
 _EXPAND = (

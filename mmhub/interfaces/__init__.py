@@ -1,15 +1,21 @@
 """The contracts plugins implement: Processor, Encoder, Fusion, Decoder and Task, and the policy for raw inputs."""
 
+from mmhub.interfaces.classifier import Classifier
 from mmhub.interfaces.config import ComponentConfig, decode_config, encode_config
+from mmhub.interfaces.foreign import ForeignParts, ForeignReader, ForeignWriter
 from mmhub.interfaces.raw import Policy, describe_raw, raw_bytes
 from mmhub.interfaces.roles import Decoder, Encoder, Fusion, Processor, Stream
 from mmhub.interfaces.task import TASKS, Task, find_task
 
 __all__ = [
     "TASKS",
+    "Classifier",
     "ComponentConfig",
     "Decoder",
     "Encoder",
+    "ForeignParts",
+    "ForeignReader",
+    "ForeignWriter",
     "Fusion",
     "Policy",
     "Processor",

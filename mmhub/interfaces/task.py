@@ -57,6 +57,14 @@ TASKS: dict[str, Task] = {
             higher_is_better=False,
             tags={"": ""},
         ),
+        Task(
+            name="embedding",
+            decoder="embedding",
+            metrics=(),
+            monitor="loss",
+            higher_is_better=False,
+            tags={"": "feature-extraction", "image": "image-feature-extraction"},
+        ),
     )
 }
 

@@ -191,7 +191,8 @@ def test_a_bad_setting_is_refused(cls: Any, options: dict[str, Any], message: st
 def test_every_component_of_the_manifest_exists() -> None:
     text = files("mmhub_audio").joinpath("mmhub.toml").read_text(encoding="utf-8")
     manifest = msgspec.convert(tomllib.loads(text), Manifest)
-    assert [c.name for c in manifest.components] == [
+    encoders = [component for component in manifest.components if component.kind == "audio_encoder"]
+    assert [c.name for c in encoders] == [
         "conformer",
         "transformer",
         "cnn",
@@ -200,7 +201,7 @@ def test_every_component_of_the_manifest_exists() -> None:
         "wavlm",
         "whisper",
     ]
-    for component in manifest.components:
+    for component in encoders:
         module, _, name = component.factory.partition(":")
         cls = getattr(importlib.import_module(module), name)
         assert issubclass(cls, Encoder)

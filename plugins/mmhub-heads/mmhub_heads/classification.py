@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import msgspec
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mmhub.batch import Bundle, Output
-from mmhub.errors import InputError, UsageError
-from mmhub.interfaces import ComponentConfig, Decoder, Stream
-from mmhub_heads.labels import Labels, at_row, check_labels, label_order, label_text, label_texts
+from mmhub.batch import Bundle
+from mmhub.errors import UsageError
+from mmhub.interfaces import Classifier, ComponentConfig, Stream
+from mmhub.interfaces.labels import check_labels, label_order, label_texts
 from mmhub_heads.summary import SummaryHead, check_head
 
 
-class Classification(Decoder):
+class Classification(Classifier):
     """Softmax over the labels seen in training; trained with the mean cross entropy of the rows."""
-
-    tasks: ClassVar[tuple[str, ...]] = ("classification",)
 
     class Config(ComponentConfig, frozen=True):
         """Settings of the classification head.
@@ -47,7 +43,7 @@ class Classification(Decoder):
                 f"classification needs at least 2 labels, got {len(config.labels)}",
                 "train on labelled data, or list them in model.decoder.config.labels",
             )
-        self.labels = Labels(config.labels)
+        self.smoothing = config.label_smoothing
         self.head = SummaryHead(inputs, len(config.labels), dropout=config.dropout, hidden=config.hidden)
 
     @classmethod
@@ -69,35 +65,5 @@ class Classification(Decoder):
             )
         return msgspec.structs.replace(config, labels=tuple(found))
 
-    def encode_targets(self, targets: Sequence[Any]) -> Tensor:
-        """Turn raw labels into class numbers, (B,) long."""
-        numbers = []
-        for row, raw in enumerate(targets):
-            try:
-                numbers.append(self.labels.number(label_text(raw)))
-            except InputError as error:
-                raise at_row(error, row) from None
-        return torch.tensor(numbers, dtype=torch.long)
-
-    def references(self, targets: Sequence[Any]) -> list[str]:
-        """Return the labels as text, as in the `label` of an answer."""
-        return list(label_texts(targets))
-
-    def forward(self, bundle: Bundle, targets: Tensor | None = None) -> Output:
-        """Return logits (B, V); the loss is the mean cross entropy with targets (B,)."""
-        logits = self.head(bundle)
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
-        return Output(logits=logits, loss=loss)
-
-    def predict(self, output: Output, details: bool = True) -> list[dict[str, Any]]:
-        """Answer `{"label", "score"}`, with every label's probability in `scores` if `details`."""
-        answers: list[dict[str, Any]] = []
-        for scores in output.logits.detach().float().softmax(-1).tolist():
-            best = max(range(len(scores)), key=scores.__getitem__)
-            answer: dict[str, Any] = {"label": self.labels.names[best], "score": scores[best]}
-            if details:
-                answer["scores"] = dict(zip(self.labels.names, scores, strict=True))
-            answers.append(answer)
-        return answers
+    def logits(self, bundle: Bundle) -> Tensor:
+        return self.head(bundle)

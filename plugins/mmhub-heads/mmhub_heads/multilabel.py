@@ -13,7 +13,7 @@ from torch import Tensor
 from mmhub.batch import Bundle, Output
 from mmhub.errors import InputError, UsageError
 from mmhub.interfaces import ComponentConfig, Decoder, Stream
-from mmhub_heads.labels import Labels, at_row, check_labels, is_missing, label_order, label_text
+from mmhub.interfaces.labels import Labels, at_row, check_labels, is_missing, label_order, label_text
 from mmhub_heads.summary import SummaryHead, check_head
 
 

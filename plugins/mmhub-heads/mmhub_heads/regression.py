@@ -14,7 +14,7 @@ from torch import Tensor
 from mmhub.batch import Bundle, Output
 from mmhub.errors import InputError, UsageError
 from mmhub.interfaces import ComponentConfig, Decoder, Stream
-from mmhub_heads.labels import at_row, is_missing, plain
+from mmhub.interfaces.labels import at_row, is_missing, plain
 from mmhub_heads.summary import SummaryHead, check_head
 
 

@@ -92,7 +92,7 @@ class TimmEncoder(Encoder):
             UsageError: the weights do not belong to `config`.
         """
         path = Path(path)
-        weights = _read_weights(path)
+        weights = read_weights(path)
         config, library = _adopt(config, path)
         encoder = cls(config, _make_processor(config, library))
         encoder.backbone.load_state_dict(_fit_weights(encoder.backbone, weights, config.architecture, path))
@@ -149,7 +149,8 @@ def _make_processor(config: TimmEncoder.Config, library: dict[str, Any]) -> Imag
     return ImageProcessor.from_state(state | {"image_size": (height, width), "augment": config.augment}, {})
 
 
-def _build(config: TimmEncoder.Config) -> nn.Module:
+def build_options(config: TimmEncoder.Config) -> dict[str, Any]:
+    """Return the arguments of `timm.create_model` for a backbone without a classifier."""
     options: dict[str, Any] = {"num_classes": 0}
     if config.image_size and _library_config(config.architecture).get("fixed_input_size"):
         options["img_size"] = config.image_size  # other models take any size, and have no such argument
@@ -157,6 +158,11 @@ def _build(config: TimmEncoder.Config) -> nn.Module:
         options["drop_path_rate"] = config.drop_path
     if config.pool:
         options["global_pool"] = config.pool
+    return options
+
+
+def _build(config: TimmEncoder.Config) -> nn.Module:
+    options = build_options(config)
     try:
         return build_timm(config.architecture, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -168,7 +174,7 @@ def _is_depthwise(model: nn.Module) -> bool:
     return any(isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels for module in model.modules())
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise NotFoundError(f"no weights at '{file}'", "only safetensors are read; convert other formats with timm")
@@ -192,7 +198,8 @@ def _adopt(config: TimmEncoder.Config, path: Path) -> tuple[TimmEncoder.Config, 
         library |= {key: value for key, value in own.items() if value is not None}
     except (ValueError, AttributeError, TypeError) as error:
         raise TrustError(f"'{file}' is not a timm configuration: {error}") from None
-    unknown = sorted(set(options) - {"img_size", "global_pool", "num_classes", "drop_path_rate", "drop_rate"})
+    known = {"img_size", "global_pool", "num_classes", "drop_path_rate", "drop_rate"}
+    unknown = sorted(key for key, value in options.items() if key not in known and (key, value) != ("in_chans", 3))
     if unknown:
         raise UsageError(f"'{file}' was built with options mmhub does not support: {', '.join(unknown)}")
     changes: dict[str, Any] = {}

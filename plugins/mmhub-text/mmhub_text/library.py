@@ -6,26 +6,35 @@ config.json is kept, and only safetensors weights are read.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
-    MODEL_MAPPING,
-    MODEL_MAPPING_NAMES,
-)
+from torch import Tensor
 from transformers.utils import logging
 
 from mmhub.errors import MmhubError, NotFoundError, TrustError, UsageError, did_you_mean
+from mmhub_text.deferral import deferred
+from mmhub_text.skeleton import no_initial_weights
 from mmhub_text.tokenizer import parse_tokenizer
+
+with deferred("scipy.optimize", "linear_sum_assignment"):  # takes half a second, for training detection models
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        MODEL_FOR_TEXT_ENCODING_MAPPING,
+        MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+        MODEL_MAPPING,
+        MODEL_MAPPING_NAMES,
+    )
 
 DEFAULT_LENGTH = 512  # tokens, where a model has no limit of its own
 
@@ -66,7 +75,7 @@ def describe_model(table: Mapping[str, Any]) -> PreTrainedConfig:
             hint = did_you_mean(key, known) or f"it has, among others: {', '.join(sorted(known)[:8])}"
             raise UsageError(f"model_type {kind!r} has no setting {key!r}", hint)
     try:
-        with _quiet():
+        with quiet():
             config: PreTrainedConfig = AutoConfig.for_model(kind, **values)
     except Exception as error:  # whatever the configuration class makes of a bad value
         raise UsageError(f"model_type {kind!r} does not accept these settings: {_one_line(error)}") from None
@@ -83,7 +92,7 @@ def complete_table(config: PreTrainedConfig) -> dict[str, Any]:
 
 def read_description(folder: Path, changes: Mapping[str, Any]) -> PreTrainedConfig:
     """Read config.json of a transformers folder and apply `changes` to its hyper-parameters."""
-    table = _read_table(folder / "config.json")
+    table = read_table(folder / "config.json")
     if not table:
         raise NotFoundError(f"'{folder}' holds no config.json", "give `init` a transformers folder")
     kind = _model_type(table)
@@ -92,7 +101,7 @@ def read_description(folder: Path, changes: Mapping[str, Any]) -> PreTrainedConf
     # The class itself translates older spellings; only what it declares survives.
     raw = {key: value for key, value in table.items() if key not in _NOT_OURS and key[:1] != "_"}
     try:
-        with _quiet():
+        with quiet():
             config = CONFIG_MAPPING[kind].from_dict(raw)
     except Exception as error:
         raise TrustError(f"'{folder / 'config.json'}' is not usable: {_one_line(error)}") from None
@@ -103,7 +112,7 @@ def build_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Build the encoder with fresh weights."""
     kind, both = _encoder_class(type(config)), config.is_encoder_decoder  # the library changes it while it builds
     try:
-        with _quiet():
+        with quiet(), no_initial_weights():
             return _encoder_part(kind(config, **_no_pooler(kind)), both)
     except Exception as error:  # widths that do not fit each other
         raise UsageError(f"a {config.model_type!r} cannot be built with these settings: {_one_line(error)}") from error
@@ -115,21 +124,61 @@ def load_model(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
     Raises:
         TrustError: there are no such weights, or they lack tensors or have other shapes than config.json says.
     """
+    kind, both = _encoder_class(type(config)), config.is_encoder_decoder
+    return _encoder_part(_load(kind, config, folder, **_no_pooler(kind)), both)
+
+
+def classifier_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the class that classifies texts with this type of model.
+
+    Raises:
+        UsageError: there is none.
+    """
+    kind: type[PreTrainedModel] | None = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if kind is None:
+        raise UsageError(f"transformers has no classification head for model_type {config.model_type!r}")
+    return kind
+
+
+def load_classifier(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+    """Build the whole classifier with the safetensors weights of a transformers folder, in fp32.
+
+    Raises:
+        TrustError: as `load_model`.
+    """
+    return _load(classifier_class(config), config, folder)
+
+
+def _load(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, **options: Any) -> PreTrainedModel:
     if not any(folder.glob("model*.safetensors*")):
         others = sorted(path.name for path in folder.glob("*.bin"))
         found = f" (only {', '.join(others)}, which could run code)" if others else ""
         raise TrustError(f"'{folder}' holds no model.safetensors{found}", "convert the weights to safetensors")
-    kind, both = _encoder_class(type(config)), config.is_encoder_decoder
-    options = {"config": config, "dtype": torch.float32, "output_loading_info": True} | _no_pooler(kind)
+    options |= {"config": config, "dtype": torch.float32, "output_loading_info": True}
     try:
-        with _quiet():
+        with quiet():
             model, report = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
     except Exception as error:  # damaged files, other shapes
         raise TrustError(f"the weights in '{folder}' cannot be loaded: {_one_line(error)}") from None
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise TrustError(f"the weights in '{folder}' lack {len(missing)} tensor(s), such as {missing[0]!r}")
-    return _encoder_part(model, both)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a folder's model.safetensors, in fp32.
+
+    Raises:
+        TrustError: there is no such file, or it is damaged.
+    """
+    file = folder / "model.safetensors"
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise TrustError(f"'{file}' cannot be read: {_one_line(error)}", "mmhub reads safetensors alone") from None
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -139,8 +188,10 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         return parse_tokenizer(path.read_bytes(), str(path))
     if not any((folder / name).is_file() for name in _VOCABULARIES):  # else the library makes up an empty one
         raise NotFoundError(f"'{folder}' holds no tokenizer", "it should hold a tokenizer.json")
+    from transformers import AutoTokenizer  # takes long to import, and few need it
+
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return parse_tokenizer(tokenizer.backend_tokenizer.to_str(), str(folder))
     except MmhubError:
@@ -156,21 +207,47 @@ def read_pooling(folder: Path) -> str:
     Raises:
         UsageError: in a way we do not have.
     """
-    modes = _read_table(folder / "1_Pooling" / "config.json")
-    chosen = [key.removeprefix("pooling_mode_") for key, on in modes.items() if key.startswith("pooling_mode_") and on]
-    names = {"mean_tokens": "mean", "cls_token": "cls"}
-    if len(chosen) > 1 or not set(chosen) <= set(names):
+    chosen = pooling_modes(read_table(folder / "1_Pooling" / "config.json"))
+    if len(chosen) > 1 or not set(chosen) <= {"mean", "cls"}:
         raise UsageError(
             f"'{folder}' pools by {' and '.join(chosen)}", 'set pooling = "mean" or "cls" to go on without'
         )
-    return names[chosen[0]] if chosen else "mean"
+    return chosen[0]
+
+
+# How sentence-transformers named its ways of pooling before it named them by one key, in its order.
+_POOLING_SWITCHES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+def pooling_modes(table: Mapping[str, Any]) -> list[str]:
+    """Return the ways of pooling in the config.json of a sentence-transformers Pooling module, the mean if none is."""
+    named = table.get("pooling_mode")
+    if named:
+        return [str(mode) for mode in named] if isinstance(named, list) else [str(named)]
+    return [mode for key, mode in _POOLING_SWITCHES.items() if table.get(key)] or ["mean"]
+
+
+def encodes_text(table: Mapping[str, Any]) -> bool:
+    """Does config.json describe a model of transformers that encodes text?"""
+    try:
+        _encoder_class(CONFIG_MAPPING[_model_type(table)])
+    except (UsageError, KeyError):
+        return False
+    return True
 
 
 def read_length(folder: Path, config: PreTrainedConfig) -> int:
     """Return the number of tokens a folder's model was made for: the smallest limit any of its files names."""
     limits = [
-        _read_table(folder / "sentence_bert_config.json").get("max_seq_length"),
-        _read_table(folder / "tokenizer_config.json").get("model_max_length"),
+        read_table(folder / "sentence_bert_config.json").get("max_seq_length"),
+        read_table(folder / "tokenizer_config.json").get("model_max_length"),
         position_limit(config),
     ]
     real = [int(limit) for limit in limits if isinstance(limit, (int, float)) and 0 < limit < 10**9]
@@ -189,7 +266,7 @@ def position_limit(config: PreTrainedConfig) -> int | None:
 
 def find_folder(path: Path) -> Path:
     """Return the folder that holds config.json: `path`, or the first module of a sentence-transformers folder."""
-    modules = _read_json(path / "modules.json")
+    modules = read_json(path / "modules.json")
     if (path / "config.json").is_file() or not (isinstance(modules, list) and modules and isinstance(modules[0], dict)):
         return path
     first = path / str(modules[0].get("path", ""))
@@ -208,8 +285,13 @@ def _model_type(table: Mapping[str, Any]) -> str:
 
 
 def _hyperparameters(kind: type[PreTrainedConfig]) -> set[str]:
-    declared = set(inspect.signature(kind.__init__).parameters) | set(kind.attribute_map)
+    declared = _parameters(kind.__init__) | set(kind.attribute_map)
     return {key for key in declared - _NOT_OURS if key[:1] != "_"}
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _is_plain(value: Any) -> bool:
@@ -233,7 +315,7 @@ def _encoder_class(described: type[PreTrainedConfig]) -> type[PreTrainedModel]:
 
 def _no_pooler(kind: type[PreTrainedModel]) -> dict[str, Any]:
     """Leave out the layer behind `pooler_output`, which nothing here reads."""
-    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind.__init__).parameters else {}
+    return {"add_pooling_layer": False} if "add_pooling_layer" in _parameters(kind.__init__) else {}
 
 
 def _encoder_part(model: PreTrainedModel, both: bool) -> PreTrainedModel:
@@ -245,15 +327,15 @@ def _encoder_part(model: PreTrainedModel, both: bool) -> PreTrainedModel:
     return model
 
 
-def _read_table(path: Path) -> dict[str, Any]:
+def read_table(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, {} if there is no file."""
-    table = _read_json(path)
+    table = read_json(path)
     if not isinstance(table, dict | None):
         raise TrustError(f"'{path}' should hold a JSON object")
     return table or {}
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     """Return the content of a JSON file, None if there is no file."""
     try:
         return json.loads(path.read_text("utf-8"))
@@ -268,14 +350,22 @@ def _one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the library's loading bars, reports and advice off the terminal."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+def quiet() -> Iterator[None]:
+    """Keep the library's loading bars, reports and advice off the terminal.
+
+    Its handlers are turned down, not its logger: Python would forget what it knows of all loggers' levels each time.
+    """
+    logger, bars = logging.get_logger(), logging.is_progress_bar_enabled()
+    passed_on, levels = logger.propagate, [(handler, handler.level) for handler in logger.handlers]
+    logger.propagate = passed_on and not levels
+    for handler, level in levels:
+        handler.setLevel(max(level, logging.ERROR))
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        logger.propagate = passed_on
+        for handler, level in levels:
+            handler.setLevel(level)
         if bars:
             logging.enable_progress_bar()

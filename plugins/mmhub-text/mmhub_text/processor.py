@@ -43,6 +43,7 @@ class TextProcessor(Processor):
         self._recipe: TokenizerRecipe | None = None
         self._wrap = False
         self._stored: tuple[bytes, int] | None = None  # a tokenizer.json that is not parsed yet, and its vocab_size
+        self._limit: int | None = None  # no id of a stored tokenizer may reach it, even if it leaves others out
         self._use(tokenizer)
 
     @classmethod
@@ -81,9 +82,11 @@ class TextProcessor(Processor):
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer; one of a checkpoint is parsed when first needed, for that takes most of a load's time."""
         if self._stored is not None:
-            tokenizer = parse_tokenizer(self._stored[0])
-            if _count_ids(tokenizer) > self._stored[1]:
-                raise TrustError("tokenizer.json has more ids than the checkpoint says", "pull or save it again")
+            content, limit = self._stored
+            tokenizer = parse_tokenizer(content)
+            if tokenizer.get_vocab_size(with_added_tokens=True) > limit:
+                raise _too_many_ids()
+            self._limit = limit
             self._use(tokenizer)
         return self._tokenizer
 
@@ -143,7 +146,13 @@ class TextProcessor(Processor):
             if is_panic(error):  # a runaway pattern in tokenizer.json
                 raise InputError(f"the tokenizer failed on this text: {error}") from None
             raise
+        if self._limit is not None and max(ids, default=0) >= self._limit:
+            raise _too_many_ids()
         return ids
+
+
+def _too_many_ids() -> TrustError:
+    return TrustError("tokenizer.json has more ids than the checkpoint says", "pull or save it again")
 
 
 def _count_ids(tokenizer: Tokenizer) -> int:

@@ -207,7 +207,8 @@ def test_the_manifest_names_what_exists() -> None:
         config: Any = import_module(module)
         for step in name.split("."):
             config = getattr(config, step)
-        assert factory.Config is config and factory.modality in component["modalities"]
+        assert factory.Config is config
+        assert component["kind"] == "decoder" or factory.modality in component["modalities"]
 
 
 def test_recurrent_layers_work_after_assigned_weights_without_a_warning(texts: list[str]) -> None:

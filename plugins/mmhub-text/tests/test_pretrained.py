@@ -124,7 +124,7 @@ def test_a_sentence_transformers_folder_says_its_pooling_and_length(tmp_path: Pa
     encoder = Transformers.from_library(Transformers.Config(), path)
     assert (encoder.config.pooling, encoder.config.max_length, encoder.pooled_dim) == ("cls", 12, 16)
     edit(path / "1_Pooling" / "config.json", pooling_mode_max_tokens=True)
-    with pytest.raises(UsageError, match="pools by cls_token and max_tokens; set pooling"):
+    with pytest.raises(UsageError, match="pools by cls and max; set pooling"):
         Transformers.from_library(Transformers.Config(), path)
     assert Transformers.from_library(Transformers.Config(pooling="mean"), path).pooled_dim is None
     (path / "modules.json").write_text(json.dumps([{"path": "../outside"}]))

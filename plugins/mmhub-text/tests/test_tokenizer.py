@@ -204,3 +204,14 @@ def test_a_stored_tokenizer_with_more_ids_than_it_says_is_refused(texts: list[st
     loaded = TextProcessor.from_state(saved.state() | {"vocab_size": 10}, saved.files())
     with pytest.raises(TrustError, match="more ids than"):
         loaded.read("good", POLICY)
+
+
+def test_an_id_out_of_range_is_refused_when_a_text_has_it(texts: list[str]) -> None:
+    saved = TextProcessor.from_recipe({"kind": "word"}, default="word", max_length=None)
+    saved.fit(texts)
+    table = json.loads(saved.files()["tokenizer.json"])
+    table["model"]["vocab"]["beauty"] = 10**6  # as many ids as before, with a gap
+    loaded = TextProcessor.from_state(saved.state(), {"tokenizer.json": json.dumps(table).encode()})
+    assert loaded(["cliches"], POLICY).data.numel()
+    with pytest.raises(TrustError, match="more ids than"):
+        loaded(["beauty"], POLICY)

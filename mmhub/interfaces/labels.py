@@ -1,10 +1,13 @@
-"""Labels as text: one canonical form, one order, and errors that name the row and what was known."""
+"""Labels as text: one canonical form and order, class numbers, answers, and errors that name what was known."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from mmhub.errors import InputError, did_you_mean
 
@@ -81,12 +84,61 @@ class Labels:
             )
         return self._index[name]
 
+    def encode(self, targets: Sequence[Any]) -> Tensor:
+        """Turn raw labels into class numbers, (B,) long.
+
+        Raises:
+            InputError: a label is missing or unknown (`row` is set).
+        """
+        numbers = []
+        for row, raw in enumerate(targets):
+            try:
+                numbers.append(self.number(label_text(raw)))
+            except InputError as error:
+                raise at_row(error, row) from None
+        return torch.tensor(numbers, dtype=torch.long)
+
+    def answers(self, logits: Tensor, details: bool = True) -> list[dict[str, Any]]:
+        """Answer `{"label", "score"}` for logits (B, V), with every label's probability in `scores` if `details`."""
+        answers: list[dict[str, Any]] = []
+        for scores in logits.detach().float().softmax(-1).tolist():
+            best = max(range(len(scores)), key=scores.__getitem__)
+            answer: dict[str, Any] = {"label": self.names[best], "score": scores[best]}
+            if details:
+                answer["scores"] = dict(zip(self.names, scores, strict=True))
+            answers.append(answer)
+        return answers
+
     def _shown(self) -> str:
         more = ", ..." if len(self.names) > SHOWN else ""
         return f"{', '.join(self.names[:SHOWN])}{more} ({len(self.names)})"
 
     def _hint(self, name: str) -> str | None:
         return did_you_mean(name, self.names) if len(self.names) > SHOWN else None
+
+
+def distinct_labels(names: Sequence[str]) -> tuple[str, ...]:
+    """Return labels of another library, which may name two classes alike, with a class number after each repeated one.
+
+    >>> distinct_labels(["crane", "dog", "crane"])
+    ('crane', 'dog', 'crane (2)')
+    """
+    seen: list[str] = []
+    for number, name in enumerate(names):
+        seen.append(f"{name} ({number})" if name in seen else name)
+    return tuple(seen)
+
+
+def class_names(table: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the class names in a transformers config.json, LABEL_0 and so on where it does not name them.
+
+    >>> class_names({"id2label": {"0": "no", "1": "yes"}})
+    ('no', 'yes')
+    """
+    named = table.get("id2label")
+    if not isinstance(named, dict):
+        return tuple(f"LABEL_{i}" for i in range(int(table.get("num_labels") or 2)))
+    return distinct_labels([str(named.get(str(i), f"LABEL_{i}")) for i in range(len(named))])
 
 
 def at_row(error: InputError, row: int) -> InputError:

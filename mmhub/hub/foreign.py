@@ -1,0 +1,145 @@
+"""Models of other libraries: who reads them, what they become here, and writing ours in another library's layout.
+
+The plugins do the reading and writing, through the hooks `mmhub_load_foreign` and `mmhub_write_foreign`. What stands
+here knows other libraries by the keys of their config.json alone. Weights are fetched by `mmhub.hub.pull`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmhub.discovery import cause
+from mmhub.errors import MmhubError, PluginError, TrustError, UsageError
+from mmhub.hub.cache import as_table, read_json
+from mmhub.plugins import call_hook
+from mmhub.registry import find_component
+
+if TYPE_CHECKING:
+    from mmhub.interfaces import ForeignParts, ForeignReader
+    from mmhub.model import Model
+
+_AUDIO = ("wav2vec2", "hubert", "wavlm", "whisper")
+
+
+def recognise(config: Mapping[str, Any], files: Collection[str]) -> tuple[str, str, str]:
+    """Return (library, kind, component) by which a model of another library can be read; '' for what is unknown.
+
+    >>> recognise({"model_type": "bert"}, [])
+    ('transformers', 'text_encoder', 'transformers')
+    """
+    if "modules.json" in files:
+        return "sentence-transformers", "text_encoder", "transformers"
+    if "pretrained_cfg" in config or ("architecture" in config and "model_type" not in config):
+        return "timm", "image_encoder", "timm"
+    kind = config.get("model_type")
+    if kind in _AUDIO:
+        return "transformers", "audio_encoder", str(kind)
+    return ("transformers", "text_encoder", "transformers") if kind else ("", "", "")
+
+
+def find_reader(name: str, folder: Path) -> ForeignReader:
+    """Return what reads the folder, which needs to hold no more than its config.json (and modules.json) yet.
+
+    Raises:
+        TrustError: the model needs code of its own, or is no model at all.
+        PluginError: the plugin that reads it is missing. MmhubError: a plugin refuses it.
+    """
+    config = as_table(read_json(folder / "config.json"))
+    if config.get("auto_map"):
+        what = f"'{name}' brings code of its own (auto_map in config.json), which mmhub never runs"
+        raise TrustError(what, "use a model whose library knows it without")
+    readers: list[ForeignReader] = call_hook("mmhub_load_foreign", folder=folder, config=config)
+    if not readers:
+        raise _nobody(name, folder, config)
+    if len(readers) > 1:
+        libraries = " and ".join(reader.library for reader in readers)
+        raise PluginError(
+            f"'{name}' is read by more than one plugin ({libraries})", "switch one off with MMHUB_DISABLE_PLUGINS"
+        )
+    refusal = readers[0].refusal
+    if refusal is not None:
+        raise type(refusal)(f"'{name}' cannot be loaded: {refusal.message}", refusal.hint)
+    return readers[0]
+
+
+def _nobody(name: str, folder: Path, config: Mapping[str, Any]) -> MmhubError:
+    from mmhub.checkpoint import read_config
+
+    library, kind, component = recognise(config, [path.name for path in folder.iterdir()] if folder.is_dir() else ())
+    if not library:
+        read_config(folder)  # says what is wrong with it as a checkpoint of ours
+    try:
+        found = find_component(kind, component)
+    except MmhubError as error:
+        return type(error)(f"'{name}' is a {library} model: {error.message}", error.hint)
+    what = config.get("model_type") or config.get("architecture")
+    return UsageError(
+        f"'{name}' is a {library} model of type {what!r}, which the installed {found.distribution} does not read",
+        "it reads encoders of text, images and audio, with or without a classification head",
+    )
+
+
+def load_foreign(name: str, folder: Path) -> Model:
+    """Build a model from the folder that another library wrote, in evaluation mode on the CPU.
+
+    Raises:
+        MmhubError: see `find_reader`; or the folder is damaged or holds no safetensors weights.
+    """
+    from mmhub.weights import check_header
+
+    reader = find_reader(name, folder)
+    for path in sorted(folder.rglob("*.safetensors")):
+        check_header(path)
+    try:
+        parts = reader.read(folder)
+    except (MmhubError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise PluginError(f"'{name}' cannot be read as a {reader.library} model: {cause(error)}") from error
+    return join(parts, name)
+
+
+def join(parts: ForeignParts, name: str) -> Model:
+    """Make a model of one encoder, in evaluation mode: with its head, or one that only embeds."""
+    from mmhub.embedding import Embedding
+    from mmhub.fusion.streams import Streams
+    from mmhub.interfaces import find_task
+    from mmhub.model import Model
+
+    encoder = parts.encoder
+    fusion = Streams(Streams.Config(), {encoder.modality: encoder.stream})
+    decoder = parts.decoder or Embedding(Embedding.Config(left_out=parts.left_out), fusion.outputs)
+    ids = {f"{encoder.modality}_encoder": parts.encoder_id, "fusion": "mmhub/streams"}
+    ids["decoder"] = parts.decoder_id or "mmhub/embedding"
+    sources = {kind: find_component(kind, name) for kind, name in ids.items()}
+    model = Model(find_task(parts.task), {encoder.modality: encoder}, fusion, decoder, sources)
+    model.name = name
+    return model.eval()
+
+
+def write_layout(model: Model, folder: str | Path, layout: str = "transformers") -> Path:
+    """Write `model` to `folder`, new or empty, as `layout` says: what that library itself loads with equal outputs.
+
+    Raises:
+        UsageError: the model has no expression in that layout, or the folder is not empty.
+    """
+    from mmhub.embedding import Embedding
+    from mmhub.files import disk_errors, new_folder
+
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"'{folder}' exists and is not empty", "name another folder")
+    if len(model.encoders) != 1:
+        parts = ", ".join(model.modalities)
+        raise UsageError(f"the {layout} layout holds one encoder, and this model has {parts}", "push it as it is")
+    encoder: Any = next(iter(model.encoders.values()))
+    head = None if isinstance(model.decoder, Embedding) else model.decoder
+    writers = call_hook("mmhub_write_foreign", encoder=encoder, decoder=head, layout=layout)
+    if not writers:
+        source = model.sources[f"{encoder.modality}_encoder"].id
+        raise UsageError(f"the {layout} layout cannot hold a {source} encoder", "push the model as it is")
+    with disk_errors("the model", folder), new_folder(folder) as aside:
+        writers[0].write(aside)
+    return folder

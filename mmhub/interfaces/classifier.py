@@ -1,0 +1,52 @@
+"""What every decoder of one label a sample shares: labels, targets, loss and answers. The layers are a plugin's."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmhub.batch import Bundle, Output
+from mmhub.interfaces.labels import Labels, label_texts
+from mmhub.interfaces.roles import Decoder, Stream
+
+
+class Classifier(Decoder):
+    """Softmax over `config.labels`, in their order; trained with the mean cross entropy of the rows.
+
+    Attributes:
+        labels: the known labels. smoothing: label smoothing of the loss.
+    """
+
+    tasks: ClassVar[tuple[str, ...]] = ("classification",)
+    smoothing: float = 0.0
+
+    @abstractmethod
+    def __init__(self, config: Any, inputs: Mapping[str, Stream]) -> None:
+        super().__init__(config, inputs)
+        self.labels = Labels(config.labels)
+
+    @abstractmethod
+    def logits(self, bundle: Bundle) -> Tensor:
+        """Return (B, V) in fp32."""
+
+    def encode_targets(self, targets: Sequence[Any]) -> Tensor:
+        """Turn raw labels into class numbers, (B,) long."""
+        return self.labels.encode(targets)
+
+    def references(self, targets: Sequence[Any]) -> list[str]:
+        """Return the labels as text, as in the `label` of an answer."""
+        return list(label_texts(targets))
+
+    def forward(self, bundle: Bundle, targets: Tensor | None = None) -> Output:
+        """Return logits (B, V); the loss is the mean cross entropy with targets (B,)."""
+        logits = self.logits(bundle)
+        loss = None if targets is None else F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
+        return Output(logits=logits, loss=loss)
+
+    def predict(self, output: Output, details: bool = True) -> list[dict[str, Any]]:
+        """Answer `{"label", "score"}`, with every label's probability in `scores` if `details`."""
+        return self.labels.answers(output.logits, details)

@@ -1,0 +1,50 @@
+"""Models that another library wrote: what a plugin says it can read or write, and the parts it makes of one.
+
+These are the records of the hooks `mmhub_load_foreign` and `mmhub_write_foreign`. Joining the parts to a model, and
+fetching files, is left to `mmhub.hub.foreign`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmhub.errors import MmhubError
+from mmhub.interfaces.roles import Decoder, Encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignParts:
+    """The encoder of another library's model, and its head if it has one, each with its component's full id.
+
+    Attributes:
+        encoder, encoder_id: the encoder, and what a checkpoint calls it, such as "mmhub-text/transformers".
+        decoder, decoder_id: the head; None makes a model that only embeds.
+        task: the task the head serves.
+        left_out: the library's name of a head that cannot be run here, for the message of `predict`.
+    """
+
+    encoder: Encoder
+    encoder_id: str
+    decoder: Decoder | None = None
+    decoder_id: str = ""
+    task: str = "embedding"
+    left_out: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignReader:
+    """A plugin's offer to read a folder. `refusal` says why it will not, before any weights are fetched for it."""
+
+    library: str  # as people know it: "transformers", "timm"
+    read: Callable[[Path], ForeignParts]
+    refusal: MmhubError | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignWriter:
+    """A plugin's offer to write a model to an empty folder in a library's own layout."""
+
+    layout: str
+    write: Callable[[Path], None]
