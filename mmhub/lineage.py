@@ -46,13 +46,27 @@ def _digest(found: Path) -> str:
 def code_state(folder: Path) -> dict[str, Any] | None:
     """Return the commit of the git repository around `folder`, and whether tracked files differ; None outside of one.
 
-    Only asks; nothing that the repository configures is run.
+    Only asks; no command that the repository itself configures is run, for it may have been downloaded.
     """
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None or not _COMMIT.fullmatch(commit):
         return None
-    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    filters = _filters(folder)
+    if filters is None:
+        return {"commit": commit, "dirty": None}
+    quiet = ("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
+    changed = _git(folder, *(part for name in filters for part in ("-c", f"{name}=")), *quiet)
     return {"commit": commit, "dirty": None if changed is None else bool(changed)}
+
+
+def _filters(folder: Path) -> list[str] | None:
+    """The keys of commands by which the repository wants file contents to pass, None if they cannot be read."""
+    found = _git(folder, "config", "--includes", "--show-scope", "--list", "--name-only")
+    if found is None:
+        return None
+    lines = (line.partition("\t") for line in found.splitlines())
+    local = (key for scope, _, key in lines if scope in ("local", "worktree"))
+    return [key for key in local if re.fullmatch(r"filter\..+\.(clean|smudge|process|required)", key)]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

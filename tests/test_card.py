@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from mmhub.checkpoint import read_config
-from mmhub.errors import UsageError
+from mmhub.errors import TrustError, UsageError
 from mmhub.hub.card import END, START, join_cards, merge_card, read_card
 
 
@@ -111,3 +111,36 @@ def test_windows_line_ends_are_read(folder: Path) -> None:
 def test_the_front_matter_is_safe_yaml(folder: Path) -> None:
     text = card(folder, metadata={"license": "mit: [oops", "language": ["no"]})
     assert yaml.safe_load(text.split("---\n")[1])["language"] == ["no"]
+
+
+def test_what_was_generated_for_an_older_version_goes_and_the_users_own_stays(folder: Path) -> None:
+    facts = json.loads((folder / "provenance.json").read_text())
+    facts["parents"] = [{"part": "image_encoder", "name": "old/base#image", "repo": "old/base", "commit": "1" * 40}]
+    facts["data"]["train"] |= {"id": "hub:org/set@v1:train", "revision": "2" * 40}
+    (folder / "provenance.json").write_text(json.dumps(facts))
+    mine = "---\nbase_model: [own/base]\ndatasets: [own/set]\ntags: [own, text]\nthumbnail: x.png\n---\n"
+    first = card(folder, mine)
+    data, _ = read_card(first)
+    assert data["base_model"] == ["own/base", "old/base"] and data["datasets"] == ["own/set", "org/set"]
+    (folder / "provenance.json").unlink()
+    shutil.rmtree(folder / "eval")
+    for again in (card(folder, first), card(folder, join_cards("", first))):
+        data, text = read_card(again)
+        assert "model-index" not in data
+        assert data["base_model"] == ["own/base"] and data["datasets"] == ["own/set"]
+        assert data["tags"][0] == "own" and "text" not in data["tags"] and "mmhub-image" in data["tags"]
+        assert data["thumbnail"] == "x.png"
+        assert "Results on" not in text
+
+
+def test_tags_may_be_one_word_and_a_byte_order_mark_changes_nothing(folder: Path) -> None:
+    data, _ = read_card(card(folder, "\ufeff---\ntags: vision\nlicense: [mit]\n---\nMine.\n"))
+    assert data["tags"][:2] == ["vision", "mmhub"]
+    assert data["license"] == ["mit"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"metrics": 1}', '{"metrics": {}, "subsets": 3}'])
+def test_results_that_are_none_are_named(folder: Path, content: str) -> None:
+    (folder / "eval" / "classification.json").write_text(content)
+    with pytest.raises(TrustError, match=r"classification.json' holds no results"):
+        card(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -116,6 +117,25 @@ def test_a_repository_cannot_run_its_own_commands(repository: Path, tmp_path: Pa
     assert (tmp_path / "sprung").exists(), "the trap works"
     (tmp_path / "sprung").unlink()
     assert code_state(repository) is not None
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+@pytest.mark.parametrize("required", ["false", "true"])
+def test_a_repository_cannot_filter_contents_by_its_own_commands(
+    repository: Path, tmp_path: Path, required: str
+) -> None:
+    (repository / ".gitattributes").write_text("* filter=trap\n")
+    more = tmp_path / "more.config"
+    more.write_text(f'[filter "trap"]\n clean = touch {tmp_path}/sprung; cat\n required = {required}\n')
+    subprocess.run(["git", "config", "include.path", str(more)], cwd=repository, check=True)
+    (repository / "recipe.toml").write_text("y")
+    subprocess.run(["git", "status"], cwd=repository, check=True, capture_output=True)
+    assert (tmp_path / "sprung").exists(), "the trap works"
+    (tmp_path / "sprung").unlink()
+    os.utime(repository / "recipe.toml", (1, 1))
+    state = code_state(repository)
+    assert state is not None and state["dirty"] is True
     assert not (tmp_path / "sprung").exists()
 
 

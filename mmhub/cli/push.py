@@ -41,12 +41,14 @@ def push(
     The Hub is the one HF_ENDPOINT names, else the public one; log in with `hf auth login`. Interrupted, it leaves the
     repository as it was; push again to go on: files that arrived whole are not sent a second time.
     """
-    from mmhub.hub import pull
+    from mmhub.checkpoint import is_checkpoint
+    from mmhub.hub import load, pull
     from mmhub.hub import push as run
     from mmhub.hub.staging import listed
 
+    folder = pull(model)
     pushed = run(
-        pull(model),
+        folder if is_checkpoint(folder) or not (folder / "config.json").is_file() else load(model),
         repo,
         license=license_,
         message=message,
@@ -66,9 +68,13 @@ def push(
         "left_out": list(pushed.left_out),
         "pull_request": pushed.pull_request or None,
         "dry_run": pushed.dry_run,
+        "changed": pushed.changed,
     }
     total = sum(pushed.files.values())
-    note(f"{len(pushed.files)} files, {total:,} bytes" + (" would be sent" if dry_run else " sent"), quiet)
+    if pushed.changed:
+        note(f"{len(pushed.files)} files, {total:,} bytes" + (" would be sent" if dry_run else " sent"), quiet)
+    else:
+        note(f"nothing differs from what '{repo}' holds; no commit was made", quiet)
     if pushed.left_out:
         note(f"never sent, for they belong to no checkpoint: {listed(pushed.left_out)}", quiet)
     done = pushed.pull_request or f"{pushed.url} @ {pushed.commit}"

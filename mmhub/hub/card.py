@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mmhub.checkpoint import CheckpointConfig
-from mmhub.errors import UsageError
+from mmhub.errors import TrustError, UsageError
 from mmhub.hub.cache import as_table, read_json
-from mmhub.interfaces import find_task
+from mmhub.hub.readme import strings
+from mmhub.interfaces import TASKS, find_task
 
 START, END = "<!-- mmhub: generated from here -->", "<!-- mmhub: to here; text outside is kept -->"
 
@@ -21,6 +21,7 @@ def read_card(text: str) -> tuple[dict[str, Any], str]:
     """Split a README into its YAML metadata and its text."""
     import yaml
 
+    text = text.removeprefix("\ufeff")
     found = re.match(r"\A---\s*\n(.*?\n)---\s*(\n|\Z)", text, re.DOTALL)
     if not found:
         return {}, text
@@ -39,9 +40,10 @@ def join_cards(local: str, remote: str) -> str:
     import yaml
 
     (ours, text), (theirs, remote_text) = read_card(local), read_card(remote)
+    theirs = _own_metadata(theirs, remote_text)
     data = theirs | ours
     if theirs.get("tags") or ours.get("tags"):
-        data["tags"] = list(dict.fromkeys([*(theirs.get("tags") or []), *(ours.get("tags") or [])]))
+        data["tags"] = _joined(theirs.get("tags"), strings(ours.get("tags")))
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n" + (
         text if _own_text(text) or not _own_text(remote_text) else remote_text
     )
@@ -66,6 +68,7 @@ def merge_card(
     import yaml
 
     data, text = read_card(old)
+    data = _own_metadata(data, text)
     data |= {key: value for key, value in (metadata or {}).items() if value}
     facts = _provenance(folder)
     data |= _origins(facts, data)
@@ -76,7 +79,7 @@ def merge_card(
         data["pipeline_tag"] = tag
     plugins = [str(record["distribution"]) for record in config.requires]  # so that a search can tell what to install
     known = ["mmhub", config.task, *modalities, *plugins] if library == "mmhub" else [config.task, *modalities]
-    data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), *known]))
+    data["tags"] = _joined(data.get("tags"), known)
     results = read_results(folder)
     if results:
         data["model-index"] = [_model_index(name, config.task, tag, results)]
@@ -99,12 +102,40 @@ def _origins(facts: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, An
         found["base_model"] = _joined(known.get("base_model"), bases)
         found["base_model_relation"] = known.get("base_model_relation") or "finetune"
     ids = [part["id"] for part in (facts.get("data") or {}).values() if part.get("id")]
-    names = [re.split("[@#:]", re.sub("^(hub|hf-hub):", "", one))[0] for one in ids]
+    names = [_dataset(one) for one in ids]
     return found | ({"datasets": _joined(known.get("datasets"), names)} if names else {})
 
 
 def _joined(known: Any, found: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys([*([known] if isinstance(known, str) else known or ()), *found]))
+    return list(dict.fromkeys([*strings(known), *found]))
+
+
+def _own_metadata(data: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """The metadata of a card without what mmhub generated for the version it described: that may be true no more."""
+    _, start, rest = text.partition(START)
+    if not start:
+        return dict(data)
+    section = rest.partition(END)[0]
+    kept = {key: value for key, value in data.items() if key not in ("model-index", "pipeline_tag", "library_name")}
+    generated = {"mmhub", "text", "image", "audio", *TASKS}
+    accounted = {
+        "tags": [tag for tag in strings(data.get("tags")) if tag in generated or tag.startswith("mmhub-")],
+        "base_model": re.findall(r"started from `([^`#]+)", section),
+        "datasets": [_dataset(one) for one in re.findall(r" rows of `([^`]+)`", section)],
+    }
+    for key, names in accounted.items():
+        if key in kept:
+            kept[key] = [one for one in strings(kept[key]) if one not in names]
+    for key in [key for key in accounted if kept.get(key) == []]:
+        del kept[key]
+    if "base_model" not in kept:
+        kept.pop("base_model_relation", None)
+    return kept
+
+
+def _dataset(source: str) -> str:
+    """The repository in the name of a Hub data set, such as `hub:org/name@v1#all:train`."""
+    return re.split("[@#:]", re.sub("^(hub|hf-hub):", "", source))[0]
 
 
 def _pinned(parent: Mapping[str, str]) -> str:
@@ -114,7 +145,13 @@ def _pinned(parent: Mapping[str, str]) -> str:
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """The measured results stored in the checkpoint's eval/ folder."""
-    return [json.loads(path.read_text()) for path in sorted((folder / "eval").glob("*.json"))]
+    results = []
+    for path in sorted((folder / "eval").glob("*.json")):
+        result = as_table(read_json(path))
+        if not isinstance(result.get("metrics"), dict) or not isinstance(result.get("subsets", {}), dict):
+            raise TrustError(f"'{path}' holds no results as `mmhub eval` writes them", "remove it, or measure again")
+        results.append({"rows": "?", **result})
+    return results
 
 
 def _replace_section(text: str, section: str, name: str) -> str:

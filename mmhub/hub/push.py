@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from mmhub.errors import NetworkError, NotFoundError, TrustError, UsageError
 from mmhub.hashes import git_sha1_of, sha256_of
 from mmhub.hub.cache import as_table, read_json
 from mmhub.hub.card import join_cards, merge_card, read_card
-from mmhub.hub.client import api, download_options, endpoint, hub_errors, is_public_hub
+from mmhub.hub.client import api, download_options, endpoint, hub_errors, is_offline, is_public_hub
+from mmhub.hub.foreign import recognise, write_layout
 from mmhub.hub.readme import strings
 from mmhub.hub.secrets import find_secret
 from mmhub.hub.staging import Staged, stage
@@ -26,7 +28,7 @@ from mmhub.model import Model
 PROPOSAL = "pr"  # as a revision: a pull request instead of a commit to a branch
 # Files of an older push that this one no longer has must not stay beside it; the user's own texts may.
 _OURS = re.compile(rf"(?!README\.md|LICENSE|config\.json)(?:{ALLOWED.pattern})")
-_LIBRARY_WEIGHTS = re.compile(r".*\.safetensors(\.index\.json)?")
+_LIBRARY_WEIGHTS = re.compile(r"(\d+_Dense/)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 Gate = Literal["auto", "manual"]
 
 
@@ -35,6 +37,7 @@ class Pushed:
     """What a push did, or with `dry_run` would do: files by name with their size in bytes.
 
     `left_out` are files of the folder that belong to no checkpoint and are never sent; `pull_request` is its address.
+    `changed` is False where the repository held exactly this already, so that no commit was made.
     """
 
     repo: str
@@ -45,6 +48,7 @@ class Pushed:
     left_out: tuple[str, ...] = ()
     pull_request: str = ""
     dry_run: bool = False
+    changed: bool = True
 
 
 def push(
@@ -73,7 +77,7 @@ def push(
         holds a secret, or what arrived is not what was sent. NetworkError. MmhubError: somebody else pushed meanwhile.
     """
     plan = _Plan(repo, license, message, private, gated, revision, tag, layout, dry_run)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", repo):
         raise UsageError(f"{repo!r} is no repository name", "use org/name, e.g. my-team/digits")
     if tag and (plan.proposes or (revision or "").startswith("refs/pr/")):
         raise UsageError("a pull request cannot be tagged", "leave out --tag, and tag after it is merged")
@@ -110,13 +114,13 @@ def _push_folder(plan: _Plan, folder: Path) -> Pushed:
     if not is_checkpoint(folder):
         inside = folder / "model" / "config.json"
         hint = f"push '{inside.parent}'" if inside.is_file() else "name the folder with config.json"
+        if (folder / "config.json").is_file():
+            hint = "if it is another library's model, load and save it first: mmhub.load(...).save(...)"
         raise NotFoundError(f"'{folder}' is no mmhub checkpoint folder", hint)
     staged = stage(folder)
     model = load(folder)  # a checkpoint that does not load strictly is not published
     if not plan.layout:
         return _publish(plan, folder, folder, staged)
-    from mmhub.hub.foreign import write_layout
-
     with tempfile.TemporaryDirectory() as temporary:
         written = write_layout(model, Path(temporary) / "model", plan.layout)
         return _publish(plan, folder, written, replace(stage(written, every=True), left_out=staged.left_out))
@@ -124,13 +128,13 @@ def _push_folder(plan: _Plan, folder: Path) -> Pushed:
 
 def _publish(plan: _Plan, source: Path, folder: Path, staged: Staged) -> Pushed:
     """Send the staged files of `folder`, with a card made from the checkpoint in `source`."""
-    repo = plan.repo
-    path = source / "README.md"
-    local = path.read_text(encoding="utf-8") if path.is_file() else ""
+    repo, local = plan.repo, _read_text(source / "README.md")
     if plan.dry_run:
         card = _card(plan, source, folder, local)
         _check_texts(repo, card, plan.message)
         return _pushed(folder, repo, staged, card, dry_run=True)
+    if is_offline():
+        raise NetworkError("nothing can be pushed while HF_HUB_OFFLINE is set", "unset it, or use --dry-run")
     with hub_errors(repo, plan.branch):
         head = _find_head(repo, plan.branch)
     if head:
@@ -144,6 +148,8 @@ def _publish(plan: _Plan, source: Path, folder: Path, staged: Staged) -> Pushed:
             _check_tag(repo, plan.tag)
         if head is None:
             head = _create(repo, plan.private, plan.branch)
+        if head.branch_missing:
+            api().create_branch(repo, branch=plan.branch, exist_ok=True)
         if plan.gated:
             api().update_repo_settings(repo, gated=plan.gated)
     try:
@@ -159,12 +165,15 @@ def _check_texts(repo: str, card: str, message: str) -> None:
             raise TrustError(f"{what} holds what looks like a secret, {secret}", "remove it, then push again")
 
 
-def _licence_of(card: str) -> str:
-    return str(read_card(card)[0].get("license") or "")
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig") if path.is_file() else ""
+    except UnicodeDecodeError:
+        raise UsageError(f"'{path}' is not UTF-8 text", "save it as UTF-8") from None
 
 
 def _card(plan: _Plan, source: Path, folder: Path, old: str) -> str:
-    known = plan.license or _licence_of(old)
+    known = plan.license or read_card(old)[0].get("license")
     if not known:
         raise UsageError("no licence is given for the model", "add --license, e.g. --license apache-2.0")
     architectures = as_table(read_json(folder / "config.json")).get("architectures") if plan.layout else None
@@ -194,43 +203,58 @@ class _Head:
     files: tuple[str, ...] = ()
     card: str = ""
     private: bool | None = None
+    library: str = ""  # whose model it holds, '' if none
+    branch_missing: bool = False
 
 
 def _find_head(repo: str, revision: str | None) -> _Head | None:
     """The newest commit with its file names and README, None if there is no such repository yet."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    hub = api()
     try:
         return _read_head(repo, revision)
     except RevisionNotFoundError:
         if revision and revision.startswith("refs/"):
             raise
-        hub.create_branch(repo, branch=revision, exist_ok=True)
-        return _read_head(repo, revision)
+        return replace(_read_head(repo, None), branch_missing=True)  # it will start from main
     except RepositoryNotFoundError:
         return None
 
 
 def _read_head(repo: str, revision: str | None) -> _Head:
-    from huggingface_hub import hf_hub_download
-
     info = api().model_info(repo, revision=revision)
     names = tuple(file.rfilename for file in info.siblings or ())
-    card = ""
-    if "README.md" in names:
-        path = hf_hub_download(repo, "README.md", revision=info.sha, **download_options())
-        card = Path(path).read_text(encoding="utf-8", errors="replace")
-    return _Head(info.sha, names, card, info.private)
+    texts = {
+        name: _download(repo, name, info.sha).decode("utf-8", errors="replace") if name in names else ""
+        for name in ("README.md", "config.json")
+    }
+    return _Head(info.sha, names, texts["README.md"], info.private, _library_of(names, texts))
+
+
+def _download(repo: str, name: str, commit: str) -> bytes:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(repo, name, revision=commit, **download_options())).read_bytes()
+
+
+def _library_of(names: Sequence[str], texts: Mapping[str, str]) -> str:
+    """Whose model a repository holds: by its config.json, not by its card, which many lack or do not keep up."""
+    if not any(name == "config.json" or name.endswith(".safetensors") for name in names):
+        return ""
+    try:
+        config = as_table(json.loads(texts["config.json"] or "{}"))
+    except (ValueError, RecursionError):
+        config = {}
+    known = "mmhub" if "mmhub_format" in config else recognise(config, names)[0]
+    return known or str(read_card(texts["README.md"])[0].get("library_name") or "another library")
 
 
 def _check_head(plan: _Plan, head: _Head) -> None:
     """Refuse to write over another library's model, and to publish openly what was meant to be private."""
     repo, wanted = plan.repo, plan.layout or "mmhub"
-    there = read_card(head.card)[0].get("library_name") or wanted
-    if there != wanted and "config.json" in head.files:
+    if head.library not in ("", wanted):
         raise UsageError(
-            f"'{repo}' at {endpoint()} holds a model in the layout of {there}, not {wanted}",
+            f"'{repo}' at {endpoint()} holds a model in the layout of {head.library}, not {wanted}",
             "choose another repository name",
         )
     if plan.private is not None and head.private is not None and head.private != plan.private:
@@ -263,7 +287,7 @@ def _commit(plan: _Plan, folder: Path, staged: Staged, card: str, head: _Head) -
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
         operations.append(CommitOperationAdd("README.md", card.encode()))
         operations += [CommitOperationDelete(name) for name in stale]
-        with hub_errors(repo, plan.revision), _without_xet_warning():
+        with hub_errors(repo, plan.revision), _without_notes():
             done = api().create_commit(
                 repo,
                 operations,
@@ -277,7 +301,8 @@ def _commit(plan: _Plan, folder: Path, staged: Staged, card: str, head: _Head) -
         with hub_errors(repo, plan.tag):
             api().create_tag(repo, tag=plan.tag, revision=done.oid)
     pushed = _pushed(folder, repo, staged, card, commit=done.oid)
-    return replace(pushed, deleted=tuple(stale), pull_request=done.pr_url or "")
+    made = done.oid != head.commit
+    return replace(pushed, deleted=tuple(stale), pull_request=done.pr_url or "", changed=made)
 
 
 def _check_arrived(repo: str, folder: Path, files: Sequence[str], commit: str) -> None:
@@ -316,14 +341,16 @@ def _opened(folder: Path, files: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def _without_xet_warning() -> Iterator[None]:
-    log = logging.getLogger("huggingface_hub._commit_api")
-
+def _without_notes() -> Iterator[None]:
     def keep(record: logging.LogRecord) -> bool:
-        return "not supported by Xet" not in record.getMessage()
+        text = record.getMessage()
+        return not any(part in text for part in ("not supported by Xet", "No files have been modified"))
 
-    log.addFilter(keep)
+    logs = [logging.getLogger(f"huggingface_hub.{name}") for name in ("_commit_api", "hf_api")]
+    for log in logs:
+        log.addFilter(keep)
     try:
         yield
     finally:
-        log.removeFilter(keep)
+        for log in logs:
+            log.removeFilter(keep)
