@@ -6,7 +6,6 @@ import io
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ def _one_thread() -> None:
     """Tests run in parallel processes: more threads than that only wait for each other."""
     os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of them would compile thousands of modules again
-    folder = Path(tempfile.gettempdir()) / f"mmhub-tests-{os.getuid()}-{sys.version_info[0]}.{sys.version_info[1]}"
-    os.environ.setdefault("PYTHONPYCACHEPREFIX", str(folder))
     import torch
 
     torch.set_num_threads(1)
