@@ -151,6 +151,20 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield server.url
 
 
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """huggingface_hub on line, without a proxy, its connections not those of another test; `tmp_path` is current."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils._http import close_session
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.chdir(tmp_path)
+    close_session()
+    yield
+    close_session()
+
+
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 

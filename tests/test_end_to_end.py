@@ -69,7 +69,8 @@ def test_from_a_recipe_to_a_model_loaded_by_name(project: Path, here: Run, cli: 
     assert set(report["subsets"]) == {"image", "audio", "image+audio"}
 
     pushed = result(*here("push", "runs/shapes/model", "team/shapes", "--tag", "v1", "--json", "-q"))
-    assert set(pushed) == {"repo", "url", "commit", "files", "deleted", "left_out", "pull_request", "dry_run", "changed"}
+    expected = {"repo", "url", "commit", "files", "deleted", "left_out", "pull_request", "dry_run", "changed"}
+    assert set(pushed) == expected
     (project / "registry.toml").write_text(
         f'schema = 1\n[models.shapes]\nref = "hub:team/shapes"\ncommit = "{pushed["commit"]}"\n'
     )

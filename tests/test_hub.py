@@ -8,32 +8,23 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, constants
-from huggingface_hub.utils._http import close_session
 
 from mmhub.checkpoint import ALLOWED, read_config
 from mmhub.errors import MmhubError, NetworkError, NotFoundError, PluginError, TrustError, UsageError
 from mmhub.hub import client, load, pull, push
 from tests.conftest import flac, png
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # how huggingface_hub uploads
+pytestmark = [
+    pytest.mark.usefixtures("client"),
+    pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning"),  # how huggingface_hub uploads
+]
 
 REPO = "team/shapes"
-
-
-@pytest.fixture(autouse=True)
-def _client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.chdir(tmp_path)
-    close_session()
-    yield
-    close_session()
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants
-from huggingface_hub.utils._http import close_session
 
 from mmhub.errors import MmhubError, NetworkError, NotFoundError, TrustError, UsageError
 from mmhub.hub import load, pull, push
@@ -28,20 +27,13 @@ from tests.conftest import Cli, png
 from tests.interop_clients import tiny_config, tiny_tokenizer
 from tests.tiny_models import upload
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # how huggingface_hub uploads
+pytestmark = [
+    pytest.mark.usefixtures("client"),
+    pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning"),  # how huggingface_hub uploads
+]
 
 REPO = "team/shapes"
 TOKEN = "hf_" + "Zq9" * 12
-
-
-@pytest.fixture(autouse=True)
-def _client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.chdir(tmp_path)
-    close_session()
-    yield
-    close_session()
 
 
 @pytest.fixture
@@ -223,8 +215,10 @@ def test_another_librarys_repository_is_not_written_over(
 
 
 def test_a_repository_that_holds_no_model_yet_is_used(hub: str, model: Path) -> None:
-    api(hub).create_repo(REPO)
-    files = [CommitOperationAdd("README.md", b"---\nlicense: mit\n---\n# Soon\n"), CommitOperationAdd("notes.txt", b"mine")]
+    files = [
+        CommitOperationAdd("README.md", b"---\nlicense: mit\n---\n# Soon\n"),
+        CommitOperationAdd("notes.txt", b"mine"),
+    ]
     api(hub).create_commit(REPO, files, commit_message="x")
     push(model, REPO, license="mit")
     assert "notes.txt" in api(hub).list_repo_files(REPO)
