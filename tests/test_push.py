@@ -215,11 +215,7 @@ def test_another_librarys_repository_is_not_written_over(
 
 
 def test_a_repository_that_holds_no_model_yet_is_used(hub: str, model: Path) -> None:
-    files = [
-        CommitOperationAdd("README.md", b"---\nlicense: mit\n---\n# Soon\n"),
-        CommitOperationAdd("notes.txt", b"mine"),
-    ]
-    api(hub).create_commit(REPO, files, commit_message="x")
+    upload(hub, REPO, {"README.md": b"---\nlicense: mit\n---\n# Soon\n", "notes.txt": b"mine"})
     push(model, REPO, license="mit")
     assert "notes.txt" in api(hub).list_repo_files(REPO)
 
