@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 from io import BytesIO
 
-from dulwich.attrs import AttributeValue, Pattern, parse_git_attributes
-from dulwich.wildmatch import MalformedPattern
+from dulwich.attrs import AttributeValue, parse_git_attributes
 
-_MAX_RULES, _MAX_STARS = 1000, 8  # matching takes time that grows with both
+from mmhub_hubserver.wildcards import MalformedPattern, Wildcard, rules_for
+
 _RULE = b" filter=lfs diff=lfs merge=lfs -text\n"
 # what the Hub puts into a new repository
 _PATTERNS = """*.7z *.arrow *.avro *.bin *.bz2 *.ckpt *.ftz *.gz *.h5 *.joblib *.lfs.* *.lz4 *.mds *.mlmodel *.model
@@ -23,7 +23,7 @@ def covering(attributes: bytes, large_paths: Iterable[str]) -> bytes:
     if not paths:
         return attributes
     named = {line.removesuffix(_RULE.rstrip()) for line in attributes.splitlines()}
-    rules, lines = _rules(attributes), []
+    rules, lines = _rules(attributes, rules_for(paths)), []
     for path in paths:
         name = _quoted(path)
         if name not in named and not _is_lfs(rules, path):
@@ -33,19 +33,19 @@ def covering(attributes: bytes, large_paths: Iterable[str]) -> bytes:
     return attributes + (b"" if attributes.endswith(b"\n") or not attributes else b"\n") + b"".join(lines)
 
 
-def _rules(attributes: bytes) -> list[tuple[Pattern, AttributeValue]]:
+def _rules(attributes: bytes, most: int) -> list[tuple[Wildcard, AttributeValue]]:
     """Return the wildcard rules that say something about `filter`, the last (which wins) first."""
     rules = []
     for pattern, values in parse_git_attributes(BytesIO(attributes)):
-        literal = pattern.startswith((b"/", b'"'))
-        if b"filter" in values and not literal and pattern.count(b"*") <= _MAX_STARS:
+        if b"filter" in values and not pattern.startswith((b"/", b'"')):
             with suppress(MalformedPattern):
-                rules.append((Pattern(pattern), values[b"filter"]))
-    return rules[: -_MAX_RULES - 1 : -1]
+                rules.append((Wildcard(pattern), values[b"filter"]))
+    return rules[::-1][:most]
 
 
-def _is_lfs(rules: list[tuple[Pattern, AttributeValue]], path: bytes) -> bool:
-    return next((value == b"lfs" for pattern, value in rules if pattern.match(path)), False)
+def _is_lfs(rules: list[tuple[Wildcard, AttributeValue]], path: bytes) -> bool:
+    names = path.split(b"/")
+    return next((value == b"lfs" for rule, value in rules if rule.match(names)), False)
 
 
 def _quoted(path: bytes) -> bytes:

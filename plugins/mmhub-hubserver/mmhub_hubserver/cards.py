@@ -22,7 +22,7 @@ def card_data(repo: Repo, commit: Commit) -> dict[str, Any]:
     if not content:
         return {}
     try:
-        card: dict[str, Any] = json.loads(_card_text(content.decode("utf-8", "replace")))
+        card: dict[str, Any] = json.loads(_parsed(_front_text(content.decode("utf-8", "replace"))))
     except CardError:
         return {}
     return card
@@ -46,17 +46,16 @@ def front_matter(readme: str) -> dict[str, Any]:
     Raises:
         CardError: it is not YAML, not a table, or could take unbounded time or memory.
     """
-    lines = readme[:_MAX_FRONT_MATTER_CHARS].lstrip("\ufeff \r\n\t").splitlines()
-    if not lines or lines[0].rstrip() != "---":
-        return {}
-    end = next((number for number, line in enumerate(lines[1:], 1) if line.rstrip() == "---"), None)
-    if end is None:
+    return _yaml(_front_text(readme))
+
+
+def _yaml(text: str) -> dict[str, Any]:
+    if not text:
         return {}
     try:
         yaml: Any = importlib.import_module("yaml")
     except ImportError:
         return {}
-    text = "\n".join(lines[1:end])
     try:
         _refuse_yaml_bombs(yaml, text)
         data = yaml.safe_load(text)
@@ -96,9 +95,17 @@ def _refuse_yaml_bombs(yaml: Any, text: str) -> None:
             raise CardError("aliases and deep nesting are not supported")
 
 
-@lru_cache(maxsize=512)
-def _card_text(readme: str) -> str:
+def _front_text(readme: str) -> str:
+    lines = readme[:_MAX_FRONT_MATTER_CHARS].lstrip("\ufeff \r\n\t").splitlines()
+    if not lines or lines[0].rstrip() != "---":
+        return ""
+    end = next((number for number, line in enumerate(lines[1:], 1) if line.rstrip() == "---"), 0)
+    return "\n".join(lines[1:end])
+
+
+@lru_cache(maxsize=256)  # keyed on the front matter only: a README may be long
+def _parsed(text: str) -> str:
     try:
-        return json.dumps(front_matter(readme), default=str, allow_nan=False)
+        return json.dumps(_yaml(text), default=str, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise CardError(str(error)) from None

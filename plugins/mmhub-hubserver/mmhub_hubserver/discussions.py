@@ -62,17 +62,17 @@ def create(hub: Hub, request: Request, repo: Repo) -> Response:
 
 
 def comment(hub: Hub, request: Request, repo: Repo, number: str) -> Response:
-    author = _author(hub, request)
+    author, text = _author(hub, request), member(request.json(), "comment", str)
     with threads.changing(repo, int(number)) as thread:
-        event = threads.say(thread, author, member(request.json(), "comment", str))
+        event = threads.say(thread, author, text)
     return Response.of({"newMessage": _event(event)})
 
 
 def edit(hub: Hub, request: Request, repo: Repo, number: str, comment_id: str) -> Response:
-    author = _author(hub, request)
+    author, text = _author(hub, request), member(request.json(), "content", str)
     with threads.changing(repo, int(number)) as thread:
         event = _own_comment(hub.access, request, repo, thread, comment_id, members=False)
-        threads.edit(event, author, member(request.json(), "content", str))
+        threads.edit(event, author, text)
     return Response.of({"updatedComment": _event(event)})
 
 
@@ -85,10 +85,10 @@ def hide(hub: Hub, request: Request, repo: Repo, number: str, comment_id: str) -
 
 
 def rename(hub: Hub, request: Request, repo: Repo, number: str) -> Response:
-    author = _author(hub, request)
+    author, title = _author(hub, request), member(request.json(), "title", str)
     with threads.changing(repo, int(number)) as thread:
         _check_decides(hub.access, request, repo, thread)
-        event = threads.rename(thread, author, member(request.json(), "title", str))
+        event = threads.rename(thread, author, title)
     return Response.of({"newTitle": _event(event)})
 
 
@@ -109,12 +109,14 @@ def change_status(hub: Hub, request: Request, repo: Repo, number: str) -> Respon
 
 def merge(hub: Hub, request: Request, repo: Repo, number: str) -> Response:
     author, text = _author(hub, request), member(request.json(), "comment", str, "")
+    if text:
+        threads.check_text(text)  # before the merge, which nothing takes back
     thread = threads.load(repo, int(number))
     if not thread["base"] or thread["status"] != "open":
         raise Conflict("This is not an open pull request.")
     title = f"{thread['title']} (#{number})"
     merged = repo.merge(thread["base"], _ref(thread), title, author=author)
-    with threads.changing(repo, int(number)) as thread:
+    with threads.changing(repo, int(number), whatever_it_takes=True) as thread:
         if text:
             threads.say(thread, author, text)
         thread["mergeCommitId"] = merged
@@ -129,7 +131,7 @@ def open_pull(repo: Repo, title: str, text: str, author: str, base: str) -> int:
     number: int = threads.start(repo, title, text, author, base)["num"]
     try:
         repo.create_ref("pr", str(number), start)
-    except HubError:
+    except BaseException:
         threads.forget(repo, number)
         raise
     return number

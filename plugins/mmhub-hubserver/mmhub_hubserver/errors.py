@@ -87,3 +87,7 @@ class StorageFailed(HubError):
 
 class StoreUnusable(HubError):
     """The data folder is in use by another server, or was written by a version this one does not know."""
+
+
+BROKEN = (HubError, KeyError, ValueError, OSError)
+"""What reading one repository may raise if it was deleted meanwhile or is damaged: the others are worth listing."""

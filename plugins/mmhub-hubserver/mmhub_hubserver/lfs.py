@@ -4,14 +4,18 @@ An upload goes to an address that only this hub can have made (see `signing`). P
 folder, not in tmp/, so that a large upload goes on after a restart; what nobody finishes in time is swept.
 """
 
+import fcntl
 import hashlib
+import os
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from mmhub_hubserver import names, signing
-from mmhub_hubserver.errors import EntryNotFound, Forbidden, Invalid, RepoNotFound
+from mmhub_hubserver.errors import EntryNotFound, Forbidden, HubError, Invalid, RepoNotFound
+from mmhub_hubserver.pool import MAX_BYTES
 from mmhub_hubserver.routing import API, WEB, Hub, Need, kind_of, route, web_path
 from mmhub_hubserver.store import Repo, Store
 from mmhub_hubserver.views import PAGE
@@ -20,7 +24,6 @@ from mmhub_hubserver.wire import Request, Response, member
 PART_BYTES = 100 << 20  # files above this are uploaded in parts of it
 MAX_PARTS = 1000
 MAX_OBJECTS = 10_000  # of one batch request
-MAX_BYTES = 5 << 40  # of one file
 _JSON = {"Content-Type": "application/vnd.git-lfs+json"}
 _CHUNK = 1 << 20
 
@@ -41,8 +44,9 @@ def batch(hub: Hub, request: Request, repo: Repo) -> Response:
         if account.role != "write":
             raise hub.access.refused(account, f"upload to {repo.id}")
         sweep(hub.store)
-        hub.store.check_room(sum(size for oid, size in wanted if repo.uploaded(oid) is None))
         parts = "multipart" in member(data, "transfers", list, ["basic"])
+        new = [size for oid, size in wanted if repo.uploaded(oid) is None]
+        hub.store.check_room(sum(2 * size if parts and size > PART_BYTES else size for size in new))  # parts are joined
         found = [_upload(request, repo, oid, size, parts=parts) for oid, size in wanted]
         parts = any("chunk_size" in one.get("actions", {}).get("upload", {}).get("header", {}) for one in found)
         return Response.of({"transfer": "multipart" if parts else "basic", "objects": found}, headers=_JSON)
@@ -84,13 +88,13 @@ def complete(hub: Hub, request: Request, oid: str, **_: str) -> Response:
     if member(data, "oid", str) != oid:
         raise Invalid("'oid' is not the one of this address.")
     folder, size = _parts_folder(hub.store, repo, oid), facts["size"]
-    if repo.uploaded(oid) is None:
-        parts = [folder / str(number) for number in range(1, -(-size // facts["chunk"]) + 1)]
-        if missing := [part.name for part in parts if not part.exists()]:
-            raise Invalid(f"Parts {', '.join(missing[:10])} were not uploaded; upload the file again.")
-        hub.store.add_stream(_joined(parts), oid, size)
-        repo.add_object(oid)
-    hub.store.disk.discard(folder)
+    with _only_here(folder):
+        if repo.uploaded(oid) is None:
+            parts = [folder / str(number) for number in range(1, -(-size // facts["chunk"]) + 1)]
+            if missing := [part.name for part in parts if not part.exists()]:
+                raise Invalid(f"Parts {', '.join(missing[:10])} were not uploaded; upload the file again.")
+            _join(hub.store, repo, oid, size, parts)
+        hub.store.disk.discard(folder)
     return Response.of({})
 
 
@@ -230,11 +234,33 @@ def _save(request: Request, file: IO[bytes], number: int, wanted: int) -> None:
     file.flush()
 
 
-def _joined(parts: list[Path]) -> Iterator[bytes]:
+@contextmanager
+def _only_here(folder: Path) -> Iterator[None]:
+    """Let one request at a time put these parts together. Who comes second finds the folder gone and the file there."""
+    with ExitStack() as held:
+        with suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY)  # the folder itself: a full disk has no room for a lock file
+            held.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _join(store: Store, repo: Repo, oid: str, size: int, parts: list[Path]) -> None:
+    """Store the file that the parts make up. They are gone afterwards, also where it does not work out."""
+    try:
+        store.add_stream(_joined(store, parts), oid, size)
+        repo.add_object(oid)
+    except HubError:
+        store.disk.discard(parts[0].parent)
+        raise
+
+
+def _joined(store: Store, parts: list[Path]) -> Iterator[bytes]:
     for part in parts:
         with open(part, "rb") as file:
             while data := file.read(_CHUNK):
                 yield data
+        store.disk.discard(part)
 
 
 def _large_files(repo: Repo) -> dict[str, dict[str, Any]]:

@@ -5,14 +5,14 @@ Safe while the hub serves: each repository is held against writers for its turn,
 
 import hashlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmhub_hubserver import git
 from mmhub_hubserver.disk import usage
-from mmhub_hubserver.errors import HubError
+from mmhub_hubserver.errors import BROKEN, HubError, RepoNotFound
 from mmhub_hubserver.pool import link_path
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Collected:
     uploads: int = 0  # uploads in parts or chunks that nobody finished, and chunks whose file is gone
     leftovers: int = 0  # parts of packs and temporary files of killed servers
     bytes: int = 0
+    errors: list[str] = field(default_factory=list)  # repositories that could not be looked after
 
     def __str__(self) -> str:
         counts = {
@@ -39,21 +40,21 @@ class Collected:
             "leftovers": self.leftovers,
         }
         what = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
-        return f"freed {self.bytes:,} bytes: {what}" if what else "nothing to free"
+        freed = f"freed {self.bytes:,} bytes: {what}" if what else "nothing to free"
+        return "\n".join([freed, *(f"not looked after: {error}" for error in self.errors)])
 
 
 def collect(store: "Store", grace_seconds: float) -> Collected:
     """Free git objects that no ref leads to, large files that no commit names, and what killed servers left.
 
     `grace_seconds` protects large files uploaded or linked lately: their commit may still come. History that was
-    squashed or deleted goes at once.
+    squashed or deleted goes at once. Repacking comes last: it needs room, which on a full disk must be made first.
+    A repository that is damaged is reported, keeps all that it has, and does not end the run.
     """
     report = Collected()
     before = time.time() - grace_seconds
     released: set[str] = set()
-    for repo in _repos(store):
-        with repo.writing():
-            released.update(_collect_repo(repo, before, report))
+    _each(store, report, lambda repo: released.update(_release(repo, before, report)))
     report.uploads, freed = _sweep_uploads(store, grace_seconds)
     report.bytes += freed
     for size in store.pool.drop_unlinked(before, released):
@@ -62,8 +63,22 @@ def collect(store: "Store", grace_seconds: float) -> Collected:
     for path in store.tmp.rglob("*"):
         if path.is_file() and path.stat().st_mtime <= before:
             _drop(path, report)
+    _each(store, report, lambda repo: _repack(repo, report))
     store.disk.recount(store.usage)
     return report
+
+
+def _each(store: "Store", report: Collected, action: "Callable[[Repo], object]") -> None:
+    """Look after each repository in turn, held against writers."""
+    for repo in _repos(store):
+        try:
+            with repo.writing():
+                action(repo)
+        except RepoNotFound:
+            continue  # deleted meanwhile
+        except BROKEN as error:
+            told = f"{repo.kind}/{repo.id}: {error}"
+            report.errors += [told] if told not in report.errors else []
 
 
 def _sweep_uploads(store: "Store", grace_seconds: float) -> tuple[int, int]:
@@ -75,8 +90,20 @@ def _sweep_uploads(store: "Store", grace_seconds: float) -> tuple[int, int]:
     return dropped, max(before - usage(store.root), 0)
 
 
-def _collect_repo(repo: "Repo", before: float, report: Collected) -> list[str]:
-    """Return the sha256 of the large files that this repository does not link any more."""
+def _release(repo: "Repo", before: float, report: Collected) -> list[str]:
+    """Unlink the large files that no commit names, and return their sha256."""
+    wanted, released = repo.objects.reachable(_tips(repo)), []
+    named = {repo.objects.entry(oid).sha256 for oid, kind in wanted if kind == git.BLOB}
+    for path in (repo.folder / "lfs" / "objects").glob("??/??/*"):
+        if path.name not in named and path.stat().st_ctime <= before:
+            path.unlink()
+            released.append(path.name)
+    report.links += len(released)
+    return released
+
+
+def _repack(repo: "Repo", report: Collected) -> None:
+    """Free the git objects that no ref leads to."""
     objects = repo.objects
     wanted = dict(objects.reachable(_tips(repo)))
     unwanted = set(objects.all()) - wanted.keys()
@@ -90,14 +117,6 @@ def _collect_repo(repo: "Repo", before: float, report: Collected) -> list[str]:
     for path in (objects.folder / "pack").glob("*.pack"):
         if not path.with_suffix(".idx").exists():
             _drop(path, report)
-    released = []
-    named = {objects.entry(oid).sha256 for oid, kind in wanted.items() if kind == git.BLOB}
-    for path in (repo.folder / "lfs" / "objects").glob("??/??/*"):
-        if path.name not in named and path.stat().st_ctime <= before:
-            path.unlink()
-            released.append(path.name)
-    report.links += len(released)
-    return released
 
 
 def problems(store: "Store") -> Iterator[str]:
@@ -112,7 +131,7 @@ def problems(store: "Store") -> Iterator[str]:
         try:
             for problem in _repo_problems(repo, sound):
                 yield f"{repo.kind}/{repo.id}: {problem}"
-        except (HubError, KeyError, OSError, ValueError) as error:
+        except BROKEN as error:
             yield f"{repo.kind}/{repo.id}: {error}"
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from mmhub_hubserver.disk import Disk, make_folder, refusing_when_full, sync_folder
 from mmhub_hubserver.errors import EntryNotFound, Invalid
 
+MAX_BYTES = 5 << 40  # of one file
+
 
 class Pool:
     def __init__(self, folder: Path, lock: Path, disk: Disk) -> None:

@@ -2,11 +2,12 @@
 
 import hashlib
 import re
+from contextlib import suppress
 from typing import Any
 
 from mmhub_hubserver import search, views
 from mmhub_hubserver.accounts import Account
-from mmhub_hubserver.errors import Conflict, EntryNotFound, HubError, Invalid
+from mmhub_hubserver.errors import BROKEN, Conflict, Invalid
 from mmhub_hubserver.routing import API, REVISION, Hub, Need, kind_of, route, web_path
 from mmhub_hubserver.store import KINDS, Add, Change, Delete, Repo
 from mmhub_hubserver.wire import Request, Response, member
@@ -126,14 +127,19 @@ def storage(hub: Hub, request: Request, namespace: str = "") -> Response:
     for kind in KINDS:
         for repo in hub.store.repos(kind):
             if repo.id.split("/")[0] == namespace:
-                commit = repo.at("main")
-                size = sum(entry.size for entry in commit.files.values())
-                facts = {"id": repo.id, "type": kind.removesuffix("s"), "updatedAt": commit.date, "storage": size}
-                found.append({**facts, "visibility": "private" if repo.meta["private"] else "public"})
+                with suppress(*BROKEN):
+                    found.append(_storage(repo))
     total = sum(one["storage"] for one in found) or 1
     found.sort(key=lambda one: (-one["storage"], one["id"]))
     page, headers = request.page(found, views.PAGE)
     return Response.of([{**one, "storagePercent": 100 * one["storage"] / total} for one in page], headers=headers)
+
+
+def _storage(repo: Repo) -> dict[str, Any]:
+    commit = repo.at("main")
+    size = sum(entry.size for entry in commit.files.values())
+    facts = {"id": repo.id, "type": repo.kind.removesuffix("s"), "updatedAt": commit.date, "storage": size}
+    return {**facts, "visibility": "private" if repo.meta["private"] else "public"}
 
 
 def auth_check(hub: Hub, request: Request, repo: Repo) -> Response:
@@ -159,11 +165,15 @@ def listing(hub: Hub, request: Request, kind: str) -> Response:
             described = views.describe(repo, repo.at("main"))
             if wanted.matches(described):
                 found.append(described)
-        except HubError:
-            continue  # deleted meanwhile, or damaged: the others are still worth listing
+        except BROKEN:
+            continue
     found.sort(key=wanted.order, reverse=True)
     page, headers = request.page(found, views.PAGE)
-    return Response.of([one.shown(expand, hidden=wanted.hidden) for one in page], headers=headers)
+    shown = []
+    for one in page:
+        with suppress(*BROKEN):
+            shown.append(one.shown(expand, hidden=wanted.hidden))
+    return Response.of(shown, headers=headers)
 
 
 def tags_by_type(hub: Hub, request: Request, kind: str) -> Response:
@@ -176,16 +186,13 @@ def tags_by_type(hub: Hub, request: Request, kind: str) -> Response:
                     group, _, label = tag.rpartition(":")
                     group = group.partition(":")[0] or "other"
                     found.setdefault(group, {})[tag] = {"id": tag, "label": label, "type": group}
-        except HubError:
+        except BROKEN:
             continue
     return Response.of({group: [tags[tag] for tag in sorted(tags)] for group, tags in sorted(found.items())})
 
 
 def likes(hub: Hub, request: Request, user: str) -> Response:
-    """List what an account likes: nothing, because this hub has no likes. `huggingface_hub` asks."""
-    known = {account.name for account in hub.accounts.list()} or {"local"}
-    if user not in known:
-        raise EntryNotFound(f"There is no account '{user[:100]}'.")
+    """List what an account likes: nothing, as this hub has no likes, and nobody learns who has an account."""
     return Response.of([])
 
 

@@ -14,6 +14,7 @@ the new one. HTTP is left to `routes` and `server`, git's formats to `git`, look
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -89,6 +90,8 @@ class Store:
             self._check_format()
             self.disk = Disk(self.tmp, quota)
             self.disk.sweep()
+            if not (root / "format").exists():
+                self.disk.write(root / "format", _FORMAT.encode())
             for folder in (root / "pool", root / "locks", *(root / "repos" / kind for kind in KINDS)):
                 make_folder(folder)
             self.pool = Pool(root / "pool", root / "locks" / "pool", self.disk)
@@ -300,9 +303,7 @@ class Store:
 
     def _check_format(self) -> None:
         path = self.root / "format"
-        if not path.exists():
-            path.write_text(_FORMAT)
-        if (found := path.read_text().strip()) == _FORMAT:
+        if not path.exists() or (found := path.read_text().strip()) == _FORMAT:
             return
         if found == "1":
             raise StoreUnusable(
@@ -703,7 +704,11 @@ class Repo:
 
 
 def _branch_ref(branch: str) -> str:
-    return branch if branch.startswith("refs/") else f"refs/heads/{branch}"
+    """Return the full name of what commits can be added to: a branch or a pull request, never a tag."""
+    ref = branch if branch.startswith("refs/") else f"refs/heads/{branch}"
+    if not re.fullmatch(r"refs/(heads/.+|pr/[0-9]+)", ref):
+        raise RevisionNotFound(f"'{branch}' is neither a branch nor a pull request.")
+    return ref
 
 
 def _applied(head: Commit, changes: Iterable[Change]) -> dict[str, Entry]:

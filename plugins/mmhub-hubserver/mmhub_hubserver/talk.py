@@ -21,10 +21,13 @@ def listing(hub: Hub, request: Request, repo: Repo) -> Response:
 
 def discussion(hub: Hub, request: Request, repo: Repo, number: str) -> Response:
     thread = discussions.described(hub, request, repo, int(number), diff=True)
-    about = _about(request, repo)
+    about, left = _about(request, repo), markdown.MAX_CHARS
 
     def comment(text: str) -> Any:
-        return markdown.render(text, about["to"].blob(""), about["to"].resolve(""))
+        """Render a comment; when the page has become long, show it as it is."""
+        nonlocal left
+        left -= len(text)
+        return text if left < 0 else markdown.render(text, about["to"].blob(""), about["to"].resolve(""))
 
     return web.page(hub, request, "discussion.html", **about, thread=thread, comment=comment)
 

@@ -18,6 +18,8 @@ from mmhub_hubserver.store import Repo
 MAX_TEXT = 64 << 10  # characters of one comment
 MAX_TITLE = 500
 MAX_EVENTS = 10_000  # of one conversation
+MAX_BYTES = 8 << 20  # of one conversation on the disk
+MAX_VERSIONS = 20  # of one comment that are kept, the newest
 Thread = dict[str, Any]
 Event = dict[str, Any]
 
@@ -37,7 +39,6 @@ def start(repo: Repo, title: str, text: str, author: str, base: str | None) -> T
             "events": [],
         }
         say(thread, author, text)
-        _folder(repo).mkdir(exist_ok=True)
         _save(repo, thread)
     return thread
 
@@ -57,14 +58,17 @@ def load(repo: Repo, number: int) -> Thread:
 
 
 @contextmanager
-def changing(repo: Repo, number: int) -> Iterator[Thread]:
-    """Change one conversation; it is saved if nothing was raised."""
+def changing(repo: Repo, number: int, *, whatever_it_takes: bool = False) -> Iterator[Thread]:
+    """Change one conversation; it is saved if nothing was raised.
+
+    `whatever_it_takes` lets it grow over its limits and the quota, to note what has happened already.
+    """
     with repo.writing():
         thread = load(repo, number)
-        if len(thread["events"]) >= MAX_EVENTS:
+        if len(thread["events"]) >= MAX_EVENTS and not whatever_it_takes:
             raise Invalid(f"This discussion has {MAX_EVENTS} events; open a new one.")
         yield thread
-        _save(repo, thread)
+        _save(repo, thread, limited=not whatever_it_takes)
 
 
 def forget(repo: Repo, number: int) -> None:
@@ -85,7 +89,7 @@ def say(thread: Thread, author: str, text: str) -> Event:
 
 def edit(event: Event, author: str, text: str) -> None:
     latest = {"raw": _checked(text, MAX_TEXT, "comment"), "updatedAt": _now(), "author": author}
-    event["data"] |= {"edited": True, "latest": latest, "history": [*event["data"]["history"], latest]}
+    event["data"] |= {"edited": True, "latest": latest, "history": [*event["data"]["history"], latest][-MAX_VERSIONS:]}
 
 
 def hide(event: Event, author: str) -> None:
@@ -104,6 +108,11 @@ def change_status(thread: Thread, author: str, status: str) -> Event:
     return add(thread, "status-change", author, {"status": status})
 
 
+def check_text(text: str) -> None:
+    """Refuse a comment that is empty or too long."""
+    _checked(text, MAX_TEXT, "comment")
+
+
 def _checked(text: str, limit: int, name: str) -> str:
     if not text.strip() or len(text) > limit:
         raise Invalid(f"The {name} is empty or longer than {limit} characters.")
@@ -118,8 +127,13 @@ def _file(repo: Repo, number: int) -> Path:
     return _folder(repo) / f"{number}.json"
 
 
-def _save(repo: Repo, thread: Thread) -> None:
-    repo.store.write(_file(repo, thread["num"]), json.dumps(thread).encode())
+def _save(repo: Repo, thread: Thread, *, limited: bool = True) -> None:
+    path, content = _file(repo, thread["num"]), json.dumps(thread).encode()
+    more = max(len(content) - (path.stat().st_size if path.exists() else 0), 0) if limited else 0
+    if more and len(content) > MAX_BYTES:
+        raise Invalid(f"This discussion would have more than {MAX_BYTES} bytes; open a new one.")
+    with repo.store.disk.promised(more):
+        repo.store.write(path, content)
 
 
 def _now() -> str:

@@ -6,6 +6,7 @@ content security policy forbids whatever might still slip through.
 
 import functools
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -13,7 +14,7 @@ from urllib.parse import quote, urlencode
 import jinja2
 
 from mmhub_hubserver import cards, markdown
-from mmhub_hubserver.errors import EntryNotFound, HubError, RepoHidden, Unauthorized
+from mmhub_hubserver.errors import BROKEN, EntryNotFound, HubError, RepoHidden, Unauthorized
 from mmhub_hubserver.routing import NAME, REVISION, Hub, Need, route, web_path
 from mmhub_hubserver.sessions import LIFETIME
 from mmhub_hubserver.store import Commit, Entry, Repo
@@ -60,12 +61,15 @@ def _list(hub: Hub, request: Request, kind: str, author: str = "") -> Response:
         try:
             if hub.access.sees(request.account, repo):
                 found.append((repo.at("main"), repo))
-        except HubError:
-            continue  # deleted meanwhile, or damaged
+        except BROKEN:
+            continue
     if author and not found and not text and not _known(hub, request, author):
         raise EntryNotFound(f"There is nothing called '{author[:100]}' here.")
     found.sort(key=lambda pair: pair[0].date, reverse=True)
-    rows = [_row(repo, commit) for commit, repo in found[start : start + PAGE]]
+    rows = []
+    for commit, repo in found[start : start + PAGE]:
+        with suppress(*BROKEN):
+            rows.append(_row(repo, commit))
     more = urlencode({"search": text, "kind": kind, "from": start + PAGE}) if start + PAGE < len(found) else None
     facts: dict[str, Any] = {
         "kind": kind,

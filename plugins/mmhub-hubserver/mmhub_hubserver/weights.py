@@ -11,6 +11,7 @@ from mmhub_hubserver.store import Commit, Repo
 
 _MAX_HEADER = 8 << 20  # bytes; larger models than this describes do not fit on one machine
 _MAX_FILES = 256
+_MAX_DIMENSIONS, _MAX_DTYPES, _MAX_DTYPE = 16, 32, 32  # of a tensor; kinds of them in a file; letters of a kind
 _SUFFIX = ".safetensors"
 
 
@@ -46,13 +47,28 @@ def _counted(path: Path) -> dict[str, int]:
         found: dict[str, int] = {}
         for name, tensor in tensors.items():
             if name != "__metadata__":
-                found[str(tensor["dtype"])] = found.get(str(tensor["dtype"]), 0) + math.prod(_shape(tensor["shape"]))
+                dtype = _dtype(tensor["dtype"])
+                found[dtype] = found.get(dtype, 0) + _size(tensor["shape"])
+                if len(found) > _MAX_DTYPES:
+                    return {}
         return found
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
 
 
-def _shape(sizes: Any) -> list[int]:
-    if not all(isinstance(size, int) and 0 <= size < 1 << 48 for size in sizes):
+def _size(shape: Any) -> int:
+    """Return the number of elements; a shape that no tensor has is refused before its number gets out of hand."""
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS:
         raise ValueError("not a shape")
-    return list(sizes)
+    if not all(isinstance(size, int) and 0 <= size < 1 << 48 for size in shape):
+        raise ValueError("not a shape")
+    size = math.prod(shape)
+    if size >= 1 << 63:
+        raise ValueError("not a shape")
+    return size
+
+
+def _dtype(name: Any) -> str:
+    if not isinstance(name, str) or len(name) > _MAX_DTYPE:
+        raise ValueError("not a type")
+    return name

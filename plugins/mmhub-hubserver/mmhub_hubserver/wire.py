@@ -144,9 +144,9 @@ class Request:
             raise Invalid(f"'{name}' is not a number.")
         return int(text)
 
-    def json(self) -> dict[str, Any]:
+    def json(self, limit: int = JSON_LIMIT) -> dict[str, Any]:
         """Return the JSON object of the body, empty if there is no body."""
-        content = self.body.all()
+        content = self.body.all(limit)
         return json_object(content) if content else {}
 
     def page(self, items: Iterable[T], most: int) -> tuple[list[T], dict[str, str]]:

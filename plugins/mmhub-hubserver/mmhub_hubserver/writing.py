@@ -5,14 +5,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmhub_hubserver import cards, discussions, names
-from mmhub_hubserver.errors import Conflict, Forbidden, HubError, Invalid, RevisionNotFound, Stale
+from mmhub_hubserver.errors import Conflict, Forbidden, Invalid, RevisionNotFound, Stale
 from mmhub_hubserver.routing import API, NAME, REVISION, Hub, Need, route, web_path
 from mmhub_hubserver.store import DEFAULT_BRANCH, Add, Change, Commit, Delete, Repo, Staging
 from mmhub_hubserver.uploadmode import UploadRules
 from mmhub_hubserver.wire import Request, Response, json_object, member
 
 COMMIT_LIMIT = 1 << 30  # bytes of one commit request
-MAX_FILES = 100_000  # of one preupload request
+MAX_FILES = 100_000  # of one preupload or commit request
+_YAML_LIMIT = 2 << 20  # bytes of a card to check, which anybody may send; a README of 1 MiB as JSON has less
 _STALE = "The branch was updated since you opened this page. Please refresh and try again."
 
 
@@ -59,7 +60,7 @@ def squash(hub: Hub, request: Request, repo: Repo, revision: str) -> Response:
 
 def validate_yaml(hub: Hub, request: Request) -> Response:
     try:
-        warning = cards.check(member(request.json(), "content", str))
+        warning = cards.check(member(request.json(_YAML_LIMIT), "content", str))
     except cards.CardError as error:
         return Response.of({"errors": [{"message": str(error)}], "warnings": []}, 400)
     return Response.of({"errors": [], "warnings": [{"message": warning}] if warning else []})
@@ -70,10 +71,11 @@ def preupload(hub: Hub, request: Request, repo: Repo, revision: str) -> Response
     check_may_commit(hub, request, repo, revision)
     data = request.json()
     commit = repo.at(revision)
-    rules = UploadRules(repo, commit, member(data, "gitIgnore", str) if data.get("gitIgnore") is not None else None)
+    ignore = member(data, "gitIgnore", str) if data.get("gitIgnore") is not None else None
     files = member(data, "files", list)
     if len(files) > MAX_FILES:
         raise Invalid(f"More than {MAX_FILES} files in one request.")
+    rules = UploadRules(repo, commit, [names.check_path(member(file, "path", str)) for file in files], ignore)
     answer = [_mode(commit, rules, file) for file in files]
     hub.store.check_room(sum(_new_bytes(commit, file) for file in files))
     return Response.of({"files": answer})
@@ -96,7 +98,7 @@ def commit(hub: Hub, request: Request, repo: Repo, revision: str) -> Response:
             revision, parent = f"refs/pr/{number}", None
         try:
             oid = repo.commit(revision, changes, title, message, parent, author=_author(request), staged=staged)
-        except HubError:
+        except BaseException:
             if number is not None:
                 discussions.withdraw(repo, number)
             raise
@@ -143,6 +145,8 @@ def _read(repo: Repo, base: Commit, staged: Staging, lines: Iterator[bytes]) -> 
         key, value = member(operation, "key", str), member(operation, "value", dict)
         if key == "header":
             header = value
+        elif len(changes) == MAX_FILES:
+            raise Invalid(f"More than {MAX_FILES} operations in one commit; make several.")
         else:
             changes.append(_change(repo, base, staged, key, value))
     return header, changes

@@ -1,11 +1,15 @@
 """Commits: which files are sent how, who may propose, and what is left of what was refused."""
 
 import json
+import time
 from typing import Any
 
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+
+from mmhub_hubserver import cards, writing
+from mmhub_hubserver.wildcards import Wildcard, rules_for
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),
@@ -41,14 +45,14 @@ def operations(*found: tuple[str, dict[str, Any]]) -> bytes:
 def test_files_are_large_by_their_size_or_by_the_rules_of_the_repository(team: Any) -> None:
     files = [("w.safetensors", 9), ("empty.bin", 0), ("big.txt", 2 << 20), ("small.txt", 9), ("a.png", 9)]
     assert [mode for mode, _ in modes(team, *files).values()] == ["lfs", "regular", "lfs", "regular", "regular"]
-    rules = b"*.png filter=lfs diff=lfs merge=lfs -text\n[broken\n" + b"*" * 50 + b" filter=lfs\n"
+    rules = b"*.png filter=lfs diff=lfs merge=lfs -text\n[broken\n" + b"*" * 600 + b" filter=lfs\n"
     push(team.api(), {".gitattributes": rules})
     assert [mode for mode, _ in modes(team, *files).values()] == ["regular", "regular", "lfs", "regular", "lfs"]
 
 
 def test_ignored_files_are_pointed_out(team: Any) -> None:
     files = [("logs/a", 1), ("b.tmp", 1), ("keep.tmp", 1), ("c", 1)]
-    rules = "# comment\nlogs/\n*.tmp\n!keep.tmp\n[\n" + "*" * 50
+    rules = "# comment\nlogs/\n*.tmp\n!keep.tmp\n[\n" + "*" * 600
     assert [ignored for _, ignored in modes(team, *files).values()] == [False] * 4
     assert [ignored for _, ignored in modes(team, *files, gitIgnore=rules).values()] == [True, True, False, False]
     push(team.api(), {".gitignore": rules.encode()})
@@ -144,3 +148,71 @@ def test_a_space_is_a_plain_repository_with_a_card(team: Any) -> None:
     bad = {"name": "app2", "organization": "lab", "type": "space", "sdk": "x: y"}
     assert team.send("ann", "POST", "/api/repos/create", bad).status == 400
     assert not team.api().repo_exists("lab/app2", repo_type="space")
+
+
+@pytest.mark.parametrize("pattern", ["*a" * 60 + "b", "/".join(["**", "a*a"] * 20 + ["b"])])
+def test_no_pattern_takes_long(pattern: str) -> None:
+    start = time.monotonic()
+    for _ in range(20):
+        assert not Wildcard(pattern.encode()).match([b"a" * 250] * 4)
+    assert time.monotonic() - start < 2
+
+
+def test_patterns_of_strangers_and_of_the_repository_do_not_stop_the_hub(team: Any) -> None:
+    pattern = "*a" * 8 + "b"
+    push(team.api(), {".gitattributes": f"{pattern} filter=lfs\n".encode()})
+    assert modes(team, ("a" * 250, 1), gitIgnore=pattern) == {"a" * 250: ("regular", False)}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches", "others"),
+    [
+        ("*.tar.*", ["a.tar.gz", "d/a.tar.gz"], ["a.tar", "a.tar.gz/b"]),
+        ("saved_model/**/*", ["saved_model/a", "saved_model/a/b"], ["saved_model", "x/saved_model/a"]),
+        ("/a*c", ["abc", "ac"], ["d/abc"]),
+        ("**/d/*.b?n", ["d/x.bin", "e/d/x.bon"], ["d/e/x.bin"]),
+        ("a/**/b", ["a/b", "a/c/d/b"], ["ab", "a/b/c"]),
+        ("d/**", ["d/a", "d/a/b"], ["d"]),
+        (r"\*[!a-c]", ["*d"], ["dd", "*a"]),
+    ],
+)
+def test_patterns_mean_what_they_mean_to_git(pattern: str, matches: list[str], others: list[str]) -> None:
+    wildcard = Wildcard(pattern.encode())
+    assert [path for path in matches + others if wildcard.match(path.encode().split(b"/"))] == matches
+
+
+def test_nothing_below_an_ignored_folder_is_let_in_again(team: Any) -> None:
+    files = [("logs/a", 1), ("logs/keep", 1), ("d/keep", 1), ("#a", 1)]
+    rules = "logs/\n!keep\n\\#a"
+    assert [ignored for _, ignored in modes(team, *files, gitIgnore=rules).values()] == [True, True, False, True]
+
+
+def test_very_many_files_are_compared_with_fewer_rules() -> None:
+    assert rules_for([b"a"] * 256) == 1000
+    assert 30 < rules_for([b"a/b"] * 100_000) < 1000
+
+
+def test_what_is_sent_has_limits(team: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert team.send(None, "POST", "/api/validate-yaml", {"content": "x" * (3 << 20)}).status == 413
+    monkeypatch.setattr(writing, "MAX_FILES", 2)
+    adds = [("file", {"path": name, "content": "x"}) for name in ("a", "b", "c")]
+    for count, status in ((3, 400), (2, 200)):
+        sent = operations(*adds[:count])
+        assert team.send("ann", "POST", f"/api/models/{REPO}/commit/main", sent).status == status
+
+
+def test_tags_are_not_committed_to(team: Any) -> None:
+    team.api().create_tag(REPO, tag="v1")
+    before = team.api().list_repo_refs(REPO).tags[0].target_commit
+    line = operations(("file", {"path": "a", "content": "x"}))
+    assert team.send("ann", "POST", f"/api/models/{REPO}/commit/refs%2Ftags%2Fv1", line).status == 404
+    assert team.send("ann", "POST", f"/api/models/{REPO}/super-squash/refs%2Ftags%2Fv1", {}).status == 404
+    assert team.api().list_repo_refs(REPO).tags[0].target_commit == before
+
+
+def test_the_cache_of_cards_holds_their_front_matter_only(team: Any) -> None:
+    cards._parsed.cache_clear()
+    for text in ("long " * 1000, "other " * 1000):
+        push(team.api(), {"README.md": b"---\nlicense: mit\n---\n" + text.encode()})
+        assert team.api().model_info(REPO).card_data["license"] == "mit"
+    assert cards._parsed.cache_info().currsize <= 2  # this and the empty one

@@ -5,6 +5,7 @@ The default run kills a few times; MMHUB_KILLS=100 with `-m slow` is the long on
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from mmhub_hubserver.errors import StorageFailed
 from mmhub_hubserver.pool import link_path
 from mmhub_hubserver.store import Add, Entry, Store
 
@@ -218,3 +220,18 @@ def test_a_few_kills_leave_only_whole_commits(tmp_path: Path, xet: bool) -> None
 def test_many_kills_leave_only_whole_commits(tmp_path: Path, xet: bool) -> None:
     torture(tmp_path, LONG // 2, xet=xet)
     goes_on(tmp_path, xet=xet)
+
+
+def test_a_new_store_that_cannot_write_its_format_is_new_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(StorageFailed):
+            Store(tmp_path / "hub")
+    assert not (tmp_path / "hub" / "format").exists()
+    Store(tmp_path / "hub").close()
+    assert (tmp_path / "hub" / "format").read_text() == "2"

@@ -1,10 +1,16 @@
 """Discussions and pull requests: what people say, who decides, and merging."""
 
+import socket
+import time
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError
+
+from mmhub_hubserver import diffs, threads
+from mmhub_hubserver.store import Repo
 
 pytestmark = [pytest.mark.filterwarnings("error")]
 
@@ -139,3 +145,58 @@ def test_conversations_move_and_go_with_their_repository(team: Any) -> None:
     team.api().delete_repo("lab/new")
     team.api().create_repo("lab/new", private=False)
     assert list(team.api().get_repo_discussions("lab/new")) == []
+
+
+def test_a_slow_sender_does_not_hold_the_repository(team: Any) -> None:
+    thread = team.api("sam").create_discussion(REPO, "title", description="text")
+    hub = urlsplit(team.hub.url)
+    for path in ("comment", f"comment/{thread.events[0].id}/edit", "title"):
+        with socket.create_connection((hub.hostname, hub.port), timeout=10) as slow:
+            head = f"POST /api/models/{REPO}/discussions/1/{path} HTTP/1.1\r\nHost: {hub.netloc}\r\n"
+            head += f"Authorization: Bearer {team.tokens['sam']}\r\nContent-Length: 100\r\n\r\n{{"
+            slow.sendall(head.encode())
+            time.sleep(0.1)
+            assert act(team, "ann", "comment", {"comment": path}).status == 200
+
+
+def test_conversations_have_limits_and_count_towards_the_quota(team: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    comment = team.api("sam").create_discussion(REPO, "title", description="text").events[0]
+    monkeypatch.setattr(threads, "MAX_VERSIONS", 3)
+    for number in range(5):
+        answer = act(team, "sam", f"comment/{comment.id}/edit", {"content": f"version {number}"})
+    assert [one["raw"][-1] for one in answer.data["updatedComment"]["data"]["history"]] == ["2", "3", "4"]
+    monkeypatch.setattr(threads, "MAX_BYTES", 5_000)
+    assert act(team, "sam", "comment", {"comment": "x" * 5_000}).status == 400
+    team.hub._store.disk.quota = 1
+    assert act(team, "sam", "comment", {"comment": "x"}).status == 507
+    assert act(team, "sam", f"comment/{comment.id}/hide").status == 200  # it makes room
+
+
+def test_a_merge_is_noted_even_when_the_conversation_is_full(team: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(team, "sam", {"c": b"c"}, create_pr=True)
+    monkeypatch.setattr(threads, "MAX_EVENTS", 1)
+    assert act(team, "ann", "merge", {"comment": "x" * 70_000}).status == 400
+    assert act(team, "ann", "merge").status == 200
+    assert team.api().get_discussion_details(REPO, 1).status == "merged"
+
+
+@pytest.mark.parametrize("step", ["commit", "create_ref"])
+def test_nothing_is_left_of_a_proposal_that_broke(team: Any, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    monkeypatch.setattr(Repo, step, lambda *_, **__: 1 / 0)
+    lines = b'{"key": "header", "value": {"summary": "x"}}'
+    assert team.send("sam", "POST", f"/api/models/{REPO}/commit/main?create_pr=1", lines).status == 500
+    assert list(team.api().get_repo_discussions(REPO)) == []
+
+
+def test_files_of_lines_that_repeat_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert diffs._steps("a\n" * 190 + "b", "b\n" + "a\n" * 190) < diffs.MAX_STEPS
+    many = [f"{number % 90}" for number in range(9_000)]
+    assert diffs._steps("\n".join(many), "\n".join(reversed(many))) > diffs.MAX_STEPS // 2
+    lines = [str(number) for number in range(9_000)]
+    assert diffs._steps("\n".join(lines), "\n".join([*lines[:500], "x", *lines[500:]])) < diffs.MAX_STEPS // 100
+
+
+def test_a_diff_that_takes_too_long_only_names_the_files(team: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(team, "sam", {"a": b"1\n2\n"}, create_pr=True)
+    monkeypatch.setattr(diffs, "MAX_STEPS", 3)
+    assert "Binary files a/a and b/a differ" in str(team.api().get_discussion_details(REPO, 1).diff)

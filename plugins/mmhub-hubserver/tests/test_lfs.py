@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,47 @@ def test_only_those_who_may_write_something_may_upload(team: Any) -> None:
     for wrong in ({"size": -1}, {"size": 1 << 60}, {"oid": "../x"}, {"size": "1"}):
         broken = {**body, "objects": [{"oid": sha256(b"x"), "size": 1, **wrong}]}
         assert team.send("ann", "POST", path, broken).status == 400
+
+
+def put_parts(team: Any) -> dict[str, Any]:
+    upload: dict[str, Any] = batch(team, "ann", BIG)["actions"]["upload"]
+    for number, href in enumerate(parts_of(upload)):
+        assert team.send(None, "PUT", href, BIG[number * PART : (number + 1) * PART]).status == 200
+    return upload
+
+
+def test_an_upload_in_parts_needs_room_for_the_parts_and_the_file(team: Any) -> None:
+    body = {"operation": "upload", "transfers": ["multipart"], "objects": [{"oid": sha256(BIG), "size": len(BIG)}]}
+    disk = team.hub._store.disk
+    for times, status in ((1.5, 507), (2.5, 200)):
+        disk.quota = disk._used + int(times * len(BIG))
+        assert team.send("ann", "POST", f"/{REPO}.git/info/lfs/objects/batch", body).status == status
+
+
+def test_parts_make_way_for_the_file_and_go_when_it_has_no_room(team: Any, tmp_path: Path) -> None:
+    upload, seen = put_parts(team), []
+    store, add = team.hub._store, team.hub._store.add_stream
+
+    def counted(chunks: Any, oid: str, size: int) -> None:
+        def counting() -> Any:
+            for chunk in chunks:
+                seen.append(len(list((tmp_path / "hub" / "uploads").glob("*/[0-9]*"))))
+                yield chunk
+
+        add(counting(), oid, size)
+
+    store.add_stream = counted
+    assert complete(team, upload) == 200
+    assert (seen[0], seen[-1]) == (3, 1)
+    team.api().delete_repo(REPO)
+    team.api().create_repo(REPO, private=False)
+    store.add_stream, upload = add, put_parts(team)
+    store.disk.quota = 1
+    assert complete(team, upload) == 507
+    assert not list((tmp_path / "hub" / "uploads").iterdir())
+
+
+def test_an_upload_may_be_completed_twice_at_once(team: Any) -> None:
+    upload = put_parts(team)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: complete(team, upload), range(4))) == [200] * 4

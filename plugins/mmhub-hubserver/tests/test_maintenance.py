@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from mmhub_hubserver import maintenance
 from mmhub_hubserver.cli import hub as hub_command
-from mmhub_hubserver.errors import StoreUnusable
+from mmhub_hubserver.errors import StorageFailed, StoreUnusable
 from mmhub_hubserver.pool import link_path
 from mmhub_hubserver.store import Add, Entry, Repo, Store
 from mmhub_hubserver.xet.area import Area
@@ -160,3 +160,28 @@ def test_looking_after_a_hub_needs_it_to_be_stopped_and_to_exist(data: Path, tmp
     running.close()
     freed = CliRunner().invoke(hub_command, ["gc", "--data", str(data), "--json"])
     assert json.loads(freed.stdout)["files"] == 0
+
+
+def test_a_full_disk_is_freed_before_anything_is_repacked(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_model(data, lambda repo: (upload(repo, LOST), repo.squash("main", "one commit")))
+
+    def full(*_: object) -> None:
+        raise StorageFailed("There is no space left.")
+
+    monkeypatch.setattr("mmhub_hubserver.git.Objects.keep_only", full)
+    report = collect(data)
+    assert (report.links, report.files, pool(data)) == (1, 1, {KEPT})
+    assert report.errors == ["models/team/model: There is no space left."]
+    assert "not looked after: models/team/model" in str(report)
+
+
+def test_a_damaged_repository_does_not_end_the_run(data: Path) -> None:
+    store = Store(data)
+    broken = store.create("models", "team/broken")
+    upload(broken, KEPT)
+    upload(store.repo("models", "team/model"), LOST)
+    (broken.folder / "refs" / "heads" / "main").write_text("0" * 40)
+    report = store.gc(grace_seconds=0)
+    assert (report.links, report.files, len(report.errors)) == (1, 1, 1)
+    assert link_path(broken.folder, hashlib.sha256(KEPT).hexdigest()).exists()
+    store.close()

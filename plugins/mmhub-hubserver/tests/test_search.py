@@ -8,6 +8,8 @@ import pytest
 from huggingface_hub import CommitOperationAdd, constants
 from huggingface_hub.errors import BadRequestError
 
+from mmhub_hubserver import views
+
 pytestmark = [
     pytest.mark.filterwarnings("error"),
     pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning"),  # how huggingface_hub itself uploads
@@ -91,6 +93,10 @@ def test_parameters_are_counted_from_the_headers(team: Any, models: None) -> Non
         struct.pack("<Q", 2) + b"{{",
         safetensors({"a": ("F32", [-1])}),
         safetensors({"a": ("F32", [1 << 60])}),
+        safetensors({"a": ("F32", [1 << 40] * 2)}),
+        safetensors({"a": ("F32", [1 << 40] * 10_000)}),
+        safetensors({"a": ("F32", [1] * 17)}),
+        safetensors({"a": ("F" * 33, [1])}),
     ],
 )
 def test_damaged_headers_are_no_parameters(team: Any, models: None, content: bytes) -> None:
@@ -165,3 +171,18 @@ def test_raw_files_are_text_that_no_browser_runs(team: Any, models: None) -> Non
     assert (head.headers["content-length"], head.data) == (str(len(CARD)), b"")
     part = team.send(None, "GET", "/lab/cats/resolve/HEAD/README.md", Range="bytes=4-10")
     assert (part.status, part.data, part.headers["content-range"]) == (206, b"license", f"bytes 4-10/{len(CARD)}")
+
+
+def test_one_broken_repository_does_not_spoil_a_listing(team: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    team.api().create_repo("lab/broken", private=False)
+    team.api().create_repo("lab/whole", private=False)
+    size = views.Described._size
+
+    def broken(described: views.Described) -> int:
+        if described.repo.id == "lab/broken":
+            raise KeyError("an object is gone")
+        return size(described)
+
+    monkeypatch.setattr(views.Described, "_size", broken)
+    found = team.send("ann", "GET", "/api/models?expand[]=usedStorage").data
+    assert "lab/whole" in [one["id"] for one in found] and "lab/broken" not in [one["id"] for one in found]

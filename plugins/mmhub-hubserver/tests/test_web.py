@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 from urllib.parse import urlencode
 
 import pytest
 from huggingface_hub import CommitOperationAdd, constants
+
+from mmhub_hubserver import markdown
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # how huggingface_hub uploads
 
@@ -144,3 +147,25 @@ def test_another_page_cannot_sign_a_browser_in(team: Any) -> None:
 def test_the_style_and_the_health_need_no_account(team: Any) -> None:
     assert team.send(None, "GET", "/-/style.css").headers["content-type"] == "text/css; charset=utf-8"
     assert team.send(None, "GET", "/-/health").data == {"status": "ok"}
+
+
+@pytest.mark.parametrize("start", ["<!", "<a ", "<script", "<!--", "</p", "&"])
+def test_no_html_takes_long_to_strip(start: str) -> None:
+    begin = time.monotonic()
+    markdown.render("<div>\n" + start * 30_000, "", "")
+    assert time.monotonic() - begin < 3
+
+
+def test_the_text_of_html_stays(team: Any) -> None:
+    text = markdown.render("<div title='x'>\n<b>fish</b> &amp; <!-- hidden --><style>p {}</style>chips\n</div>", "", "")
+    assert text == "<p>fish &amp; chips</p>\n"
+    assert markdown.render("<div>\na < b\n</div>", "", "") == "<p>a &lt; b</p>\n"
+
+
+def test_long_texts_are_cut_off_and_long_pages_not_rendered(team: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(markdown, "MAX_CHARS", 100)
+    text = markdown.render("**word** " * 100, "a", "b")
+    assert text.count("<strong>") == 11 and "left out" in text
+    team.api().create_discussion(REPO, "title", description="**first**" + " " * 85 + ".")
+    team.api().comment_discussion(REPO, 1, "**second**")
+    assert "<strong>first</strong>" in (shown := page(team, f"/{REPO}/discussions/1")) and "**second**" in shown

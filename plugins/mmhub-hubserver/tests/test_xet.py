@@ -396,9 +396,9 @@ def test_a_shard_that_announces_billions_of_terms_is_refused(hub: HubServer, api
 def test_a_small_shard_cannot_fill_the_disk(hub: HubServer, api: HfApi, data: Path) -> None:
     client, chunks = Client(hub), [bytes(128 << 10)] * 512
     xorb = client.send(*chunks)
-    petabyte = shard((noise(1), [(xorb, 0, 512)] * 300_000))
-    status, answer = client.shard(petabyte)
-    assert status == 413 and "disk is full" in answer["error"]
+    for terms, message in ((70_000, "disk is full"), (300_000, "at most")):
+        status, answer = client.shard(shard((noise(1), [(xorb, 0, 512)] * terms)))
+        assert status == 413 and message in answer["error"]
 
 
 def test_a_token_opens_one_repository_for_a_while(hub: HubServer, api: HfApi, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,3 +531,28 @@ def test_an_upload_goes_on_after_a_restart_of_the_hub(data: Path) -> None:
         assert client.shard(shard((content, [(xorb, 0, 1)])))[0] == 200
         assert client.commit("f.bin", content)[0] == 200
         assert client.content("f.bin") == content
+
+
+def test_a_known_file_of_another_size_is_refused_unread(
+    hub: HubServer, api: HfApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, content = Client(hub), noise(5000)
+    xorb = client.send(content)
+    assert client.shard(shard((content, [(xorb, 0, 1)])))[0] == 200
+    monkeypatch.setattr(Area, "_read", lambda *_: pytest.fail("nothing is read"))
+    assert client.shard(shard((content, [(xorb, 0, 1)] * 2)))[0] == 400
+
+
+def test_who_only_proposes_drops_nobody_elses_chunks(team: Any) -> None:
+    team.api().create_repo(REPO := "lab/model", private=False)
+
+    def area_of(who: str) -> tuple[str, str]:
+        answer = team.send(who, "GET", f"/api/models/{REPO}/xet-write-token/main?create_pr=1")
+        return urlsplit(answer.data["casUrl"]).path, answer.data["accessToken"]
+
+    root, token = area_of("sam")
+    assert area_of("bob")[0] == area_of("ann")[0] != root == area_of("sam")[0]
+    body = shard((b"a", [(XORB, 0, 1)]))
+    assert team.send(token, "POST", f"{root}/v1/shards", body).status == 400
+    before = area_of("ann")[0]
+    assert area_of("sam")[0] != root and area_of("ann")[0] == before

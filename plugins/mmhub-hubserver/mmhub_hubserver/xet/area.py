@@ -11,7 +11,8 @@ the next push of a slightly changed file sends the changed chunks only. An index
 Clients remember for weeks which chunks they sent to which address. The epoch, a random name that is part of this
 address, makes them forget: whenever a chunk cannot be produced any more (its file was garbage-collected, an abandoned
 upload was swept, the disk lost what was never synced), the whole area is dropped and the next client starts with a new
-epoch. It also keeps apart repositories, and a deleted one from its successor. Losing an area loses no file, only saved
+epoch. It also keeps apart repositories, a deleted one from its successor, and those who only propose from the others:
+their area goes, and nobody else's, when they name chunks that are not here. Losing an area loses no file, only saved
 work; that is why nothing here is synced to disk: the sha256 of the file finds a mismatch, and then the area is dropped.
 """
 
@@ -31,12 +32,14 @@ from pathlib import Path
 from typing import IO
 
 from mmhub_hubserver.disk import Disk, make_folder
-from mmhub_hubserver.errors import Invalid
+from mmhub_hubserver.errors import Invalid, TooLarge
+from mmhub_hubserver.pool import MAX_BYTES
 from mmhub_hubserver.store import KINDS, Repo, Store
 from mmhub_hubserver.xet.formats import ShardFile, Term, chunk_hash, hash_text, xorb_hash
 
 KEEP_SECONDS = 3 * 24 * 3600  # how long an upload may pause before its chunks are swept
 _BLOCK = 1 << 18  # bytes read at a time: few enough to stay in the processor's cache
+_EPOCH = 32  # letters
 _CACHED = 32  # indexes in memory
 _CHUNK = struct.Struct("<IIQ")  # length, number of the file that holds it (0: `.data`), offset there
 
@@ -133,20 +136,25 @@ class Area:
     """The chunks of one repository in one epoch."""
 
     def __init__(self, repo: Repo, epoch: str) -> None:
+        """`epoch` has 32 letters; in an area of somebody who is no member their mark follows."""
         self.repo, self.epoch = repo, epoch
         self.folder = _root(repo) / epoch
         self._cache: OrderedDict[str, Xorb] = OrderedDict()
 
     @classmethod
-    def current(cls, repo: Repo) -> "Area":
-        """Return the area of a repository, a new one if it has none or was abandoned in the middle of an upload."""
-        if (found := _existing(repo)) is not None:
+    def current(cls, repo: Repo, guest: str | None = None) -> "Area":
+        """Return the area of a repository, a new one if it has none or was abandoned in the middle of an upload.
+
+        The members of its namespace share one, and everybody else (`guest`) has one of their own.
+        """
+        mark = hashlib.sha256(guest.encode()).hexdigest()[:16] if guest is not None else ""
+        if (found := _existing(repo, mark)) is not None:
             if not found.abandoned(KEEP_SECONDS):
                 return found
             found.drop()
         with repo.writing():
-            if (found := _existing(repo)) is None:
-                found = cls(repo, secrets.token_hex(16))
+            if (found := _existing(repo, mark)) is None:
+                found = cls(repo, secrets.token_hex(16) + mark)
                 make_folder(found.folder)
         return found
 
@@ -175,6 +183,22 @@ class Area:
                 self._keep(file, self._data(name))
         self._save(name, Xorb.unpacked(size for _, size in nodes))
 
+    def register_all(self, files: Iterable[ShardFile]) -> None:
+        """Store the files of a shard (see `register`), if there is room for all of them."""
+        files, new, total = list(dict.fromkeys(files)), 0, 0
+        with self._dropped_if_lost():
+            for file in files:
+                size = self._size(file)
+                known = self.repo.uploaded(file.sha256)
+                if known is not None and known.size != size:
+                    raise Invalid(f"The chunks do not make up a file of sha256 {file.sha256}.")
+                total, new = total + size, new + (size if known is None else 0)
+            if total > MAX_BYTES:
+                raise TooLarge(f"The files of this shard have {total} bytes; at most {MAX_BYTES} are accepted.")
+        self.repo.store.check_room(new)  # a few bytes can stand for petabytes
+        for file in files:
+            self.register(file)
+
     def register(self, file: ShardFile) -> None:
         """Store the file that a shard describes and note that it was uploaded to the repository.
 
@@ -182,18 +206,14 @@ class Area:
             Lost: a chunk is not here; the area was dropped.
             Invalid: the chunks do not make up a file of this sha256.
         """
-        try:
-            size = sum(self._load(term.xorb).size(term) for term in file.terms())
+        with self._dropped_if_lost():
             try:
-                _upload(self.repo, file.sha256, size, self._read(file.terms()))
+                _upload(self.repo, file.sha256, self._size(file), self._read(file.terms()))
             except Invalid as error:
                 if not isinstance(error, Lost):
                     self._check(file)
                 raise
             self._settle(file)
-        except Lost:
-            self.drop()
-            raise
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -227,6 +247,17 @@ class Area:
                 if path.stat().st_mtime <= oldest:
                     return True
         return False
+
+    @contextmanager
+    def _dropped_if_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except Lost:
+            self.drop()
+            raise
+
+    def _size(self, file: ShardFile) -> int:
+        return sum(self._load(term.xorb).size(term) for term in file.terms())
 
     def _incomplete(self, path: Path) -> bool:
         if path.name == "lock" or path.suffix == ".data":
@@ -300,19 +331,23 @@ def sweep(store: Store, keep_seconds: float = KEEP_SECONDS) -> int:
     dropped = 0
     for kind in KINDS:
         for repo in store.repos(kind):
-            with suppress(FileNotFoundError):  # deleted or dropped meanwhile
-                area = _existing(repo)
-                if area is not None and area.useless(keep_seconds):
-                    area.drop()
-                    dropped += 1
+            for area in _areas(repo):
+                with suppress(FileNotFoundError):  # deleted or dropped meanwhile
+                    if area.useless(keep_seconds):
+                        area.drop()
+                        dropped += 1
     return dropped
 
 
-def _existing(repo: Repo) -> Area | None:
+def _existing(repo: Repo, mark: str) -> Area | None:
+    return next((area for area in _areas(repo) if area.epoch[_EPOCH:] == mark), None)
+
+
+def _areas(repo: Repo) -> list[Area]:
     try:
-        return next((Area(repo, folder.name) for folder in sorted(_root(repo).iterdir())), None)
+        return [Area(repo, folder.name) for folder in sorted(_root(repo).iterdir())]
     except FileNotFoundError:
-        return None
+        return []
 
 
 def _root(repo: Repo) -> Path:
@@ -333,7 +368,6 @@ def _blocks(path: Path, start: int, length: int) -> Iterator[bytes]:
 def _upload(repo: Repo, sha256: str, size: int, blocks: Iterable[bytes]) -> None:
     """Store a large file in a repository, or check that it is the one which is there."""
     if repo.uploaded(sha256) is None:
-        repo.store.check_room(size)  # a few bytes can stand for petabytes
         repo.store.add_stream(blocks, sha256, size)
         repo.add_object(sha256)
         return

@@ -24,7 +24,8 @@ TOKEN_SECONDS = 900  # clients ask for a new token by themselves
 def write_token(hub: Hub, request: Request, repo: Repo, revision: str) -> Response:
     """Tell a client where to upload, and until when."""
     check_may_commit(hub, request, repo, revision)
-    area = Area.current(repo)
+    member = hub.access.writes(request.account, repo)
+    area = Area.current(repo, guest=None if member or request.account is None else request.account.name)
     address = f"{request.base}/api/xet/{repo.kind}/{repo.id}/{area.epoch}"
     expires = str(int(time.time()) + TOKEN_SECONDS)
     token = f"xet_{expires}_{_signature(hub, area.epoch, expires)}"
@@ -51,8 +52,7 @@ def upload_shard(hub: Hub, request: Request, area_kind: str, area_repo: str, epo
     files = read_shard(request.body.read)
     request.body.drain(SHARD_LIMIT)
     with _refusing_for_good(), area.changing():
-        for file in files:
-            area.register(file)
+        area.register_all(files)
     return Response.of({"result": 1})
 
 
@@ -96,7 +96,8 @@ def _limit(request: Request, limit: int) -> None:
 
 
 # The names of the groups keep these addresses out of the access check: the token was given after it.
-_CAS = "/api/xet/(?P<area_kind>models|datasets|spaces)/(?P<area_repo>[^/]+/[^/]+)/(?P<epoch>[0-9a-f]{32})"
+_EPOCH = "(?P<epoch>[0-9a-f]{32}(?:[0-9a-f]{16})?)"
+_CAS = f"/api/xet/(?P<area_kind>models|datasets|spaces)/(?P<area_repo>[^/]+/[^/]+)/{_EPOCH}"
 TABLE: tuple[Route, ...] = (
     route("GET", f"{API}/xet-write-token/{REVISION}", write_token, Need.READ),
     route("POST", f"{_CAS}/v1/xorbs/default/(?P<xorb>[0-9a-f]{{64}})", upload_xorb, Need.NOTHING),
