@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -335,6 +336,26 @@ def test_rm_of_nothing_or_of_two_things_is_a_usage_error(hub: str, capsys: Any, 
 def test_rm_of_what_is_not_cached_exits_3_and_removes_nothing(cached: tuple[str, str], capsys: Any, name: str) -> None:
     assert run(capsys, "cache", "rm", name, REPO, "--yes")[0] == ExitCode.NOT_FOUND
     assert len(ok(capsys, "ls")["repos"]) == 1
+
+
+def test_what_may_not_be_removed_is_said_and_not_freed(
+    cached: tuple[str, str], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    for name in ("unlink", "remove", "rmdir"):
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else refuse(path))
+    for args in ([REPO], [f"{REPO}@v1"]):
+        code, out, err = run(capsys, "cache", "rm", *args, "--yes")
+        assert (code, out) == (1, "")
+        assert "could not be removed" in err and "Traceback" not in err
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)  # folders alone may not be removed
+    code, out, err = run(capsys, "cache", "rm", REPO, "--yes")
+    assert (code, out) == (1, "")
+    assert "could not be removed" in err
 
 
 # --- where

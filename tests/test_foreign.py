@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub.utils._http import close_session
 
 import mmhub
 from mmhub.checkpoint import read_config
 from mmhub.errors import ExitCode, MmhubError, PluginError, TrustError, UsageError
+from mmhub.hub.client import cache_dir
 from mmhub.hub.foreign import load_foreign, recognise, write_layout
 from mmhub.plugins import get_index
 from tests.fake_parts import fake_model
@@ -305,14 +307,19 @@ def test_a_foreign_base_is_fine_tuned_by_a_recipe_and_written_back(classifier: P
     assert [one["score"] for one in found] == pytest.approx([answer["score"] for answer in answers], abs=1e-5)
 
 
+def sentences() -> Any:
+    """An untrained sentence-transformers model of all its modules."""
+    table = {key: value for key, value in tiny_config().to_dict().items() if key in SIZES}
+    config = {"config": {"model_type": "bert", **table}, "pooling": ["max", "mean"], "normalize": True}
+    text = {"use": "sentence-transformers", "config": config | {"dense": [{"size": 5, "activation": "relu"}]}}
+    return mmhub.compose("embedding", encoders={"text": text}, texts=["the cat sat", "a mat"])
+
+
 @pytest.mark.usefixtures("client")
 def test_all_modules_of_a_sentence_transformers_repository_are_fetched_and_used(
     hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = {key: value for key, value in tiny_config().to_dict().items() if key in SIZES}
-    config = {"config": {"model_type": "bert", **table}, "pooling": ["max", "mean"], "normalize": True}
-    text = {"use": "sentence-transformers", "config": config | {"dense": [{"size": 5, "activation": "relu"}]}}
-    model = mmhub.compose("embedding", encoders={"text": text}, texts=["the cat sat", "a mat"])
+    model = sentences()
     folder = write_layout(model, tmp_path / "out", "sentence-transformers")
     upload(hub, REPO, {path.relative_to(folder).as_posix(): path.read_bytes() for path in files_in(folder)})
     samples = [{"text": "the cat"}, {"text": "a mat"}]
@@ -326,6 +333,54 @@ def test_all_modules_of_a_sentence_transformers_repository_are_fetched_and_used(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     next(Path(constants.HF_HUB_CACHE).rglob("1_Pooling/config.json")).unlink()
     assert torch.equal(mmhub.load(REPO).embed(samples), found)  # type: ignore[arg-type]
+
+
+def no_listing(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("what mmhub itself completed is not listed again")
+
+
+@pytest.mark.usefixtures("client")
+def test_what_another_library_left_in_the_cache_is_completed_once(
+    hub: str, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = upload(hub, REPO, content(classifier) | {"spm.model": b"x"})
+    api, theirs = HfApi(endpoint=hub, token=False), ["config.json", "model.safetensors"]
+    api.snapshot_download(REPO, cache_dir=cache_dir(), allow_patterns=theirs)
+    answers = mmhub.load(f"{REPO}@{commit}").predict([{"text": "the cat"}])
+    snapshot = next(Path(constants.HF_HUB_CACHE).rglob("snapshots/*"))
+    assert {"tokenizer.json", "spm.model"} <= {path.name for path in snapshot.iterdir()}
+    monkeypatch.setattr(import_module("mmhub.hub.pull"), "list_files", no_listing)
+    assert mmhub.load(f"{REPO}@{commit}").predict([{"text": "the cat"}]) == answers
+
+
+@pytest.mark.usefixtures("client")
+@pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
+def test_modules_that_transformers_did_not_ask_for_are_fetched_and_the_old_layout_loads(
+    hub: str, tmp_path: Path, old: bool
+) -> None:
+    model = sentences()
+    folder = write_layout(model, tmp_path / "out", "sentence-transformers")
+    if old:
+        to_old_layout(folder)
+    upload(hub, REPO, {path.relative_to(folder).as_posix(): path.read_bytes() for path in files_in(folder)})
+    theirs = ["config.json", "*model.safetensors", "*tokenizer*"]
+    HfApi(endpoint=hub, token=False).snapshot_download(
+        REPO, cache_dir=cache_dir(), allow_patterns=theirs, ignore_patterns="2_Dense/*"
+    )
+    samples = [{"text": "the cat"}, {"text": "a mat"}]
+    torch.testing.assert_close(mmhub.load(REPO).embed(samples), model.embed(samples), atol=1e-6, rtol=0)
+
+
+def to_old_layout(folder: Path) -> None:
+    """Move the transformer into a folder of its own, as sentence-transformers did before version 2."""
+    modules = json.loads((folder / "modules.json").read_text())
+    assert modules[0]["path"] == ""
+    modules[0]["path"] = "0_Transformer"
+    (folder / "0_Transformer").mkdir()
+    for path in [path for path in folder.iterdir() if path.is_file()]:
+        if path.name not in ("modules.json", "config_sentence_transformers.json", "README.md"):
+            path.rename(folder / "0_Transformer" / path.name)
+    (folder / "modules.json").write_text(json.dumps(modules))
 
 
 SIZES = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"}

@@ -157,6 +157,12 @@ def test_licences_are_told_apart_by_what_they_ask_for(license: str, family: str)
     assert licences.family(license)[0] == family
 
 
+MODULES = json.dumps(
+    [
+        {"type": f"sentence_transformers.models.{kind}", "path": f"{i}_{kind}"}
+        for i, kind in enumerate(("Transformer", "Pooling"))
+    ]
+).encode()
 BERT, WEIGHTS = b'{"model_type": "bert"}', {"model.safetensors": b"x"}
 
 
@@ -166,7 +172,21 @@ BERT, WEIGHTS = b'{"model_type": "bert"}', {"model.safetensors": b"x"}
         ({"config.json": BERT} | WEIGHTS, "transformers", "start of a text encoder"),
         ({"config.json": b'{"model_type": "whisper"}'} | WEIGHTS, "transformers", 'use = "whisper"'),
         ({"config.json": b'{"architecture": "vit", "pretrained_cfg": {}}'} | WEIGHTS, "timm", 'use = "timm"'),
-        ({"modules.json": b"[]", "config.json": b"{}"} | WEIGHTS, "sentence-transformers", "text encoder"),
+        ({"modules.json": MODULES, "config.json": BERT} | WEIGHTS, "sentence-transformers", "yes, and as the start"),
+        (
+            {"modules.json": MODULES, "0_Transformer/config.json": BERT, "0_Transformer/model.safetensors": b"x"},
+            "sentence-transformers",
+            "yes, and as the start of a text encoder",
+        ),
+        (
+            {"modules.json": b'[{"type": "sentence_transformers.models.CLIPModel", "path": ""}]'} | WEIGHTS,
+            "sentence-transformers",
+            "no: it is made of CLIPModel",
+        ),
+        ({"modules.json": b"[]", "config.json": b"{}"} | WEIGHTS, "sentence-transformers", "no: 'modules.json' should"),
+        ({"config.json": b'{"model_type": "vit"}'} | WEIGHTS, "transformers", "no: it is a transformers model of type"),
+        ({"config.json": b'{"model_type": "clip"}'} | WEIGHTS, "transformers", "does not read"),
+        ({"config.json": b'{"model_type": "detr"}'} | WEIGHTS, "transformers", "does not read"),
         ({"config.json": BERT}, "transformers", "no: it has no safetensors"),
         ({"README.md": b"---\nlibrary_name: keras\n---\n"} | WEIGHTS, "keras", "no: no part"),
         ({"config.json": b"[1]"} | WEIGHTS, None, None),

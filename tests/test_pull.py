@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -18,13 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from huggingface_hub import constants, scan_cache_dir, snapshot_download
 from huggingface_hub.utils._http import close_session
 
 from mmhub import hashes
 from mmhub.errors import MmhubError, NetworkError, NotFoundError, TrustError, UsageError
 from mmhub.hub import download, load, pull
+from mmhub.hub.client import endpoint
+from mmhub.hub.describe import describe
+from mmhub.hub.pins import compare, lock
+from mmhub.names import resolve
 from tests.conftest import Cli
+from tests.fake_plugins import run
 from tests.faulty_hub import COMMIT, REPO, FaultyHub, folder_files
 
 FETCH = """
@@ -411,7 +418,29 @@ def test_while_the_hub_fails_the_cached_copy_is_used_and_said(
     assert "using the copy pulled before" in err
 
 
+def test_a_partial_file_that_another_process_completes_meanwhile_is_no_error(server: FaultyHub) -> None:
+    blobs = download.in_cache(REPO).folder / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"{'a' * 64}.incomplete").symlink_to("gone")
+    assert folder_files(pull(REPO)) == server.files
+
+
 # -- crowds -----------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_ends_a_process_that_waits_for_another(server: FaultyHub) -> None:
+    place = download.in_cache(REPO)
+    place.locks.mkdir(parents=True)
+    with FileLock(place.locks / f"{server.hash_of('model.safetensors')}.lock"):
+        waiting = fetcher()
+        assert waiting.stderr
+        said = waiting.stderr.readline()
+        assert said == f"waiting: another process is fetching '{REPO}/model.safetensors'\n"
+        time.sleep(1.2)
+        waiting.send_signal(signal.SIGINT)
+        _, rest = waiting.communicate(timeout=3)
+    assert waiting.returncode != 0
+    assert "waiting" not in rest
 
 
 def test_eight_processes_download_once_and_one_that_is_killed_blocks_nobody(
@@ -515,6 +544,14 @@ def test_a_killed_pull_into_a_folder_goes_on_and_leaves_nothing_beside(server: F
 # -- proxies and mirrors ----------------------------------------------------------------------------------------
 
 
+def test_the_current_folder_is_not_replaced(server: FaultyHub, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    os.chdir(tmp_path / "here")
+    with pytest.raises(UsageError, match="is the current folder, which cannot be replaced"):
+        pull(REPO, local_dir=".")
+    assert not server.sent > len(server.files["config.json"])
+
+
 class _Proxy(BaseHTTPRequestHandler):
     """A forward proxy for plain HTTP: GET and HEAD of absolute addresses."""
 
@@ -596,11 +633,13 @@ def test_a_redirect_to_another_host_works_and_takes_no_token_along(
 
 DANGEROUS = [
     "../outside", "a/../../outside", "..", "/etc/passwd", "~/x", "C:/x", "c:x", "\\\\server\\share\\x", "a\\..\\b",
-    ".git/hooks/post-checkout", "a/.GIT/config", "a//b", "a\nb", "\x1b[31mred", "a\x00b", "README\u202etxt.md",
+    ".git/hooks/post-checkout", "a/.GIT/config", "a//b",
 ]  # fmt: skip
+CONTROLS = ["a\nb", "\x1b[31mred", "a\x00b", "README\u202etxt.md"]
 UNWANTED = [
     "model.py", "pytorch_model.bin", "x.pkl", "weights.pt", ".cache/huggingface/download/config.json.metadata",
     ".gitattributes", "n" * 300, "eval/" + "n" * 300 + ".txt", "sitecustomize.pth", "a/b", "a", "Readme.md", "CON",
+    "Screenshot 9.41.00\u202fAM.png", "a\u00a0b.txt", "\u3000.md", "family \U0001f468\u200d\U0001f469.png", *CONTROLS,
 ]  # fmt: skip
 
 
@@ -626,7 +665,9 @@ def test_unwanted_files_are_never_asked_for(server: FaultyHub) -> None:
     assert not asked & set(UNWANTED)
 
 
-@pytest.mark.parametrize("name", [*DANGEROUS, "x.py", "model.bin", "model-" + "n" * 300 + ".safetensors"], ids=ascii)
+@pytest.mark.parametrize(
+    "name", [*DANGEROUS, *CONTROLS, "x.py", "model.bin", "model-" + "n" * 300 + ".safetensors"], ids=ascii
+)
 def test_a_config_that_lists_such_a_name_is_refused(server: FaultyHub, name: str) -> None:
     config = json.loads(server.files["config.json"])
     config["files"][name] = {"sha256": "0" * 64, "bytes": 4}
@@ -670,6 +711,75 @@ def test_more_bytes_than_announced_are_not_taken(server: FaultyHub) -> None:
     with pytest.raises(TrustError, match="damaged, twice"):
         pull(REPO)
     assert sum(path.stat().st_size for path in Path(constants.HF_HUB_CACHE).rglob("*") if path.is_file()) < 100_000
+
+
+def model_info(server: FaultyHub, sha: Any = COMMIT, **config: Any) -> dict[str, Any]:
+    """What a Hub answers about a model, with the record of config.json changed."""
+    record = {"size": len(server.files["config.json"]), "blobId": server.hash_of("config.json")} | config
+    return {"id": REPO, "sha": sha, "siblings": [{"rfilename": "config.json", **record}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ({"sha": "../../../../../outside"}, 5, "the commit '../../../../../outside', which is none"),
+        ({"sha": None}, 5, "the commit 'None', which is none"),
+        ({"sha": "d" * 40}, 5, "answered with"),
+        ({"blobId": "../../../../outside"}, 5, "gives 'config.json' no usable hash"),
+        ({"blobId": ["a" * 40]}, 5, "gives 'config.json' no usable hash"),
+        ({"blobId": None}, 1, "gives 'config.json' no hash, as a Hugging Face Hub does"),
+        ({"lfs": {"size": 4, "sha256": "/tmp/outside", "pointerSize": 9}}, 5, "no usable hash"),
+        ({"size": -1}, 5, "no usable size"),
+    ],
+)
+def test_an_answer_that_leads_out_of_the_cache_is_refused_and_nothing_written(
+    server: FaultyHub, change: dict[str, Any], code: int, message: str
+) -> None:
+    answers = [model_info(server, **change), {"id": REPO, "sha": "e" * 40, "siblings": []}]
+
+    def answer(request: Any, path: str) -> bool:
+        if not path.startswith(f"/api/models/{REPO}"):
+            return False
+        old = path.endswith(f"/revision/{'e' * 40}")
+        request.reply(200, json.dumps(answers[old]).encode(), {"Content-Type": "application/json"})
+        return True
+
+    server.fault = answer
+    home = Path(constants.HF_HUB_CACHE).parents[1]
+    for look in (lambda: describe(resolve(f"{REPO}@{COMMIT}")), lambda: compare(REPO, "e" * 40, COMMIT)):
+        with pytest.raises(MmhubError) as caught:
+            look()
+        assert (caught.value.exit_code, message in str(caught.value)) == (code, True), str(caught.value)
+        assert not [path for path in home.rglob("*") if path.is_file()]
+
+
+def test_a_pin_is_never_anything_but_a_commit(server: FaultyHub) -> None:
+    server.fault = lambda request, path: bool(request.reply(200, b'{"id": "team/model", "sha": "v1"}')) or True
+    with pytest.raises(TrustError, match="the commit 'v1', which is none"):
+        lock([REPO])
+
+
+def test_an_address_with_a_password_is_used_and_never_shown(
+    server: FaultyHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: set[str | None] = set()
+
+    def note(request: Any, path: str) -> bool:
+        asked.add(request.headers.get("Authorization"))
+        return False
+
+    server.fault = note
+    monkeypatch.setenv("HF_ENDPOINT", server.url.replace("://", "://ann:hunter2@"))
+    folder = pull(REPO)
+    assert asked == {"Basic " + base64.b64encode(b"ann:hunter2").decode()}
+    assert endpoint() == server.url
+    assert "hunter2" not in str(folder) and "ann" not in str(folder.relative_to(constants.HF_HUB_CACHE))
+    for status in (401, 404, 418, 500):
+        server.fault = lambda request, path, status=status: bool(request.reply(status, b"")) or True  # type: ignore[misc]
+        with pytest.raises(MmhubError) as caught:
+            pull("team/other")
+        assert "hunter2" not in str(caught.value)
+    assert "hunter2" not in run(capsys, "env")[1]
 
 
 # -- the command ------------------------------------------------------------------------------------------------

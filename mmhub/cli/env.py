@@ -16,6 +16,7 @@ import click
 from mmhub import __version__
 from mmhub.cli.output import emit, result_options
 from mmhub.discovery import cache_folder
+from mmhub.hub.client import without_login
 from mmhub.plugins import get_index
 from mmhub.registry import read_registries
 
@@ -40,7 +41,7 @@ def env(as_json: bool) -> None:
         "gpus": _gpus(),
         "index": cache_folder(),
         "registries": [str(file.path) for file in read_registries().files],
-        "variables": {name: os.environ[name] for name in sorted(os.environ) if _is_shown(name)},
+        "variables": {name: without_login(os.environ[name]) for name in sorted(os.environ) if _is_shown(name)},
     }
     emit(data, as_json, "\n".join(f"{key}: {_text(value)}" for key, value in data.items()))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mmhub.errors import NotFoundError
+from mmhub.errors import MmhubError, NotFoundError
 from mmhub.hub.client import PUBLIC_HUB, cache_dir, endpoint, hub_errors
 
 _KINDS = {"models": "model", "datasets": "dataset", "spaces": "space", "kernels": "kernel"}
@@ -410,7 +410,11 @@ def find_revision(repo: Repo, wanted: str) -> Revision:
 
 
 def remove(removal: Removal, *, dry_run: bool = False) -> int:
-    """Free what `removal` names and return the bytes that are (or with `dry_run` would be) freed."""
+    """Free what `removal` names and return the bytes that are (or with `dry_run` would be) freed.
+
+    Raises:
+        MmhubError: something of it may not be removed.
+    """
     partial = {path for repo in removal.repos for path in repo.partial} | set(removal.partial)
     freed = sum(_size(path) for path in partial)
     for repo, commits in _by_repo(removal):
@@ -418,7 +422,12 @@ def remove(removal: Removal, *, dry_run: bool = False) -> int:
         if len(commits) == len(repo.revisions) and not dry_run:
             shutil.rmtree(repo.path, ignore_errors=True)  # partial downloads are no part of huggingface_hub's plan
     for path in partial if not dry_run else ():
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+    doomed = [*(repo.path for repo in removal.repos), *(one.path for _, one in removal.revisions), *partial]
+    left = [path for path in doomed if path.exists() and not dry_run]
+    if left:
+        raise MmhubError(f"'{left[0]}' could not be removed", "its folder belongs to another user, or is read-only")
     return freed
 
 
@@ -442,7 +451,11 @@ def _remove_revisions(repo: Repo, commits: set[str], dry_run: bool) -> int:
     own = frozenset(one for one in found.repos if one.repo_path == repo.path)  # a copy may have the same commits
     plan = replace(found, repos=own).delete_revisions(*commits)
     if not dry_run:
-        plan.execute()
+        try:
+            plan.execute()
+        except OSError as error:
+            what = f"'{error.filename or repo.path}' could not be removed: {(error.strerror or str(error)).lower()}"
+            raise MmhubError(what, "its folder belongs to another user, or is read-only") from None
     return int(plan.expected_freed_size)
 
 

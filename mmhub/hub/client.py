@@ -20,8 +20,18 @@ PUBLIC_HUB = "https://huggingface.co"
 
 
 def endpoint() -> str:
-    """Return the Hub's address: HF_ENDPOINT, else what a registry.toml sets, else the public Hub."""
+    """Return the Hub's address as it may be shown: HF_ENDPOINT, else what a registry.toml sets, else the public Hub."""
+    return without_login(request_address())
+
+
+def request_address() -> str:
+    """Return the Hub's address for requests: with the user and password it was given with, so never to be shown."""
     return read_registries().endpoint().rstrip("/") or PUBLIC_HUB
+
+
+def without_login(text: str) -> str:
+    """Return a text without the `user:password@` of the addresses in it."""
+    return re.sub(r"(?<=://)[^/?#\s]*@", "", text)
 
 
 def is_public_hub() -> bool:
@@ -67,12 +77,12 @@ def api() -> Any:
 
     from mmhub import __version__
 
-    return HfApi(endpoint=endpoint(), token=token(), library_name="mmhub", library_version=__version__)
+    return HfApi(endpoint=request_address(), token=token(), library_name="mmhub", library_version=__version__)
 
 
 def download_options() -> dict[str, Any]:
     """Arguments for huggingface_hub's download functions."""
-    return {"endpoint": endpoint(), "token": token(), "cache_dir": cache_dir()}
+    return {"endpoint": request_address(), "token": token(), "cache_dir": cache_dir()}
 
 
 def request_headers() -> dict[str, str]:
@@ -159,5 +169,5 @@ def _http_error(repo: str, error: Any) -> MmhubError:
 
 
 def _first_line(error: Any) -> str:
-    lines = str(error).strip().splitlines()
+    lines = without_login(str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__

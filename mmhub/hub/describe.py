@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from mmhub.errors import MmhubError, NetworkError, PluginError, UsageError
 from mmhub.hub.cache import as_table, read_json, snapshot
 from mmhub.hub.client import api, hub_errors, is_offline
-from mmhub.hub.download import Remote, fetch, in_cache
-from mmhub.hub.foreign import recognise
+from mmhub.hub.download import Remote, check_commit, fetch, in_cache
+from mmhub.hub.foreign import recognise, why_not
 from mmhub.hub.licences import Link, chain, warnings
 from mmhub.hub.readme import Card, card_of, read_card
 from mmhub.hub.search import modalities_of, unmet_text
@@ -30,7 +30,7 @@ _TEXT_BYTES = 16 * 2**20
 _HEADER_BYTES = 10 * 2**20
 _RESULTS = re.compile(r"eval/[\w.-]+\.json")
 _DESCRIBING = re.compile(
-    rf"config\.json|README\.md|provenance\.json|model\.safetensors\.index\.json|{_RESULTS.pattern}"
+    rf"config\.json|modules\.json|README\.md|provenance\.json|model\.safetensors\.index\.json|{_RESULTS.pattern}"
 )
 _SECONDS = 10
 FORMAT = 1  # of checkpoints; `mmhub.checkpoint` has it from where importing it costs seconds
@@ -83,6 +83,10 @@ def describe(found: Resolved) -> Description:
 
 
 class _Files(Protocol):
+    @property
+    def folder(self) -> Path:
+        """Where the small ones are."""
+
     def sizes(self) -> dict[str, int | None]:
         """Every file with its bytes."""
 
@@ -124,11 +128,15 @@ class _Remote:
     commit: str
     listed: Mapping[str, int | None]
 
+    @property
+    def folder(self) -> Path:
+        return in_cache(self.repo).snapshot(self.commit)
+
     def sizes(self) -> dict[str, int | None]:
         return dict(self.listed)
 
     def read(self, name: str) -> Path | None:
-        return _Folder(in_cache(self.repo).snapshot(self.commit)).read(name) if name in self.listed else None
+        return _Folder(self.folder).read(name) if name in self.listed else None
 
     def tensors(self, name: str) -> dict[str, int]:
         if name not in self.listed:
@@ -163,7 +171,7 @@ def _open_hub(found: Resolved) -> tuple[_Files, Description]:
             raise NetworkError(f"'{repo}' is not in the cache, and {problem}", "pull it once to have it offline")
         here = str(cached) if _is_whole(cached) else ""
         return _Folder(cached), Description(commit=cached.name, cached=here, note=f"{problem}: from the cache")
-    return _published(repo, info)
+    return _published(repo, info, found.commit)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -171,8 +179,8 @@ def _is_whole(folder: Path) -> bool:
     return all((folder / name).is_file() for name in as_table(as_table(read_json(folder / "config.json")).get("files")))
 
 
-def _published(repo: str, info: Any) -> tuple[_Files, Description]:
-    commit = str(info.sha or "")
+def _published(repo: str, info: Any, asked: str | None) -> tuple[_Files, Description]:
+    commit = check_commit(repo, info.sha, asked)
     cached = snapshot(repo, commit)
     facts = Description(
         library=info.library_name if isinstance(info.library_name, str) else "",
@@ -181,7 +189,7 @@ def _published(repo: str, info: Any) -> tuple[_Files, Description]:
         updated=info.last_modified.isoformat() if info.last_modified else "",
         downloads=info.downloads if isinstance(info.downloads, int) else None,
     )
-    sizes = {str(file.rfilename): file.size for file in info.siblings or ()}
+    sizes = {str(file.rfilename): _size_of(file) for file in info.siblings or ()}
     fetch_small(repo, commit, info.siblings or (), _DESCRIBING)
     if cached and all((cached / name).is_file() for name in sizes if name.endswith(".safetensors")):
         facts.cached = str(cached)  # another library's files need not all be here
@@ -194,10 +202,16 @@ def fetch_small(repo: str, commit: str, siblings: Sequence[Any], names: re.Patte
     Raises:
         NetworkError, TrustError: the Hub stalls, or delivers something else than it lists.
     """
-    wanted = [file for file in siblings if names.fullmatch(file.rfilename) and (file.size or 0) <= _TEXT_BYTES][:40]
-    remotes = [Remote(one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else one.blob_id or "") for one in wanted]
+    wanted = [one for one in siblings if names.fullmatch(str(one.rfilename)) and (_size_of(one) or 0) <= _TEXT_BYTES]
+    remotes = [
+        Remote(one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else one.blob_id or "") for one in wanted[:40]
+    ]
     with hub_errors(repo, commit):
         fetch(in_cache(repo), commit, remotes)
+
+
+def _size_of(file: Any) -> int | None:
+    return file.size if isinstance(file.size, int) else None
 
 
 # --- a repository or folder
@@ -215,7 +229,7 @@ def _described(found: Resolved, files: _Files, about: Description) -> Descriptio
     if "mmhub_format" in config:
         _add_checkpoint(about, config, files, found)
     else:
-        _add_foreign(about, config, found)
+        _add_foreign(about, config, files, found)
     about.size = _total(about.files)
     about.results = _results(files, about.files)
     own = found.repo_id or found.name
@@ -316,7 +330,7 @@ def _results(files: _Files, names: Mapping[str, Any]) -> list[dict[str, Any]]:
 _WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # of text: only their encoder is of use yet
 
 
-def _add_foreign(about: Description, config: Mapping[str, Any], found: Resolved) -> None:
+def _add_foreign(about: Description, config: Mapping[str, Any], files: _Files, found: Resolved) -> None:
     library, kind, use = recognise(config, about.files)
     own = about.library if library in ("transformers", "") else ""  # a Hub knows of others that have such a config.json
     about.library = own or library or "unknown"
@@ -337,6 +351,8 @@ def _add_foreign(about: Description, config: Mapping[str, Any], found: Resolved)
         _need(about, kind, use)
         if about.unmet:
             about.loadable = "not before what it needs is installed"
+        elif not writes and (reason := why_not(files.folder)):
+            about.loadable = f"no: {reason}"
 
 
 def _need(about: Description, kind: str, use: str) -> None:

@@ -14,9 +14,10 @@ import shutil
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,12 +28,13 @@ import msgspec
 from mmhub.errors import MmhubError, NetworkError, TrustError
 from mmhub.files import disk_errors
 from mmhub.hashes import git_hasher, remember
-from mmhub.hub.client import cache_dir, endpoint, request_headers
+from mmhub.hub.client import cache_dir, endpoint, request_address, request_headers
 from mmhub.hub.integrity import check_blob
 
 MIN_BYTES = 64 * 2**10  # what must arrive within `patience` seconds: about 1 kB/s
 FIRST_WAIT = 1.0  # seconds before the first retry; doubled up to 8
 AT_ONCE = 4  # files fetched at the same time
+_LOOK_AGAIN = 0.5  # seconds between looks for an interrupt while another process has a file
 _MAX_LISTED = 100_000  # files
 _MAX_PAGE = 32 * 2**20  # bytes
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -65,9 +67,20 @@ class Place:
     locks: Path
 
     def snapshot(self, commit: str) -> Path:
-        return self.folder / "snapshots" / commit
+        """Return the folder of a commit.
+
+        Raises:
+            TrustError: it is no commit's hash, and so may be a path.
+        """
+        return self.folder / "snapshots" / check_commit(self.repo, commit)
 
     def blob(self, remote: Remote) -> Path:
+        """Return the file that holds the content.
+
+        Raises:
+            TrustError: it has no usable name or hash. MmhubError: the server gave no hash.
+        """
+        check_record(self.repo, remote)
         return self.folder / "blobs" / remote.hash
 
     def point(self, commit: str, remote: Remote) -> Path:
@@ -116,6 +129,37 @@ def beside(repo: str, target: Path) -> Place:
 # -- what the server says ---------------------------------------------------------------------------------------
 
 
+def check_commit(repo: str, commit: Any, asked: str | None = None) -> str:
+    """Return the commit that a server names.
+
+    Raises:
+        TrustError: it is no commit's hash, or another than was asked for.
+    """
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+        raise TrustError(f"{endpoint()} gives '{repo}' the commit {_short(commit)}, which is none", _ODD_ANSWER)
+    if asked and _COMMIT.fullmatch(asked) and asked != commit:
+        raise TrustError(f"{endpoint()} was asked for '{repo}' at {asked} and answered with {commit}")
+    return commit
+
+
+def check_record(repo: str, remote: Remote) -> None:
+    """Refuse the record of a file whose name or hash would lead out of its folder.
+
+    Raises:
+        TrustError: it would. MmhubError: there is no hash.
+    """
+    at = f"'{repo}' at {endpoint()}"
+    problem = (_name_problem(remote.path) or _unwritable(remote.path)) if isinstance(remote.path, str) else "no text"
+    if problem:
+        raise TrustError(f"{at} lists the file {_short(remote.path)}, {problem}", _HOSTILE)
+    if not remote.hash:
+        raise MmhubError(f"{at} gives {_short(remote.path)} no hash, as a Hugging Face Hub does", _ODD_ANSWER)
+    if not isinstance(remote.hash, str) or not _HASH.fullmatch(remote.hash):
+        raise TrustError(f"{at} gives {_short(remote.path)} no usable hash", _HOSTILE)
+    if not isinstance(remote.size, int) or remote.size < 0:
+        raise TrustError(f"{at} gives {_short(remote.path)} no usable size", _HOSTILE)
+
+
 def find_file(repo: str, path: str, revision: str, *, hurry: bool = False) -> tuple[str, Remote]:
     """Ask for the commit that `revision` means now and the record of one of its files.
 
@@ -129,22 +173,20 @@ def find_file(repo: str, path: str, revision: str, *, hurry: bool = False) -> tu
     if not _COMMIT.fullmatch(found.commit_hash or "") or not _HASH.fullmatch(found.etag or "") or found.size is None:
         raise MmhubError(
             f"{endpoint()} does not answer as a Hugging Face Hub does: no commit, hash or size for '{repo}/{path}'",
-            "check HF_ENDPOINT, and whether a proxy changes answers",
+            _ODD_ANSWER,
         )
-    if _COMMIT.fullmatch(revision) and found.commit_hash != revision:
-        raise TrustError(f"{endpoint()} was asked for '{repo}' at {revision} and answered with {found.commit_hash}")
-    return found.commit_hash, Remote(path, found.size, found.etag)
+    return check_commit(repo, found.commit_hash, asked=revision), Remote(path, found.size, found.etag)
 
 
-def list_files(repo: str, commit: str) -> dict[str, Remote]:
-    """Ask for the record of every file of a commit.
+def list_files(repo: str, commit: str, *, hurry: bool = False) -> dict[str, Remote]:
+    """Ask for the record of every file of a commit; `hurry` as in `find_file`.
 
     Raises:
         TrustError: the listing holds a name that no honest repository has.
     """
 
     files = {}
-    for entry in _ask(lambda: _entries(repo, commit)):
+    for entry in _ask(lambda: _entries(repo, commit), hurry=hurry):
         problem = _name_problem(entry.path)
         if problem:
             raise TrustError(f"'{repo}' at {endpoint()} lists the file {_short(entry.path)}, {problem}", _HOSTILE)
@@ -175,14 +217,14 @@ def _entries(repo: str, commit: str) -> list[_Entry]:
     """All pages of the listing, within a limit of size and time."""
     found: list[_Entry] = []
     end = time.monotonic() + patience()
-    address: str | None = f"{endpoint()}/api/models/{repo}/tree/{commit}?recursive=true"
+    address: str | None = f"{request_address()}/api/models/{repo}/tree/{commit}?recursive=true"
     while address:
         content, address = _get_page(address, end)
         try:
             found += msgspec.json.decode(content, type=list[_Entry])
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             what = f"{endpoint()} does not list '{repo}' as a Hugging Face Hub does: {error}"
-            raise MmhubError(what, "check HF_ENDPOINT, and whether a proxy changes answers") from None
+            raise MmhubError(what, _ODD_ANSWER) from None
         if len(found) > _MAX_LISTED:
             raise TrustError(f"'{repo}' at {endpoint()} lists more than {_MAX_LISTED:,} files", _HOSTILE)
     return found
@@ -210,18 +252,26 @@ def _get_page(address: str, end: float) -> tuple[bytes, str | None]:
 
 
 REPUBLISH = "ask its owner to publish it again"
+_ODD_ANSWER = "check HF_ENDPOINT, and whether a proxy changes answers"
 _HOSTILE = "do not use this repository; tell its owner or the Hub"
 
 
 def _name_problem(name: str) -> str | None:
     """Say why a name in a listing is dangerous; names that are merely unwanted are just not fetched."""
     parts = name.split("/")
-    if not name.isprintable():
-        return "whose name holds control characters"
     if "\\" in name or name.startswith(("/", "~")) or re.match("[A-Za-z]:", name) or ".." in parts or "" in parts:
         return "whose name points out of its folder"
     if any(part.casefold() == ".git" for part in parts):
         return "which belongs to git"
+    return None
+
+
+def _unwritable(name: str) -> str | None:
+    """Say why a name is not to be written or shown. What people type (no-break spaces, emoji) may be listed."""
+    if any(unicodedata.category(letter) in ("Cc", "Cf", "Cs") for letter in name):
+        return "whose name holds control characters"
+    if len(name) > 200:
+        return f"whose name has {len(name)} characters"
     return None
 
 
@@ -235,16 +285,18 @@ def check_names(repo: str, wanted: Iterable[str], listed: Iterable[str]) -> None
             raise TrustError(f"'{repo}' holds both {other!r} and {name!r}, which many systems take for one", _HOSTILE)
         if name.casefold() in folders:
             raise TrustError(f"'{repo}' holds {name!r} both as a file and as a folder", _HOSTILE)
-        if len(name) > 200:
-            raise TrustError(f"'{repo}' holds a file whose name has {len(name)} characters", _HOSTILE)
+        if problem := _unwritable(name):
+            raise TrustError(f"'{repo}' holds the file {_short(name)}, {problem}", _HOSTILE)
 
 
-def _short(name: str) -> str:
-    return repr(name if len(name) <= 80 else f"{name[:77]}...")
+def _short(name: Any) -> str:
+    """What a server says, as one line that acts on no terminal."""
+    text = name if isinstance(name, str) else repr(name)
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
 def _address(repo: str, path: str, revision: str) -> str:
-    return f"{endpoint()}/{repo}/resolve/{quote(revision, safe='')}/{quote(path)}"
+    return f"{request_address()}/{repo}/resolve/{quote(revision, safe='')}/{quote(path)}"
 
 
 # -- patience ---------------------------------------------------------------------------------------------------
@@ -360,7 +412,10 @@ def fetch(place: Place, commit: str, files: Iterable[Remote], hashes: Mapping[st
         NetworkError: the server was given up; what arrived is kept and the next call goes on from there.
     """
     todo = list(files)
-    stop = threading.Event()
+    place.snapshot(commit)
+    for remote in todo:
+        check_record(place.repo, remote)
+    stop, told = threading.Event(), threading.Event()
     with disk_errors("the model", place.folder):
         (place.folder / "blobs").mkdir(parents=True, exist_ok=True)
         place.locks.mkdir(parents=True, exist_ok=True)
@@ -368,7 +423,7 @@ def fetch(place: Place, commit: str, files: Iterable[Remote], hashes: Mapping[st
         with closing(_progress(place, sum(remote.size for remote in todo))) as bar:
 
             def one(remote: Remote) -> None:
-                _fetch_one(_Fetch(place, commit, remote, bar.update, stop), (hashes or {}).get(remote.path))
+                _fetch_one(_Fetch(place, commit, remote, bar.update, stop, told), (hashes or {}).get(remote.path))
                 place.point(commit, remote)
 
             for small in (True, False):  # a fault in a small file shows before the weights cost anything
@@ -398,10 +453,17 @@ def _check_space(place: Place, files: list[Remote]) -> None:
     import errno
 
     missing = sum(remote.size for remote in files if not place.blob(remote).exists())
-    kept = sum(path.stat().st_size for path in (place.folder / "blobs").glob("*.incomplete"))
+    kept = sum(map(_bytes_in, (place.folder / "blobs").glob("*.incomplete")))
     free = shutil.disk_usage(place.folder).free
     if missing - kept > free:
         raise OSError(errno.ENOSPC, f"{missing - kept:,} bytes are needed and {free:,} are free", str(place.folder))
+
+
+def _bytes_in(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # another process has just completed it
+        return 0
 
 
 def _progress(place: Place, total: int) -> Any:
@@ -420,6 +482,7 @@ class _Fetch:
     remote: Remote
     advance: Callable[[int], Any]
     stop: threading.Event
+    told: threading.Event  # that another process is waited for
 
     @property
     def partial(self) -> Path:
@@ -427,10 +490,8 @@ class _Fetch:
 
 
 def _fetch_one(job: _Fetch, sha256: str | None) -> None:
-    from huggingface_hub.utils import WeakFileLock
-
     blob = job.place.blob(job.remote)
-    with WeakFileLock(job.place.locks / f"{job.remote.hash}.lock"):
+    with _lock(job):
         if blob.exists() and check_blob(blob):  # fetched by another process, or for another commit
             job.advance(job.remote.size)
         else:
@@ -443,6 +504,28 @@ def _fetch_one(job: _Fetch, sha256: str | None) -> None:
         found = sha256_of(blob)
         if found != sha256:
             raise contradiction(job.place.repo, job.remote.path, sha256, found)
+
+
+@contextmanager
+def _lock(job: _Fetch) -> Iterator[None]:
+    """Hold the file's lock. While another process does, an interrupt is looked for, and the user told once."""
+    from filelock import Timeout
+    from huggingface_hub.utils import WeakFileLock
+
+    path = job.place.locks / f"{job.remote.hash}.lock"
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(WeakFileLock(path, timeout=_LOOK_AGAIN))
+                break
+            except Timeout:
+                if job.stop.is_set():
+                    raise _Stopped from None
+            if not job.told.is_set():
+                job.told.set()
+                what = f"{job.place.repo}/{job.remote.path}"
+                print(f"waiting: another process is fetching '{what}'", file=sys.stderr, flush=True)
+        yield
 
 
 def contradiction(repo: str, path: str, config: str, server: str) -> TrustError:

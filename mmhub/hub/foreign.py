@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mmhub.interfaces import ForeignParts, ForeignReader
     from mmhub.model import Model
 
+# Files that text models keep their tokenizer in, if not in tokenizer.json.
+VOCABULARIES = ("vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "spm.model")
 _AUDIO = ("wav2vec2", "hubert", "wavlm", "whisper")
 
 
@@ -62,6 +64,16 @@ def find_reader(name: str, folder: Path) -> ForeignReader:
     if refusal is not None:
         raise type(refusal)(f"'{name}' cannot be loaded: {refusal.message}", refusal.hint)
     return readers[0]
+
+
+def why_not(folder: Path) -> str:
+    """Say why the installed plugins do not load the model whose config.json is in `folder`, '' if one of them does."""
+    try:
+        find_reader("this model", folder)
+    except MmhubError as error:
+        message = error.message.removeprefix("'this model' cannot be loaded: ")
+        return message.replace("'this model'", "it").replace(f"'{folder}'", "it").replace(f"{folder}/", "")
+    return ""
 
 
 def _nobody(name: str, folder: Path, config: Mapping[str, Any]) -> MmhubError:

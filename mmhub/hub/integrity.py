@@ -1,14 +1,16 @@
-"""Is a file of the Hugging Face cache what the Hub said it is? Its blob's name is its hash.
+"""Is a file of the Hugging Face cache what the Hub said it is? Its blob's name is its hash. Where may weights be?
 
 The cache names each blob by the ETag the server gave: the SHA-256 of a large file, git's SHA-1 of a small one.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
 
+from mmhub.errors import TrustError
 from mmhub.hashes import git_sha1_of, sha256_of
 
 _NAME = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -44,4 +46,25 @@ def check_blob(path: Path, *, fresh: bool = False) -> bool:
         return False
 
 
-__all__ = ["blob_name", "check_blob", "is_blob", "sha256_of"]
+def read_index(folder: Path) -> dict[str, str]:
+    """Return which file beside it holds each tensor by `model.safetensors.index.json`, {} if there is no such file.
+
+    Raises:
+        TrustError: it is damaged, or names anything but a safetensors file in the folder.
+    """
+    path = folder / "model.safetensors.index.json"
+    if not path.is_file():
+        return {}
+    try:
+        shards = json.loads(path.read_bytes())["weight_map"]
+        files = {str(tensor): file for tensor, file in shards.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise TrustError(f"'{path}' is no index of safetensors files") from None
+    for file in files.values():
+        plain = isinstance(file, str) and not re.search(r"[/\\:]", file)
+        if not plain or not file.endswith(".safetensors"):
+            raise TrustError(f"'{path}' names {str(file)[:80]!r}, which is not a safetensors file beside it")
+    return files
+
+
+__all__ = ["blob_name", "check_blob", "is_blob", "read_index", "sha256_of"]

@@ -11,7 +11,7 @@ from mmhub.errors import NetworkError, NotFoundError, UsageError
 from mmhub.hub.cache import as_table, read_json
 from mmhub.hub.client import api, hub_errors
 from mmhub.hub.describe import fetch_small
-from mmhub.hub.download import in_cache
+from mmhub.hub.download import check_commit, in_cache
 from mmhub.hub.readme import read_card
 from mmhub.names import Resolved, resolve
 from mmhub.registry import Pin, lock_file, read_lock, write_pins
@@ -99,7 +99,7 @@ def _newest(found: Resolved) -> str:
     repo = found.repo_id or ""
     try:
         with hub_errors(repo, found.revision):
-            return str(api().model_info(repo, revision=found.revision, timeout=_SECONDS).sha)
+            return check_commit(repo, api().model_info(repo, revision=found.revision, timeout=_SECONDS).sha)
     except NetworkError as error:
         hint = "pins that are there still hold"
         raise NetworkError(f"the newest commit of '{repo}' is not known: {error.message}", hint) from None
@@ -118,6 +118,8 @@ def compare(repo: str, old: str, new: str) -> list[str]:
             before = api().model_info(repo, revision=old, files_metadata=True, timeout=_SECONDS)
     except NotFoundError:
         return [f"the old commit {old[:12]} is no longer on the Hub: its history was rewritten"]
+    check_commit(repo, after.sha, new)
+    check_commit(repo, before.sha, old)
     was, now = _blobs(before), _blobs(after)
     lines = [f"- {name}" for name in sorted(was.keys() - now.keys())]
     lines += [f"+ {name} ({now[name][1]:,} bytes)" for name in sorted(now.keys() - was.keys())]
@@ -131,7 +133,10 @@ def compare(repo: str, old: str, new: str) -> list[str]:
 
 def _blobs(info: Any) -> dict[str, tuple[str, int]]:
     return {
-        str(file.rfilename): (str(file.lfs.sha256 if file.lfs else file.blob_id), file.size or 0)
+        str(file.rfilename): (
+            str(file.lfs.sha256 if file.lfs else file.blob_id),
+            file.size if isinstance(file.size, int) else 0,
+        )
         for file in info.siblings or ()
     }
 

@@ -12,7 +12,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from mmhub.checkpoint import load as load_folder
 from mmhub.device import find_device
 from mmhub.errors import MmhubError, NetworkError, TrustError, UsageError
 from mmhub.files import disk_errors, new_folder
-from mmhub.hashes import remember, sha256_of
+from mmhub.hashes import facts_of, remember, sha256_of
 from mmhub.hub.client import cache_dir, endpoint, hub_errors, is_offline
 from mmhub.hub.download import (
     REPUBLISH,
@@ -44,7 +46,7 @@ from mmhub.hub.download import (
     in_cache,
     list_files,
 )
-from mmhub.hub.foreign import find_reader, join, load_foreign
+from mmhub.hub.foreign import VOCABULARIES, find_reader, join, load_foreign
 from mmhub.hub.integrity import blob_name, check_blob
 from mmhub.interfaces import ForeignParts
 from mmhub.lineage import parent_of
@@ -55,10 +57,10 @@ from mmhub.weights import weight_files
 _EXTRAS = re.compile(r"README\.md|LICENSE(\.txt|\.md)?|provenance\.json|eval/[\w.-]+\.json")
 _LIBRARY_FILES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors",
-    "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
-    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt",
     "added_tokens.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
     "0_Transformer/*.json", "0_Transformer/*.safetensors", "[0-9]_*/config.json", "[0-9]_Dense/model.safetensors",
+    *VOCABULARIES, "0_Transformer/merges.txt", *(f"0_Transformer/{name}" for name in VOCABULARIES),
 )  # fmt: skip
 _AGAIN = "fetch the checkpoint again"
 
@@ -185,7 +187,7 @@ def _fetch_config(place: Place, revision: str | None) -> Path:
         return cached
     with hub_errors(place.repo, revision):
         try:
-            commit, remote = find_file(place.repo, "config.json", revision or "main", hurry=sound)
+            commit, remote = _find_config(place.repo, revision or "main", hurry=sound)
         except Exception as error:
             problem = _no_answer(place.repo, revision, error)
             if problem is None:
@@ -194,18 +196,35 @@ def _fetch_config(place: Place, revision: str | None) -> Path:
                 _say_cached(problem, cached)
                 return cached
             raise (_damaged(cached, None) if cached else problem) from None
-        path = place.snapshot(commit) / "config.json"
+        path = place.snapshot(commit) / remote.path
         if not (path.is_file() and blob_name(path) in (remote.hash, None) and not _problem(path, None)):
             fetch(place, commit, [remote])
     place.name_commit(revision or "main", commit)
     return path
 
 
+_CONFIGS = ("config.json", "modules.json")  # old sentence-transformers models have the second alone
+
+
+def _find_config(repo: str, revision: str, *, hurry: bool) -> tuple[str, Remote]:
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return find_file(repo, _CONFIGS[0], revision, hurry=hurry)
+    except EntryNotFoundError:
+        with suppress(EntryNotFoundError):
+            return find_file(repo, _CONFIGS[1], revision, hurry=hurry)
+        raise
+
+
 def _cached_config(place: Place, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(place.repo, "config.json", cache_dir=cache_dir(), revision=revision)
-    return Path(cached) if isinstance(cached, str) else None
+    for name in _CONFIGS:
+        cached = try_to_load_from_cache(place.repo, name, cache_dir=cache_dir(), revision=revision)
+        if isinstance(cached, str):
+            return Path(cached)
+    return None
 
 
 def _no_answer(repo: str, revision: str | None, error: Exception) -> NetworkError | None:
@@ -360,6 +379,8 @@ def _check_target(folder: Path) -> None:
     """Only a checkpoint and nothing else may be replaced."""
     if not folder.exists():
         return
+    if folder.samefile(Path.cwd()):
+        raise UsageError(f"'{folder}' is the current folder, which cannot be replaced", "name another folder")
     inside = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
     if not folder.is_dir() or (inside and not is_checkpoint(folder)):
         raise UsageError(f"'{folder}' exists and is no mmhub checkpoint", "name another folder")
@@ -373,46 +394,87 @@ def _check_target(folder: Path) -> None:
 
 def _pull_foreign(name: str, resolved: Resolved, place: Place, folder: Path, local_dir: Path | None) -> Path:
     """Fetch a model of another library for the plugin that reads it, which is asked before the weights are fetched."""
-    if not _is_whole(_known(folder, _LIBRARY_FILES)) and not is_offline():
+    listed = _ask_for_list(place, folder, _LIBRARY_FILES)
+    if listed and "modules.json" in listed:
         with hub_errors(place.repo, folder.name):
-            listed = list_files(place.repo, folder.name)
-            fetch(place, folder.name, [listed[path] for path in ("modules.json",) if path in listed])
+            fetch(place, folder.name, [listed["modules.json"]])
     find_reader(name, folder)
     if resolved.component or local_dir is not None:
         what = "has no parts by name" if resolved.component else "is kept in the cache alone"
         raise UsageError(f"'{name}' is another library's model, which {what}", "load it, then save it to a folder")
-    return fetch_known_files(name, place, folder, _LIBRARY_FILES)
+    return fetch_known_files(name, place, folder, _LIBRARY_FILES, listed)
 
 
 def fetch_library_model(name: str, resolved: Resolved) -> Path:
     """Fetch another library's model (transformers, timm): known data files only, never code or pickle."""
     place = in_cache(resolved.repo_id or "")
     folder = _fetch_config(place, resolved.commit or resolved.revision).parent
-    return fetch_known_files(name, place, folder, _LIBRARY_FILES)
+    return fetch_known_files(name, place, folder, _LIBRARY_FILES, _ask_for_list(place, folder, _LIBRARY_FILES))
 
 
-def fetch_known_files(name: str, place: Place, folder: Path, patterns: Iterable[str]) -> Path:
-    """Complete the snapshot `folder` with the listed files that match, each verified against the server's record.
+def fetch_known_files(
+    name: str, place: Place, folder: Path, patterns: Sequence[str], listed: Mapping[str, Remote] | None
+) -> Path:
+    """Complete the snapshot `folder` with the files that match, each verified against the server's record.
 
-    One that holds all its weights already is verified without a request.
+    `listed` is what `_ask_for_list` gave: with None, what is here is verified, and only damage costs a request.
     """
-    patterns = list(patterns)
     here = _known(folder, patterns)
     damaged = [path for path in here.values() if _problem(path, None)]
     if damaged and is_offline():
         raise _damaged(damaged[0], None)
-    if damaged or not _is_whole(here):
-        with hub_errors(place.repo, folder.name):
-            listed = list_files(place.repo, folder.name)
-            wanted = [remote for path, remote in listed.items() if _matches(path, patterns)]
-            if not any(remote.path.endswith(".safetensors") for remote in wanted):
-                hint = "mmhub does not read pickle files; convert it first"
-                raise MmhubError(f"'{name}' has no safetensors weights", hint)
-            check_names(place.repo, [remote.path for remote in wanted], listed)
-            weights = [remote for remote in wanted if remote.path.endswith(".safetensors")]
-            fetch(place, folder.name, [remote for remote in wanted if remote not in weights])
-            fetch(place, folder.name, weights)  # last: where they are, everything is
+    if listed is None and not damaged:
+        return folder
+    with hub_errors(place.repo, folder.name):
+        listed = list_files(place.repo, folder.name) if listed is None else listed
+        wanted = [remote for path, remote in listed.items() if _matches(path, patterns)]
+        weights = [remote for remote in wanted if remote.path.endswith(".safetensors")]
+        if not weights:
+            hint = "mmhub does not read pickle files; convert it first"
+            raise MmhubError(f"'{name}' has no safetensors weights", hint)
+        check_names(place.repo, [remote.path for remote in wanted], listed)
+        fetch(place, folder.name, [remote for remote in wanted if remote not in weights])
+        fetch(place, folder.name, weights)
+    _note_complete(folder, patterns, [remote.path for remote in wanted])
     return folder
+
+
+def _ask_for_list(place: Place, folder: Path, patterns: Sequence[str]) -> dict[str, Remote] | None:
+    """The server's record of all files; None where nothing is missing, or nobody can say what is.
+
+    Another library that shares the cache leaves what it asked for: weights without a tokenizer, or without the modules
+    that follow them. So its copy is taken as complete only where the Hub cannot be asked.
+    """
+    if _is_complete(folder, patterns):
+        return None
+    whole = _is_whole(_known(folder, patterns))
+    if whole and is_offline():
+        return None
+    try:
+        with hub_errors(place.repo, folder.name):
+            return list_files(place.repo, folder.name, hurry=whole)
+    except NetworkError:
+        if not whole:
+            raise
+        return None
+
+
+def _note_complete(folder: Path, patterns: Sequence[str], names: list[str]) -> None:
+    """Remember with the configuration, which every snapshot has, what else belongs to this commit."""
+    facts = {_completed(folder, patterns): sorted(names)}
+    for path in filter(Path.is_file, (folder / name for name in _CONFIGS)):
+        remember(path, facts, written_by_us=True)
+
+
+def _is_complete(folder: Path, patterns: Sequence[str]) -> bool:
+    """Did mmhub itself fetch all there is for these patterns, and is it still here?"""
+    configs = [path for name in _CONFIGS if (path := folder / name).is_file()]
+    names = facts_of(configs[0]).get(_completed(folder, patterns)) if configs else None
+    return isinstance(names, list) and all((folder / str(name)).is_file() for name in names)
+
+
+def _completed(folder: Path, patterns: Sequence[str]) -> str:
+    return f"complete {folder.name} {zlib.crc32(' '.join(patterns).encode()):08x}"
 
 
 def _known(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mmhub.errors import NetworkError
 from mmhub.hub.cache import Cached, as_table, checkpoints
-from mmhub.hub.client import endpoint, hub_errors, is_offline, request_headers
+from mmhub.hub.client import endpoint, hub_errors, is_offline, request_address, request_headers
 from mmhub.hub.readme import read_card, strings
 from mmhub.names import repository_of
 from mmhub.plugins import Unmet, get_index, unmet_requirements
@@ -264,7 +264,7 @@ def _list(query: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Ask for a list once, with a deadline: `HfApi.list_models` waits for ever, and tries again for half a minute."""
     if is_offline():
         raise NetworkError("HF_HUB_OFFLINE is set", "unset it to search the Hub")
-    address, params = f"{endpoint()}/api/models", {**query, "expand": list(_EXPAND)}
+    address, params = f"{request_address()}/api/models", {**query, "expand": list(_EXPAND)}
     until = time.monotonic() + SECONDS
     rows: list[dict[str, Any]] = []
     with hub_errors("the list of models"):
@@ -274,6 +274,7 @@ def _list(query: Mapping[str, Any]) -> list[dict[str, Any]]:
             params = {}
             if not address.startswith(f"{endpoint()}/"):  # there is no next page, or it would get our token elsewhere
                 break
+            address = request_address() + address.removeprefix(endpoint())
     return rows[: query["limit"]]
 
 

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from mmhub.errors import TrustError, UsageError, did_you_mean
+from mmhub.hub.integrity import read_index
 
 Value = bool | int | float | str | list[int | float] | None  # what a hyper-parameter may be
 
@@ -111,10 +112,8 @@ def read_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Map each tensor's name to the file that holds it."""
-    shards = read_json(folder, "model.safetensors.index.json").get("weight_map")
+    shards = read_index(folder)
     if shards:
-        if any(Path(file).name != file or not file.endswith(".safetensors") for file in shards.values()):
-            raise TrustError(f"the index in '{folder}' names a file that is not a safetensors file beside it")
         return {name: folder / file for name, file in shards.items()}
     single = folder / "model.safetensors"
     if not single.is_file():

@@ -13,6 +13,7 @@ from mmhub_text.head import HEADS, TransformersClassification
 from mmhub_text.library import encodes_text, find_folder, read_description, read_json, read_table
 from mmhub_text.pretrained import Transformers
 from mmhub_text.sentence import SentenceTransformers
+from mmhub_text.sentence import refusal as refusal_of_modules
 
 _ENCODER = "mmhub-text/transformers"
 _WRITES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForSeq2SeqLM")
@@ -22,7 +23,8 @@ _BARE = ("Model", "ForMaskedLM", "ForPreTraining")  # what such a class has on t
 def find_reader(folder: Path, config: Mapping[str, Any]) -> list[ForeignReader]:
     """Offer to read sentence-transformers models and transformers encoders; refuse models that write text."""
     if isinstance(read_json(folder / "modules.json"), list):
-        return [ForeignReader(library="sentence-transformers", read=_read_sentence_transformers)]
+        read = _read_sentence_transformers
+        return [ForeignReader(library="sentence-transformers", read=read, refusal=refusal_of_modules(folder))]
     if not encodes_text(config):
         return []
     kind = _architecture(config)

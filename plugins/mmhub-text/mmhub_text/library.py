@@ -22,6 +22,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from mmhub.errors import MmhubError, NotFoundError, TrustError, UsageError, did_you_mean
+from mmhub.hub.foreign import VOCABULARIES
+from mmhub.hub.integrity import read_index
 from mmhub_text.deferral import deferred
 from mmhub_text.skeleton import no_initial_weights
 from mmhub_text.tokenizer import parse_tokenizer
@@ -56,8 +58,6 @@ PADDING_INVARIANT = {
     *("llama", "mbart", "modernbert", "mpnet", "mt5", "qwen3", "rembert", "roberta", "roformer", "t5"),
     *("umt5", "xlm-roberta"),
 }
-# Files that tokenizers were kept in before tokenizer.json.
-_VOCABULARIES = ("vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "spm.model")
 
 
 def describe_model(table: Mapping[str, Any]) -> PreTrainedConfig:
@@ -154,6 +154,7 @@ def _load(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, *
         others = sorted(path.name for path in folder.glob("*.bin"))
         found = f" (only {', '.join(others)}, which could run code)" if others else ""
         raise TrustError(f"'{folder}' holds no model.safetensors{found}", "convert the weights to safetensors")
+    read_index(folder)  # the library itself would follow it to a pickle, or out of the folder
     options |= {"config": config, "dtype": torch.float32, "output_loading_info": True}
     try:
         with quiet():
@@ -186,7 +187,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if path.is_file():
         return parse_tokenizer(path.read_bytes(), str(path))
-    if not any((folder / name).is_file() for name in _VOCABULARIES):  # else the library makes up an empty one
+    if not any((folder / name).is_file() for name in VOCABULARIES):  # else the library makes up an empty one
         raise NotFoundError(f"'{folder}' holds no tokenizer", "it should hold a tokenizer.json")
     from transformers import AutoTokenizer  # takes long to import, and few need it
 

@@ -140,9 +140,18 @@ def _pool(mode: Pooling, tokens: Tensor, mask: Tensor) -> Tensor:
     return mean * lengths.to(tokens.dtype).sqrt() if mode == "mean_sqrt_len_tokens" else mean
 
 
+def refusal(path: Path) -> UsageError | TrustError | None:
+    """Say by modules.json alone why a sentence-transformers model is not read."""
+    try:
+        _read_modules(path)
+    except (UsageError, TrustError) as error:
+        return error
+    return None
+
+
 def _read_modules(path: Path) -> tuple[list[str], list[Path], bool]:
     """The ways of pooling, the folders of the dense layers, and whether the result is normalised."""
-    kinds = [(str(one.get("type", "")).rpartition(".")[2], str(one.get("path", ""))) for one in _modules(path)]
+    kinds = [(_kind(str(one.get("type", ""))), str(one.get("path", ""))) for one in _modules(path)]
     kinds = [(kind, place) for kind, place in kinds if kind != "Dropout"]
     names = [kind for kind, _ in kinds]
     normalize = names[2:] != [] and names[-1] == "Normalize"
@@ -157,6 +166,11 @@ def _read_modules(path: Path) -> tuple[list[str], list[Path], bool]:
         if not Path(os.path.normpath(folder)).is_relative_to(os.path.normpath(path)):
             raise TrustError(f"'{path / 'modules.json'}' names the folder '{folder}', which lies outside")
     return pooling_modes(read_table(folders[1] / "config.json")), folders[2 : 2 + len(dense)], normalize
+
+
+def _kind(module: str) -> str:
+    """The short name of a module of the library itself; one of the repository's own may be called the same."""
+    return module.rpartition(".")[2] if module.startswith("sentence_transformers.") else module
 
 
 def _modules(path: Path) -> list[dict[str, Any]]:

@@ -73,7 +73,8 @@ def save_classifier(folder: Path, kind: str, **more: Any) -> Any:
 
 def read(folder: Path) -> ForeignParts:
     (reader,) = mmhub_load_foreign(folder, json.loads((folder / "config.json").read_text()))
-    assert reader.refusal is None
+    if reader.refusal:
+        raise reader.refusal
     parts = reader.read(folder)
     parts.encoder.eval()
     return parts
@@ -171,6 +172,22 @@ def test_other_models_are_left_to_others(table: dict[str, Any], tmp_path: Path) 
     assert list(mmhub_load_foreign(tmp_path, table)) == []
 
 
+@pytest.mark.parametrize("file", ["w.bin", "../x.safetensors", "/x.safetensors", 3])
+def test_an_index_names_safetensors_files_beside_it_or_nothing_is_read(
+    file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_classifier(tmp_path / "theirs", "bert")
+    (tmp_path / "theirs" / "model.safetensors").rename(tmp_path / "x.safetensors")
+    index = {"metadata": {}, "weight_map": {"embeddings.word_embeddings.weight": file}}
+    (tmp_path / "theirs" / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("a pickle was read"))
+    message = f"names {str(file)!r}, which is not a safetensors file beside it"
+    with pytest.raises(TrustError, match=re.escape(message)):
+        read(tmp_path / "theirs")
+    with pytest.raises(TrustError, match=re.escape(message)):
+        Transformers.from_library(Transformers.Config(), tmp_path / "theirs")
+
+
 def test_label_names_that_repeat_are_told_apart(tmp_path: Path) -> None:
     save_classifier(tmp_path, "bert")
     path = tmp_path / "config.json"
@@ -251,14 +268,22 @@ def test_lower_casing_by_sentence_transformers_is_kept(tmp_path: Path) -> None:
     [
         (
             "modules.json",
-            [{"path": "", "type": "x.Transformer"}],
+            [{"path": "", "type": "sentence_transformers.models.Transformer"}],
             "is made of Transformer; mmhub runs a Transformer, P",
         ),
-        ("modules.json", [{"path": "", "type": "x.WordEmbeddings"}], "is made of WordEmbeddings"),
+        ("modules.json", [{"path": "", "type": "x.WordEmbeddings"}], "is made of x.WordEmbeddings"),
         (
             "modules.json",
-            [{"path": "", "type": "x.Transformer"}, {"path": "../p", "type": "x.Pooling"}],
+            [
+                {"path": "", "type": "sentence_transformers.models.Transformer"},
+                {"path": "../p", "type": "sentence_transformers.models.Pooling"},
+            ],
             "lies outside",
+        ),
+        (
+            "modules.json",
+            [{"path": "", "type": "sentence_transformers.models.Transformer"}, {"path": "p", "type": "own.Pooling"}],
+            "is made of Transformer, own.Pooling;",
         ),
         ("2_Dense/config.json", {"out_features": 7, "activation_function": "os.system"}, "has os.system, which mmhub"),
         ("2_Dense/config.json", {"out_features": 7, "use_residual": True}, "has a residual connection"),
