@@ -45,7 +45,7 @@ def main() -> None:
     lines = [
         "# Resuming a pull",
         "",
-        f"- date: {datetime.now(UTC):%Y-%m-%d}; commit: COMMIT",
+        f"- date: {datetime.now(UTC):%Y-%m-%d}; commit: {_revision()}",
         f"- command: `python benchmarks/resume_pull.py --megabytes {options.megabytes}`",
         f"- machine: {machine}; load {os.getloadavg()[0]:.1f} at the start",
         "",
@@ -88,6 +88,11 @@ def _measure(server: FaultyHub, script: str, size: int) -> str:
         f"{resumed:.1f}",
     )
     return " | ".join(cells)
+
+
+def _revision() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def _start(server: FaultyHub, script: str, cache: str) -> subprocess.Popen[bytes]:

@@ -39,9 +39,14 @@ def write(path: Path, *, mode: str, options: str, counts: Sequence[int], npm: st
 
 
 def _commit(folder: Path) -> str:
-    """Return the short id of the commit, marked where the working tree differs from it."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    """Return the short id of the commit, marked where the working tree differs from it, but for the results."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)**/RESULTS.md")
+    return (git("rev-parse", "--short=7", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def _versions() -> str:
