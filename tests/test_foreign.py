@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
-from huggingface_hub.utils._http import close_session
 
 import mmhub
 from mmhub.checkpoint import read_config
@@ -185,16 +183,6 @@ def test_a_library_is_known_by_its_config(config: dict[str, Any], files: list[st
 # --- real libraries, through a Hub and the command line
 
 REPO = "team/foreign"
-
-
-@pytest.fixture
-def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.chdir(tmp_path)
-    close_session()
-    yield
-    close_session()
 
 
 @pytest.fixture

@@ -380,7 +380,8 @@ def _is_passing(error: Exception) -> bool:
     if status:
         return status in (408, 429) or status >= 500
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    return "TransportError" in kinds and not kinds & {"ConnectError", "ProxyError", "UnsupportedProtocol"}
+    final = kinds & {"ConnectError", "ProxyError", "UnsupportedProtocol"}
+    return bool(kinds & {"TransportError", _CutShort.__name__}) and not final
 
 
 def _retry_after(error: Exception) -> float | None:
@@ -577,7 +578,7 @@ def _complete(job: _Fetch) -> tuple[dict[str, str], int]:
                     file.write(block)
                     take(block)
                 if file.tell() < job.remote.size:
-                    raise _cut_short(job, file.tell())
+                    raise _CutShort(f"'{job.remote.path}' ended after {file.tell()} of {job.remote.size} bytes")
             except _Restart:
                 return {}, file.tell()
             except Exception as error:
@@ -588,14 +589,12 @@ def _complete(job: _Fetch) -> tuple[dict[str, str], int]:
         return {name: hasher.hexdigest() for name, hasher in hashers.items()}, file.tell()
 
 
+class _CutShort(Exception):
+    """The connection ended before the file did."""
+
+
 class _Restart(Exception):
     """The server cannot go on from where the partial file ends."""
-
-
-def _cut_short(job: _Fetch, size: int) -> Exception:
-    import httpx2
-
-    return httpx2.RemoteProtocolError(f"'{job.remote.path}' ended after {size} of {job.remote.size} bytes")
 
 
 def _body(job: _Fetch, start: int, pace: _Pace) -> Iterator[bytes]:
