@@ -425,16 +425,35 @@ def test_an_interrupted_push_goes_on_without_sending_whole_files_again(
     assert pull(REPO).name == pushed.commit
 
 
-def test_a_killed_push_leaves_the_repository_as_it_was(hub: str, split: Path) -> None:
+def test_a_push_killed_while_it_sends_leaves_the_repository_as_it_was(
+    hub: str, split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmhub_hubserver.pool import Pool
+
     first = push(split, REPO, license="mit")
-    code = "import sys, mmhub; from mmhub_hubserver import *; mmhub.push(sys.argv[1], sys.argv[2])"
-    for seconds in (1.5, 2.5):
-        process = subprocess.Popen([sys.executable, "-c", code, str(split), REPO], stderr=subprocess.DEVNULL)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(seconds)
+    changed = load(split)
+    for parameter in changed.parameters():
+        parameter.data = parameter.data + 1
+    changed.save(tmp_path / "changed")
+    real, arrives, killed = Pool.add_stream, threading.Event(), threading.Event()
+
+    def held(self: Any, chunks: Any, sha256: str, size: int) -> None:
+        arrives.set()
+        assert killed.wait(60)
+        real(self, chunks, sha256, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pool, "add_stream", held)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mmhub", "push", "./changed", REPO], stderr=subprocess.DEVNULL
+        )
+        assert arrives.wait(60)
         process.kill()
         process.wait()
+        killed.set()
     assert api(hub).model_info(REPO).sha == first.commit
+    again = push(tmp_path / "changed", REPO)
+    assert again.changed and api(hub).model_info(REPO).sha == again.commit
 
 
 def test_what_arrived_is_compared_with_what_was_sent(hub: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
