@@ -18,7 +18,8 @@ class ComponentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """One part a plugin offers.
 
     `kind` is `<modality>_encoder`, `fusion` or `decoder`; `factory` and `config` are `module:attribute` inside the
-    plugin's own package; `schema` is the version of the component's configuration.
+    plugin's own package; `schema` is the version of the component's configuration. `example` is a small configuration,
+    with which `mmhub plugins check` builds the component; it may be left out where all keys have defaults.
     """
 
     kind: str
@@ -28,6 +29,7 @@ class ComponentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     schema: int = 1
     modalities: tuple[str, ...] = ()
     summary: str = ""
+    example: dict[str, Any] = {}
 
 
 class CommandSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -25,7 +25,7 @@ COMMANDS = {
     "pull": ("mmhub.cli.pull:pull", "Fetch a model from the Hub and check it"),
     "models": ("mmhub.cli.models:models", "Find models, and say what their names mean"),
     "cache": ("mmhub.cli.cache:cache", "Look after the files of models that were pulled"),
-    "plugins": ("mmhub.cli.plugins:plugins", "List and explain installed plugins"),
+    "plugins": ("mmhub.cli.plugins:plugins", "Find, install, write and check plugins"),
     "env": ("mmhub.cli.env:env", "Show versions and devices, for bug reports"),
     "version": ("mmhub.cli.env:version", "Show the version of mmhub"),
 }

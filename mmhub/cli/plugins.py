@@ -6,15 +6,30 @@ from typing import Any
 
 import click
 
-from mmhub.cli.output import emit, result_options, table
+from mmhub.cli.output import LazyCommands, emit, result_options, table
 from mmhub.errors import NotFoundError, PluginError, did_you_mean
 from mmhub.plugins import Component, Plugin, get_index, install_line, load_target
 from mmhub.registry import read_registries
 
+# name: (module:attribute, what help says); imported only when one of them runs
+COMMANDS = {
+    "install": ("mmhub.cli.plugin_install:install", "Install plugins without moving what others need"),
+    "uninstall": ("mmhub.cli.plugin_install:uninstall", "Remove plugins"),
+    "lock": ("mmhub.cli.plugin_install:lock", "Write down the installed plugins with their hashes"),
+    "restore": ("mmhub.cli.plugin_install:restore", "Install what a lock or the record of this environment lists"),
+    "rollback": ("mmhub.cli.plugin_install:rollback", "Undo the last change of plugins"),
+    "new": ("mmhub.cli.plugin_new:new", "Write the package of a new plugin"),
+    "check": ("mmhub.cli.plugin_check:check", "Test an installed plugin against its contracts"),
+}
 
-@click.group()
+
+class _Group(LazyCommands):
+    lazy = COMMANDS
+
+
+@click.group(cls=_Group)
 def plugins() -> None:
-    """List and explain installed plugins."""
+    """Find, install, write and check plugins."""
 
 
 @plugins.command()

@@ -153,6 +153,14 @@ class Encoder(nn.Module, ABC):
             "give `init` the name of a checkpoint saved by mmhub",
         )
 
+    @classmethod
+    def examples(cls) -> Sequence[Any]:
+        """Return raw inputs of different lengths for `mmhub plugins check`. Override for a modality of your own.
+
+        Text, images and audio need none: the check has its own.
+        """
+        return ()
+
     @property
     def stream(self) -> Stream:
         return Stream(self.dim, self.pooled_dim)
