@@ -15,6 +15,8 @@ import pluggy
 
 if TYPE_CHECKING:
     from mmhub.interfaces import Decoder, Encoder, ForeignReader, ForeignWriter
+    from mmhub.model import Model
+    from mmhub.spec import DataSource, Guard
 
 hookspec = pluggy.HookspecMarker("mmhub")
 
@@ -32,6 +34,31 @@ def mmhub_train_callbacks(run: Any) -> Iterable[Any]:  # type: ignore[empty-body
     Args:
         run: the training run. `run.folder` is the run folder (a `Path`), `run.config` the resolved recipe as plain
             data, `run.total_steps` the number of optimizer steps planned.
+    """
+
+
+@hookspec
+def mmhub_datasets() -> Iterable[DataSource]:  # type: ignore[empty-body]
+    """Return (or yield) `DataSource` records: schemes of data addresses, such as `sql:` in `train = "sql:sales.db"`.
+
+    Called when a recipe, `eval` or `predict --data` names data with a scheme that is not the core's own (`hub:`). It
+    should only name the schemes; reading starts when the source's `open(request)` is called. Errors of
+    `mmhub.errors` that `open` raises are shown to the user as they are, any other as the plugin's failure.
+    """
+
+
+@hookspec
+def mmhub_generation_guards(model: Model) -> Iterable[Guard]:  # type: ignore[empty-body]
+    """Return (or yield) `Guard` objects that watch what goes into `model` and what it answers.
+
+    Called once per model, before its first answer through `predict`, in the library and on the command line alike. Each
+    sample passes every guard's `check`; the first that objects makes the answer `{"refused": REASON, "guard": NAME}`,
+    and the model never sees the sample. Then every guard may change the answer in `review`. `eval` and training measure
+    the model itself, without guards. A plugin that fails here stops `predict`: an installed guard is never left out in
+    silence.
+
+    Args:
+        model: the model, for guards that only watch some: `model.task.name`, `model.modalities`.
     """
 
 

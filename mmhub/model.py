@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmhub.batch import Batch, Bundle, Features, Items, Output, only, pad_sequences, rows_with
 from mmhub.errors import InputError, UsageError, did_you_mean
+from mmhub.guard import Guards
 from mmhub.interfaces import Decoder, Encoder, Fusion, Policy, Task
 from mmhub.layers import summary
 
@@ -57,6 +58,7 @@ class Model(nn.Module):
         self.frozen: set[str] = set()
         self.unimodal_loss = 0.0  # share of the training loss that comes from each modality alone
         self.name = ""
+        self._guards: Guards | None = None  # found when it is first asked to predict
         self.parents: list[dict[str, str]] = []  # what its weights started from, as `mmhub.lineage` says it
 
     @property
@@ -178,13 +180,24 @@ class Model(nn.Module):
     ) -> list[dict[str, Any]]:
         """Answer samples, in order. A missing key or None is a missing modality.
 
+        What a plugin's guard refuses is answered `{"refused": reason, "guard": name}`.
+
         Raises:
             InputError: a raw input cannot be read; `row` is its position in `samples`.
         """
-        answers: list[dict[str, Any]] = []
-        for batch in self._batches(samples, batch_size, policy):
-            answers += self.decoder.predict(self(batch), details=details)
-        return answers
+        samples = [samples] if isinstance(samples, Mapping) else samples
+        if self._guards is None:
+            self._guards = Guards(self)
+
+        def answer(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+            batches = self._batches(samples, batch_size, policy)
+            return [one for batch in batches for one in self.decoder.predict(self(batch), details=details)]
+
+        if not self._guards:
+            return answer(samples)
+        for row, sample in enumerate(samples):
+            self._check_sample(row, sample)
+        return self._guards.answer(samples, answer)
 
     @torch.no_grad()
     def embed(

@@ -29,6 +29,7 @@ __all__ = [
     "command_table",
     "explain_unmet",
     "get_index",
+    "hook_items",
     "install_line",
     "load_target",
     "problem_lines",
@@ -276,14 +277,23 @@ def call_hook(name: str, **kwargs: Any) -> list[Any]:
     Raises:
         PluginError: a plugin failed, and MMHUB_STRICT_PLUGINS=1 is set.
     """
-    items: list[Any] = []
+    return [item for _, item in hook_items(name, **kwargs)]
+
+
+def hook_items(name: str, *, required: bool = False, **kwargs: Any) -> list[tuple[Plugin, Any]]:
+    """Like `call_hook`, with the plugin that gave each item; with `required` a plugin that fails is an error.
+
+    Raises:
+        PluginError: a plugin failed, and `required` or MMHUB_STRICT_PLUGINS=1 is set.
+    """
+    items: list[tuple[Plugin, Any]] = []
     for plugin in get_index().usable():
         if name in plugin.hooks:
-            items += _call_one(plugin, name, kwargs)
+            items += [(plugin, item) for item in _call_one(plugin, name, kwargs, required)]
     return items
 
 
-def _call_one(plugin: Plugin, name: str, kwargs: Mapping[str, Any]) -> list[Any]:
+def _call_one(plugin: Plugin, name: str, kwargs: Mapping[str, Any], required: bool) -> list[Any]:
     try:
         manager = _register(plugin)
         others = [other for key, other in manager.list_name_plugin() if key != plugin.distribution]
@@ -293,7 +303,7 @@ def _call_one(plugin: Plugin, name: str, kwargs: Mapping[str, Any]) -> list[Any]
         raise
     except BaseException as error:
         line = f"plugin {plugin} failed in {name}: {cause(error)} (mmhub plugins show {plugin.distribution} --load)"
-        if strict():
+        if required or strict():
             raise PluginError(line) from error
         print(line, file=sys.stderr)
         return []

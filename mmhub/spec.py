@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -11,7 +13,17 @@ if TYPE_CHECKING:
 
 API = 1  # the hook interface this core speaks; plugins declare theirs as `api`
 
-__all__ = ["API", "CommandSpec", "ComponentSpec", "Manifest", "ModelSpec", "hookimpl"]  # noqa: F822 - hookimpl is made on first use
+__all__ = [
+    "API",
+    "CommandSpec",
+    "ComponentSpec",
+    "DataRequest",
+    "DataSource",
+    "Guard",
+    "Manifest",
+    "ModelSpec",
+    "hookimpl",  # noqa: F822 - made on first use
+]
 
 
 class ComponentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,6 +64,47 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     aliases: tuple[str, ...] = ()
     summary: str = ""
     deprecated: str = ""
+
+
+class DataRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a data source is asked for.
+
+    `find(path)` returns the absolute path of a local file or folder that the address names, looked for beside the
+    recipe and then in the current folder, and notes it, so that the run records its hash; it raises NotFoundError with
+    near misses where there is none. `split` is "train" or "validation", what the rows are wanted for; a source without
+    splits ignores it.
+    """
+
+    address: str  # what follows "SCHEME:"
+    split: str
+    find: Callable[[str], Path]
+
+
+class DataSource(msgspec.Struct, frozen=True, kw_only=True):
+    """Where rows come from when `train = "SCHEME:ADDRESS"` is written in a recipe (hook `mmhub_datasets`).
+
+    `open` gives the rows in a fixed order, each a dict of column to value: text, number, bool, None, a list, or for
+    media a path, bytes or `{bytes, path}`. It raises an error of `mmhub.errors` for an address it cannot read.
+    """
+
+    scheme: str  # two or more lower-case letters, digits, '+', '-' or '.', beginning with a letter
+    open: Callable[[DataRequest], Iterable[Mapping[str, Any]]]
+    summary: str = ""
+
+
+class Guard(Protocol):
+    """What stands between people and a model (hook `mmhub_generation_guards`); base classes are not needed.
+
+    Whatever goes wrong inside a guard refuses the sample: a guard that fails does not let through.
+    """
+
+    name: str
+
+    def check(self, sample: Mapping[str, Any]) -> str:
+        """Return why this sample (modality to raw input) must not be answered, or '' to let it pass."""
+
+    def review(self, sample: Mapping[str, Any], answer: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the answer as it may be given: unchanged, or with something taken out or replaced."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

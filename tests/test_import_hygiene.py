@@ -42,7 +42,7 @@ spec hookspecs
 discovery
 hashes
 plugins
-registry
+registry guard
 names
 config
 device batch
@@ -58,7 +58,7 @@ data metrics
 optim
 build
 evaluation
-engine generate explain guard
+engine generate explain
 testing demo
 cli
 __main__

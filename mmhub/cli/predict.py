@@ -143,6 +143,8 @@ def _write(out: Path, predictions: list[dict[str, Any]]) -> None:
 def _line(answer: dict[str, Any]) -> str:
     if "label" in answer:
         return f"{answer['label']}\t{answer['score']:.4f}"
+    if "refused" in answer:
+        return f"(refused by {answer['guard']}: {answer['refused']})"
     if "labels" in answer:
         return ", ".join(answer["labels"]) or "(none)"
     return str(answer.get("value", answer.get("text", json.dumps(answer, ensure_ascii=False))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 
 from mmhub.errors import InputError, NotFoundError, did_you_mean
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):")  # one letter is a Windows drive
+_LOGIN = re.compile(r"//[^/@]*@")
 
 Column: TypeAlias = "pa.ChunkedArray | list[Any]"  # a list only where values are nested or of several types
 
@@ -82,9 +86,28 @@ def join(pieces: Sequence[Column]) -> Column:
 # Paths.
 
 
+def scheme_of(text: str) -> str:
+    """Return the scheme of a data address, '' if it has none.
+
+    >>> [scheme_of(text) for text in ("sql:sales.db", "C:/data.csv", "org/name:train", "train.csv")]
+    ['sql', '', '', '']
+    """
+    match = _SCHEME.match(text)
+    return match[1] if match else ""
+
+
 def shown_name(path: str | os.PathLike[str]) -> str:
-    """Name a source in provenance and messages: as given, but without the folders of an absolute path."""
+    """Name a source in provenance and messages: as given, but without the folders of an absolute path, or a login.
+
+    >>> shown_name("/home/ada/train.csv"), shown_name("sql:/home/ada/sales.db"), shown_name("sql://ada:pw@host/sales")
+    ('train.csv', 'sql:sales.db', 'sql://host/sales')
+    """
     text = os.fspath(path)
+    scheme = scheme_of(text)
+    if text.startswith(f"{scheme}://"):
+        return _LOGIN.sub("//", text)
+    if scheme:
+        return f"{scheme}:{shown_name(text[len(scheme) + 1 :])}"
     return os.path.basename(text.rstrip("/")) if os.path.isabs(os.path.expanduser(text)) else text
 
 

@@ -19,7 +19,19 @@ from typing import Any, TypeAlias, final
 
 from mmhub.data.folders import open_folder
 from mmhub.data.hub_sets import hub_id, open_hub
-from mmhub.data.parts import Column, Part, anchors, find_path, join, no_such_path, shown_name, started_from, values_of
+from mmhub.data.parts import (
+    Column,
+    Part,
+    anchors,
+    find_path,
+    join,
+    no_such_path,
+    scheme_of,
+    shown_name,
+    started_from,
+    values_of,
+)
+from mmhub.data.plugged import open_plugged
 from mmhub.data.tables import open_file, open_objects, open_parallel
 from mmhub.errors import NotFoundError, UsageError, did_you_mean
 
@@ -120,8 +132,8 @@ def open_rows(
     `source` is a file (.parquet .csv .tsv .jsonl .json .txt; text formats also as .gz or .zst), a glob or a list of
     both (shards with the same columns), a folder of images or audio (a sub-folder for each class, or flat; joined with
     its metadata.csv or metadata.jsonl by `file_name`), a table {name: text file, ...} of parallel text, a Hub data
-    set `[hub:]org/name[@revision][#config][:split]`, or a list of rows, each a dict. Relative paths
-    start from `base`, then from the current folder.
+    set `[hub:]org/name[@revision][#config][:split]`, a plugin's data source `SCHEME:ADDRESS`, or a list of rows, each a
+    dict. Relative paths start from `base`, then from the current folder.
 
     csv is read with quoting, tsv without (a quote is text); blank lines are skipped in both, and in jsonl. txt has one
     column, "text", with a row for every line, blank ones too; only the last line end is not a row of its own.
@@ -129,7 +141,7 @@ def open_rows(
     one column of a txt; formats that name their own columns ignore it. `split` is for Hub data sets.
 
     Raises:
-        NotFoundError: no such file, folder or Hub data set.
+        NotFoundError: no such file, folder, Hub data set or data source.
         InputError: a file is empty, damaged or malformed.
         UsageError: the format is unknown, or shards disagree.
         NetworkError: the Hub cannot be reached, or offline mode forbids asking it.
@@ -139,8 +151,7 @@ def open_rows(
     if isinstance(source, (str, os.PathLike)):
         text = os.fspath(source)
         hub = hub_id(text, base)
-        parts = [open_hub(text, hub, split)] if hub else _open_paths(text, columns, base)
-        return Rows(shown_name(text), parts)
+        return Rows(shown_name(text), [open_hub(text, hub, split)] if hub else _open_text(text, columns, base, split))
     if not source:
         raise UsageError("the list of data files is empty", "name at least one file")
     objects = [item for item in source if isinstance(item, Mapping)]
@@ -149,7 +160,7 @@ def open_rows(
     if objects:
         raise UsageError("the list of data mixes rows and files", "give a list of dicts, or a list of files")
     files = [os.fspath(item) for item in source if not isinstance(item, Mapping)]
-    parts = [part for file in files for part in _open_paths(file, columns, base)]
+    parts = [part for file in files for part in _open_text(file, columns, base, split)]
     return Rows(", ".join(shown_name(file) for file in files), parts)
 
 
@@ -181,6 +192,13 @@ def _merge(parts: Sequence[Part]) -> dict[str, Column]:
 
 def _value(column: Column, at: int) -> Any:
     return column[at] if isinstance(column, list) else column[at].as_py()
+
+
+def _open_text(text: str, columns: Sequence[str] | None, base: Path | None, split: str) -> list[Part]:
+    """Open files, or what a plugin's data source calls `text`; a file of that very name comes first."""
+    if scheme_of(text) and find_path(text, base) is None:
+        return [open_plugged(text, base, split)]
+    return _open_paths(text, columns, base)
 
 
 def _open_paths(text: str, columns: Sequence[str] | None, base: Path | None) -> list[Part]:

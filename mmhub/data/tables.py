@@ -39,7 +39,7 @@ def open_file(path: Path, name: str, columns: Sequence[str] | None) -> Part:
     return Part(name=name, columns=data, rows=rows, files={name: path}, folder=path.parent)
 
 
-def open_objects(rows: Sequence[Mapping[str, Any]], name: str) -> Part:
+def open_objects(rows: Iterable[Mapping[str, Any]], name: str) -> Part:
     """Take rows that are in memory already, each a mapping of column to value."""
     columns, count = _read_objects(dict(row) for row in rows)
     return Part(name=name, columns=columns, rows=count)
