@@ -14,22 +14,19 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
+    from mmhub.engine.report import TrainRun
     from mmhub.interfaces import Decoder, Encoder, ForeignReader, ForeignWriter
     from mmhub.model import Model
-    from mmhub.spec import DataSource, Guard
+    from mmhub.spec import DataSource, Guard, Tracker
 
 hookspec = pluggy.HookspecMarker("mmhub")
 
 
 @hookspec
-def mmhub_train_callbacks(run: Any) -> Iterable[Any]:  # type: ignore[empty-body]  # pluggy wants functions, not a class
-    """Return (or yield) callback objects that watch one training run, such as an experiment tracker.
+def mmhub_train_callbacks(run: TrainRun) -> Iterable[Tracker]:  # type: ignore[empty-body]  # pluggy wants functions, not a class
+    """Return (or yield) `Tracker` objects that watch one training run, such as an experiment tracker.
 
-    Called once per run, on rank 0 only, before the first step. A callback has three methods, each called on rank 0:
-
-    - `on_start(run)`: training begins or resumes.
-    - `on_log(step, metrics)`: after optimizer step `step` (from 1), with `metrics` a flat dict name -> number.
-    - `on_end(run)`: training is over.
+    Called once per run, on rank 0 only, before the first step, as all their methods are.
 
     Args:
         run: the training run. `run.folder` is the run folder (a `Path`), `run.config` the resolved recipe as plain

@@ -22,6 +22,7 @@ __all__ = [
     "Guard",
     "Manifest",
     "ModelSpec",
+    "Tracker",
     "hookimpl",  # noqa: F822 - made on first use
 ]
 
@@ -90,6 +91,22 @@ class DataSource(msgspec.Struct, frozen=True, kw_only=True):
     scheme: str  # two or more lower-case letters, digits, '+', '-' or '.', beginning with a letter
     open: Callable[[DataRequest], Iterable[Mapping[str, Any]]]
     summary: str = ""
+
+
+class Tracker(Protocol):
+    """What watches a training run (hook `mmhub_train_callbacks`); base classes are not needed.
+
+    A method that fails costs one line on stderr, and the run goes on.
+    """
+
+    def on_start(self, run: Any) -> None:
+        """Training begins or resumes."""
+
+    def on_log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Optimizer step `step` (from 1) is done; `metrics` is a flat dict name -> number."""
+
+    def on_end(self, run: Any) -> None:
+        """Training is over."""
 
 
 class Guard(Protocol):

@@ -34,6 +34,7 @@ class Part:
     folder: Path | None = None
     row_names: list[str] | None = None  # the file behind each row of a media folder
     revision: str | None = None  # the commit of a Hub data set
+    reader: str = ""  # the plugin that read it, with its version
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Return an entry for every file; the files of a media folder are one."""

@@ -73,7 +73,7 @@ def open_plugged(text: str, base: Path | None, split: str) -> Part:
     part = open_objects(_contained(plugin, source, request), shown_name(text))
     if not part.rows:
         raise InputError(f"data source '{part.name}' has no rows")
-    return replace(part, files={name: path for name, path in files.items() if path.is_file()})
+    return replace(part, files={name: path for name, path in files.items() if path.is_file()}, reader=str(plugin))
 
 
 def _contained(plugin: Plugin, source: DataSource, request: DataRequest) -> Iterator[Mapping[str, Any]]:

@@ -103,12 +103,15 @@ class Rows:
         """Say what the rows were read from, for provenance: source, rows, bytes, and the sha256 of every file.
 
         A media folder is one entry, hashed over the names and hashes of its files. Absolute paths are left out.
-        A selection adds the sha256 of its row numbers; a Hub data set has its commit in place of files.
+        A selection adds the sha256 of its row numbers; a Hub data set has its commit in place of files. Plugins whose
+        data sources read the rows are named, and the files they found.
         """
         files = [entry for part in self._parts for entry in part.fingerprint()]
         found = {"source": self.source, "rows": len(self), "bytes": sum(f["bytes"] for f in files), "files": files}
         revisions = [part.revision for part in self._parts if part.revision]
         found |= {"revision": revisions[0]} if revisions else {}
+        readers = sorted({part.reader for part in self._parts if part.reader})
+        found |= {"readers": readers} if readers else {}
         return found if self._index is None else found | {"selection": hashlib.sha256(self._index).hexdigest()}
 
     def _at(self, i: int) -> int:

@@ -58,7 +58,8 @@ def _data(rows: Rows) -> dict[str, Any]:
     for file in facts.get("files", []):
         file["name"] = Path(str(file["name"])).name
     source = facts.pop("source", None)
-    return {"id": source} | facts if facts.get("revision") else facts  # else it names files, which stand there anyway
+    named = facts.get("revision") or facts.get("readers")
+    return {"id": source} | facts if named else facts  # else it names files, which stand there anyway
 
 
 def _without_folders(value: Any) -> Any:

@@ -13,8 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mmhub.discovery import cause
 from mmhub.files import write_file
-from mmhub.plugins import call_hook
+from mmhub.plugins import hook_items
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Reporter:
             total=run.total_steps, initial=step, unit="step", disable=quiet or not sys.stderr.isatty(),
             dynamic_ncols=True, leave=False,
         )  # fmt: skip
-        self._callbacks = call_hook("mmhub_train_callbacks", run=run)
+        self._trackers = hook_items("mmhub_train_callbacks", run=run)
         self._tell("on_start", run)
 
     def step(self, loss: float) -> None:
@@ -76,14 +77,13 @@ class Reporter:
 
     def _tell(self, event: str, *args: Any) -> None:
         """Call every tracker; one that fails is dropped with a line, and training goes on."""
-        for callback in list(self._callbacks):
+        for plugin, tracker in list(self._trackers):
             try:
-                getattr(callback, event)(*args)
+                getattr(tracker, event)(*args)
             except Exception as error:
-                self._callbacks.remove(callback)
-                name = f"{type(callback).__module__}.{type(callback).__qualname__}"
-                what = " ".join(f"{type(error).__name__}: {error}".split())
-                print(f"warning: tracker {name} failed and is off: {what}", file=sys.stderr)
+                self._trackers.remove((plugin, tracker))
+                name = type(tracker).__qualname__
+                print(f"warning: plugin {plugin} is off: {name}.{event} failed: {cause(error)}", file=sys.stderr)
 
     def _keep_lines(self, count: int) -> int:
         """A resumed run repeats what came after its checkpoint: the old lines of that part go."""
