@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from mmhub.errors import MmhubError, NotFoundError, PluginError, UsageError, did_you_mean
-from mmhub.plugins import get_index, install_line
+from mmhub.plugins import get_index, install_line, newer_index
 from mmhub.registry import Named, Pin, Registries, read_lock, read_registries
 from mmhub.spec import ModelSpec
 
@@ -295,7 +295,7 @@ def _from_plugin(name: str, rest: str) -> Resolved:
     owner, slash, bare = path.partition("/")
     if not slash or not bare:
         raise UsageError(f"'{name}' names no plugin model", "expected plugin:distribution/name")
-    plugin = get_index().plugin(owner)
+    plugin = newer_index(get_index()).plugin(owner)
     if plugin is None:
         requirement = read_registries().plugin_requirement(owner)
         hint = install_line([requirement]) if requirement else did_you_mean(owner, _plugin_names())

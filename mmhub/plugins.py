@@ -1,20 +1,24 @@
 """The installed plugins as objects: look a component up by name, import it, call hooks, check requirements.
 
-Finding plugins on disk is `mmhub.discovery`'s work. Code of a plugin runs only in `Component.load` and `call_hook`, and
-whatever it raises (KeyboardInterrupt apart) is contained there.
+Finding plugins on disk is `mmhub.discovery`'s work. Code of a plugin runs only in `Component.load` and `call_hook`;
+whatever it raises (KeyboardInterrupt apart) or prints to stdout is contained there. Plugins may come and go while a
+process runs: what is missing is looked for again, and what was replaced says so.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mmhub.discovery import CORE, Record, canonical, cause, command_table, find_plugins, problem_lines, strict
+from mmhub.discovery import command_table, find_plugins, has_changed, problem_lines, strict
 from mmhub.errors import NotFoundError, PluginError, TrustError, did_you_mean
+from mmhub.records import CORE, Record, canonical, cause
 from mmhub.spec import CommandSpec, ComponentSpec, ModelSpec
+from mmhub.stdout import diverted_stdout
 
 if TYPE_CHECKING:
     import pluggy
@@ -32,6 +36,7 @@ __all__ = [
     "hook_items",
     "install_line",
     "load_target",
+    "newer_index",
     "problem_lines",
     "unmet_requirements",
 ]
@@ -68,7 +73,10 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class Plugin:
-    """An installed plugin. `status` is "ok", "broken", "incompatible" or "disabled", and `problem` says why."""
+    """An installed plugin. `status` is "ok", "broken", "incompatible" or "disabled", and `problem` says why.
+
+    `warning` tells of other versions of it that are installed, too, and not used.
+    """
 
     distribution: str
     version: str
@@ -81,6 +89,8 @@ class Plugin:
     components: tuple[Component, ...]
     commands: tuple[CommandSpec, ...]
     models: Mapping[str, ModelSpec]
+    location: str = ""  # the folder of its metadata, in a folder or zip file of sys.path
+    warning: str = ""
 
     def __str__(self) -> str:
         return f"{self.distribution} {self.version}"
@@ -135,21 +145,28 @@ class Index:
     def find(self, kind: str, name: str, advice: Callable[[], Advice] = NoAdvice) -> Component:
         """Return the component called `name`, a short name or a full id such as "mmhub-x/name".
 
-        `advice` is asked only when the name is missing or not unique.
+        `advice` is asked only when the name is missing or not unique. What is missing may have been installed just
+        now, and is looked for once more.
 
         Raises:
             PluginError: two plugins provide it, its plugin cannot be used, or its plugin is known and not installed.
             NotFoundError: no plugin that anybody knows of provides it.
         """
-        matches = [component for component in self.components(kind) if _matches(component, name)]
+        matches = self._providers(kind, name)
         if not matches:
-            raise self._missing(kind, name, advice())
+            newer = newer_index(self)
+            matches = newer._providers(kind, name)
+            if not matches:
+                raise newer._missing(kind, name, advice())
         if len(matches) > 1:
             preferred = advice().preferred(f"{kind}:{name}")
             matches = [component for component in matches if component.distribution == preferred] or matches
         if len(matches) > 1:
             raise _ambiguous(kind, name, matches)
         return matches[0]
+
+    def _providers(self, kind: str, name: str) -> list[Component]:
+        return [component for component in self.components(kind) if _matches(component, name)]
 
     def _missing(self, kind: str, name: str, advice: Advice) -> PluginError | NotFoundError:
         owner, _, short = name.rpartition("/")
@@ -196,10 +213,17 @@ def get_index(rescan: bool = False) -> Index:
     return _index
 
 
+def newer_index(index: Index) -> Index:
+    """Return an index that knows what was installed, removed or edited since, or `index` if nothing was."""
+    if index is not _index:  # another thread has looked since, or somebody made an index of their own
+        return index
+    return get_index(rescan=True) if has_changed() else index
+
+
 def install_line(requirements: Iterable[str], upgrade: bool = False) -> str:
     """Return the one command that installs `requirements`, as a hint."""
     quoted = " ".join(f'"{requirement}"' for requirement in requirements)
-    return f"install: pip install {'--upgrade ' if upgrade else ''}{quoted}"
+    return f"install: mmhub plugins install {'--upgrade ' if upgrade else ''}{quoted}"
 
 
 def _read_index(rescan: bool) -> Index:
@@ -216,7 +240,7 @@ def _plugin(record: Record) -> Plugin:
 
     distribution, version = record["distribution"], record["version"]
     specs = msgspec.convert(record["components"], list[ComponentSpec])
-    plain = ("distribution", "version", "summary", "status", "problem", "manifest", "module")
+    plain = ("distribution", "version", "summary", "status", "problem", "manifest", "module", "location", "warning")
     return Plugin(
         **{key: msgspec.convert(record[key], str) for key in plain},
         hooks=tuple(msgspec.convert(record["hooks"], list[str])),
@@ -247,32 +271,68 @@ def _unusable(what: str, plugin: Plugin) -> PluginError:
     )
 
 
+# --- the code of a plugin
+
+_loaded: dict[str, str] = {}  # distribution: the version of it that this process has imported
+
+
 def load_target(target: str, what: str, distribution: str, version: str) -> Any:
     """Import "module:attribute" of a plugin, turning whatever its code raises into a PluginError of one line."""
+    changed = _changed(distribution, version)
+    if changed:
+        raise changed
     module, _, path = target.partition(":")
     try:
-        value: Any = import_module(module)
-        for step in path.split("."):
-            value = getattr(value, step)
-        return value
+        with diverted_stdout():
+            value: Any = import_module(module)
+            for step in path.split("."):
+                value = getattr(value, step)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a plugin may even call sys.exit
-        raise PluginError(
+        raise _changed(distribution, version, failed=True) or PluginError(
             f"plugin {distribution} {version} cannot load {what}: {cause(error)}",
             f"see `mmhub plugins show {distribution} --load`",
         ) from error
+    _loaded.setdefault(distribution, version)
+    return value
+
+
+def _changed(distribution: str, version: str, failed: bool = False) -> PluginError | None:
+    """Return an error if a plugin was removed or replaced under this process: old and new code would be mixed.
+
+    One `stat` call where all is well; after a failure everything that may have changed is looked at.
+    """
+    plugin = known = _index.plugin(distribution) if _index else None
+    if known and (_is_gone(known.location) or (failed and has_changed())):
+        plugin = get_index(rescan=True).plugin(distribution)
+    running = _loaded.get(distribution, version)
+    current = plugin.version if plugin else version
+    if known and plugin is None:
+        what, hint = f"{running} was removed", "install it and start again"
+    elif not current == version == running:
+        what, hint = f"{running} was replaced by {version if current == running else current}", "start again"
+    elif failed and plugin != known:
+        what, hint = f"{running} was changed", "start again"
+    else:
+        return None
+    return PluginError(f"plugin {distribution} {what} while this process ran", hint)
+
+
+def _is_gone(location: str) -> bool:
+    return bool(location) and not os.path.lexists(location) and not os.path.isfile(os.path.dirname(location))
 
 
 # --- hooks
 
 _manager: pluggy.PluginManager | None = None
+_told: set[str] = set()
 
 
 def call_hook(name: str, **kwargs: Any) -> list[Any]:
     """Call one hook of every plugin that declares it, and return all the items they gave as one flat list.
 
-    A plugin that fails costs one line on stderr and its own items, nothing else.
+    A plugin that fails costs one line on stderr and its own items, nothing else. What it prints goes to stderr.
 
     Raises:
         PluginError: a plugin failed, and MMHUB_STRICT_PLUGINS=1 is set.
@@ -295,18 +355,30 @@ def hook_items(name: str, *, required: bool = False, **kwargs: Any) -> list[tupl
 
 def _call_one(plugin: Plugin, name: str, kwargs: Mapping[str, Any], required: bool) -> list[Any]:
     try:
-        manager = _register(plugin)
-        others = [other for key, other in manager.list_name_plugin() if key != plugin.distribution]
-        results = manager.subset_hook_caller(name, others)(**kwargs)
-        return [item for result in results for item in result]  # a generator runs here, inside the guard
+        with diverted_stdout():
+            manager = _register(plugin)
+            others = [other for key, other in manager.list_name_plugin() if key != plugin.distribution]
+            results = manager.subset_hook_caller(name, others)(**kwargs)
+            items = [item for result in results for item in result]  # a generator runs here, inside the guard
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        line = f"plugin {plugin} failed in {name}: {cause(error)} (mmhub plugins show {plugin.distribution} --load)"
-        if required or strict():
-            raise PluginError(line) from error
-        print(line, file=sys.stderr)
+        changed = _changed(plugin.distribution, plugin.version, failed=True)
+        what = str(changed) if changed else f"plugin {plugin} failed in {name}: {cause(error)}"
+        _tell(plugin, what, required or strict(), error)
         return []
+    _compare_hooks(plugin, manager)
+    return items
+
+
+def _tell(plugin: Plugin, what: str, fatal: bool, error: BaseException | None = None) -> None:
+    """Say in one line, once per process, what is wrong with a plugin's hooks."""
+    line = f"{what} (mmhub plugins show {plugin.distribution} --load)"
+    if fatal:
+        raise PluginError(line) from error
+    if line not in _told:
+        _told.add(line)
+        print(line, file=sys.stderr)
 
 
 def _register(plugin: Plugin) -> pluggy.PluginManager:
@@ -320,8 +392,29 @@ def _register(plugin: Plugin) -> pluggy.PluginManager:
         _manager = pluggy.PluginManager("mmhub")
         _manager.add_hookspecs(hookspecs)
     if not _manager.has_plugin(plugin.distribution):
-        _manager.register(import_module(plugin.module), plugin.distribution)
+        try:
+            _manager.register(import_module(plugin.module), plugin.distribution)
+        except BaseException:
+            if _manager.has_plugin(plugin.distribution):  # before pluggy 1.7
+                _manager.unregister(name=plugin.distribution)
+            raise
+        _loaded.setdefault(plugin.distribution, plugin.version)
     return _manager
+
+
+def _compare_hooks(plugin: Plugin, manager: pluggy.PluginManager) -> None:
+    """Say where a manifest and its module differ: such a hook would silently never be called."""
+    module = manager.get_plugin(plugin.distribution)
+    hooks = {
+        caller.name
+        for caller in manager.get_hookcallers(module) or []
+        if any(one.plugin is module and not one.optionalhook for one in caller.get_hookimpls())
+    }
+    declared, implemented = sorted(set(plugin.hooks) - hooks), sorted(hooks - set(plugin.hooks))
+    faults = [f"its manifest declares {', '.join(declared)}, which {plugin.module} does not implement"] * bool(declared)
+    faults += [f"{plugin.module} implements {', '.join(implemented)}, not declared in its manifest"] * bool(implemented)
+    if faults:
+        _tell(plugin, f"plugin {plugin}: {'; '.join(faults)}", strict())
 
 
 # --- what a checkpoint requires
@@ -347,8 +440,9 @@ def unmet_requirements(requires: Sequence[Mapping[str, Any]], index: Index) -> l
     Raises:
         TrustError: a record is not a plain distribution name and version specifier.
     """
-    checked = (_check(record, index) for record in requires)
-    return [unmet for unmet in checked if unmet]
+    unmet = _check_all(requires, index)
+    newer = newer_index(index) if unmet else index
+    return unmet if newer is index else _check_all(requires, newer)
 
 
 def explain_unmet(name: str, unmet: Sequence[Unmet]) -> PluginError:
@@ -359,6 +453,11 @@ def explain_unmet(name: str, unmet: Sequence[Unmet]) -> PluginError:
     look = [f"see `mmhub plugins show {one.distribution}`" for one in unmet if one.requirement not in install]
     hints = [install_line(install)] if install else []
     return PluginError(f"{name} needs {plugins}: {listed}", "; ".join([*hints, *look]))
+
+
+def _check_all(requires: Sequence[Mapping[str, Any]], index: Index) -> list[Unmet]:
+    checked = (_check(record, index) for record in requires)
+    return [unmet for unmet in checked if unmet]
 
 
 def _check(record: Mapping[str, Any], index: Index) -> Unmet | None:

@@ -22,6 +22,20 @@ name = "nose"
 factory = "{package}.parts:Nose"
 summary = "Smells"
 """
+MORE = """
+modalities = ["smell"]
+example = { width = 8, layers = [2, 2], name = "small" }
+[[commands]]
+name = "sniff-{number}"
+factory = "{package}.parts:sniff"
+summary = "Sniff at something, the way number {number} does"
+[models.smell-{number}]
+ref = "hub:org/smell-{number}"
+task = "classification"
+license = "apache-2.0"
+summary = "A model"
+"""
+MARK = "import os\nwith open(os.environ.get('FAKE_IMPORTS', os.devnull), 'a') as file: file.write(__name__ + '\\n')\n"
 PARTS = "class Nose:\n    class Config: pass\n"
 
 
@@ -74,11 +88,42 @@ class Site:
         path = f"{self.packages}{os.pathsep}{ROOT}"
         return kept | {"PYTHONPATH": path, "MMHUB_CACHE": str(self.cache), "MMHUB_CONFIG": str(self.config)}
 
+    def mmhub(self, *args: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run the command line in this site."""
+        return self.python("-m", "mmhub", *args, **variables)
+
     def python(self, *args: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run Python in this site."""
         environment = self.environment() | variables
         command = [sys.executable, *args]
         return subprocess.run(command, cwd=self.work, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def install_many(site: Site, count: int) -> None:
+    """Install plugins that are well: a component with settings, a command and a model each.
+
+    A plugin that is imported writes its name to the file that FAKE_IMPORTS names.
+    """
+    for number in range(count):
+        manifest = NOSE.replace('"nose"', f'"nose-{number}"') + MORE.replace("{number}", str(number))
+        site.install(f"mmhub-fake-{number:03}", manifest, init=MARK)
+
+
+def install_bad(site: Site, second: Site) -> None:
+    """Install seven plugins that are not well, and another copy of one of them in a second folder."""
+    site.install("mmhub-fake-raises", component("raises"), version="0.3", init=MARK + "raise OSError('no libnose')")
+    site.install("mmhub-fake-slow", component("slow"), version="0.4", init=MARK + "import time, torch; time.sleep(2)")
+    site.install("mmhub-fake-corrupt", b"api = [", version="0.5", init=MARK)
+    site.install("mmhub-fake-twice", component("twice"), version="0.7", init=MARK)
+    second.install("mmhub-fake-twice", component("twice"), version="0.6", init=MARK)
+    site.install("mmhub-fake-left", component("hand"), init=MARK)
+    site.install("mmhub-fake-right", component("hand"), init=MARK)
+    site.install("mmhub-fake-newer", "api = 99", version="9.0", init=MARK)
+
+
+def component(name: str) -> str:
+    """A manifest that offers one component, called `name`."""
+    return NOSE.replace('"nose"', f'"{name}"')
 
 
 def make_site(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
@@ -99,6 +144,8 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "_found", None)
     monkeypatch.setattr(plugins, "_index", None)
     monkeypatch.setattr(plugins, "_manager", None)
+    monkeypatch.setattr(plugins, "_loaded", {})
+    monkeypatch.setattr(plugins, "_told", set())
     for name in [key for key in sys.modules if key.startswith("mmhub_fake")]:
         monkeypatch.delitem(sys.modules, name)
 

@@ -662,7 +662,7 @@ def test_a_missing_plugin_is_told_before_any_weight_is_read(saved: Path, monkeyp
     with pytest.raises(PluginError, match=r"thing needs 1 plugin: mmhub-nose >=0\.3,<1 \(not installed") as caught:
         load(saved, name="thing")
     assert caught.value.exit_code == 4
-    assert 'install: pip install "mmhub-nose>=0.3,<1"' in str(caught.value)
+    assert 'install: mmhub plugins install "mmhub-nose>=0.3,<1"' in str(caught.value)
 
 
 def test_an_encoder_asks_for_its_own_plugin_alone(saved: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_command_of_a_plugin_that_is_not_installed_says_what_to_install(
     )
     code, _, err = run(capsys, "sniff")
     assert code == ExitCode.PLUGIN
-    assert 'hint: install: pip install "mmhub-fake>=0.1,<1"\n' in err
+    assert 'hint: install: mmhub plugins install "mmhub-fake>=0.1,<1"\n' in err
     site.install("mmhub-fake", COMMAND)
     fresh_process(monkeypatch)
     monkeypatch.setenv("MMHUB_DISABLE_PLUGINS", "mmhub-fake")

@@ -239,7 +239,7 @@ def test_a_missing_plugin_is_named_before_any_weights_are_fetched(
     monkeypatch.setattr("mmhub.plugins._index", type(index)(others))
     code, out, err = run(capsys, "predict", REPO, "--text", "a")
     assert (code, out) == (ExitCode.PLUGIN, "")
-    assert f"'{REPO}' is a transformers model" in err and 'pip install "mmhub-text>=0.1,<1"' in err
+    assert f"'{REPO}' is a transformers model" in err and 'plugins install "mmhub-text>=0.1,<1"' in err
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
 
 

@@ -37,13 +37,17 @@ print(*sys.modules, file=sys.stderr)
 # From the bottom up; modules of one line know nothing of each other. `mmhub` itself (the version) is below them all.
 LAYERS = """
 errors
-files
+files stdout
 spec hookspecs
+records
+manifests
+distributions
 discovery
 hashes
 plugins
 registry guard
 names
+install
 config
 device batch
 interfaces
@@ -69,7 +73,10 @@ LATE = {
     ("model", "checkpoint"): "Model.save is where people look for it",
 }
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
-RING_0 = ("errors", "spec", "hookspecs", "discovery", "plugins", "registry", "names", "config", "cli", "__init__")
+RING_0 = (
+    "errors", "stdout", "spec", "hookspecs", "records", "manifests", "distributions", "discovery", "plugins",
+    "registry", "names", "install", "config", "cli", "__init__",
+)  # fmt: skip
 
 
 def modules_after(site: Site, *args: str) -> set[str]:

@@ -95,7 +95,7 @@ def test_show_says_what_to_install_in_one_line(hub: str, site: Site, capsys: Any
     upload(hub, REPO, files(requires={"mmhub-nose": ">=1,<2", "mmhub-ear": ""}))
     data = show(capsys, REPO)
     assert data["unmet"] == ["mmhub-nose >=1,<2 (not installed)", "mmhub-ear (not installed)"]
-    assert data["install"] == 'install: pip install "mmhub-nose>=1,<2" "mmhub-ear"'
+    assert data["install"] == 'install: mmhub plugins install "mmhub-nose>=1,<2" "mmhub-ear"'
     assert data["loadable"] == "not before what it needs is installed"
     site.install("mmhub-nose", version="1.0")
     fresh_process(monkeypatch)
@@ -298,7 +298,7 @@ def test_a_composition_shows_its_parts_what_starts_them_and_what_they_need(
     data = show(capsys, "mix")
     assert (data["kind"], data["task"], data["modalities"]) == ("compose", "classification", ["smell"])
     assert data["components"]["smell_encoder"]["init"] == "team/nose"
-    assert data["install"] == 'install: pip install "mmhub-fake>=1"'
+    assert data["install"] == 'install: mmhub plugins install "mmhub-fake>=1"'
     assert "cc-by-nc-4.0 (non-commercial), more restrictive than mit" in data["warnings"][0]
     site.install("mmhub-fake", version="1.0")
     fresh_process(monkeypatch)

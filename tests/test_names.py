@@ -139,7 +139,7 @@ def test_two_plugins_with_one_model_name_are_an_error_that_names_both(site: Site
 def test_a_plugin_that_is_missing_says_what_to_install(site: Site) -> None:
     site.registry("schema = 1\n[plugins.mmhub-fake]\nrequirement = 'mmhub-fake>=1'\nprovides = ['model:digits']\n")
     for name in ("digits", "plugin:mmhub-fake/digits"):
-        with pytest.raises(PluginError, match='pip install "mmhub-fake>=1"'):
+        with pytest.raises(PluginError, match='plugins install "mmhub-fake>=1"'):
             resolve(name)
 
 

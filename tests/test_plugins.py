@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -14,7 +17,8 @@ from mmhub.discovery import command_table, find_plugins, problem_lines
 from mmhub.errors import ExitCode, NotFoundError, PluginError, TrustError
 from mmhub.plugins import Plugin, call_hook, explain_unmet, get_index, unmet_requirements
 from mmhub.registry import find_component
-from tests.fake_plugins import NOSE, Site, fresh_process, make_site, run
+from mmhub.stdout import diverted_stdout
+from tests.fake_plugins import NOSE, PARTS, Site, fresh_process, make_site, run
 
 COMMAND = """
 api = 1
@@ -159,15 +163,6 @@ def test_an_import_hook_that_exits_while_a_plugin_is_looked_up_is_contained(site
     assert plugin("mmhub-fake").problem == "SystemExit: from a finder"
 
 
-def test_an_editable_install_is_found_where_its_source_is(site: Site, tmp_path: Path, monkeypatch: Any) -> None:
-    package = site.install("mmhub-fake")
-    source = tmp_path / "source"
-    source.mkdir()
-    package.rename(source / "mmhub_fake")
-    monkeypatch.syspath_prepend(str(source))  # what the .pth file of an editable install does
-    assert plugin("mmhub-fake").manifest == str(source / "mmhub_fake" / "mmhub.toml")
-
-
 # --- two providers
 
 
@@ -189,12 +184,6 @@ def test_prefer_settles_it_and_the_project_wins_over_the_user(site: Site) -> Non
     assert find_component("smell_encoder", "nose").distribution == "mmhub-fake-a"
     site.registry(line.format("b"), "project")
     assert find_component("smell_encoder", "nose").distribution == "mmhub-fake-b"
-
-
-def test_the_first_of_two_copies_on_the_path_is_the_installed_one(site: Site) -> None:
-    site.install("mmhub-fake", version="0.1")
-    site.install("mmhub-fake", version="0.2")
-    assert [one.distribution for one in get_index().plugins].count("mmhub-fake") == 1
 
 
 def test_a_command_of_two_plugins_names_both_when_it_is_run(site: Site, capsys: Any) -> None:
@@ -226,7 +215,7 @@ def test_a_missing_component_of_a_known_plugin_says_what_to_install(site: Site) 
         with pytest.raises(PluginError) as caught:
             find_component("smell_encoder", name)
         assert "mmhub-fake, which is not installed" in caught.value.message
-        assert caught.value.hint == 'install: pip install "mmhub-fake>=0.1,<1"'
+        assert caught.value.hint == 'install: mmhub plugins install "mmhub-fake>=0.1,<1"'
 
 
 def test_a_component_of_an_unusable_plugin_is_not_called_missing(site: Site, monkeypatch: Any) -> None:
@@ -310,15 +299,13 @@ def test_an_install_an_uninstall_and_an_edited_manifest_each_invalidate_the_cach
     assert commands() == set()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', "[" * 5000, None])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', "[" * 5000, "mmhub plugins 2 00000000\n{}", None])
 def test_a_corrupt_cache_is_rescanned(site: Site, monkeypatch: Any, content: str | None) -> None:
     site.install("mmhub-fake", COMMAND)
     find_plugins()
     file = next(site.cache.glob("index-*.json"))
     if content is None:  # well-formed, and wrong inside
-        document = json.loads(file.read_text())
-        document["plugins"][0]["components"] = [{"kind": 1}]
-        content = json.dumps(document)
+        content = file.read_text().replace("sniff", "snuff")
     file.write_text(content)
     fresh_process(monkeypatch)
     assert plugin("mmhub-fake").commands[0].name == "sniff"
@@ -378,6 +365,153 @@ def test_a_plugin_that_fails_in_a_hook_costs_one_line_and_the_others_go_on(
     assert err.count("\n") == 1
 
 
+def test_a_hook_that_only_the_manifest_or_only_the_module_knows_costs_one_line_once(
+    site: Site, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("MMHUB_PLUGINS", "mmhub-fake")
+    code = "from mmhub.spec import hookimpl\n@hookimpl\ndef mmhub_load_foreign(): return []\n"
+    site.install("mmhub-fake", HOOK, parts=code)
+    assert call_hook("mmhub_train_callbacks", run=None) == call_hook("mmhub_train_callbacks", run=1) == []
+    assert capsys.readouterr().err == (
+        "plugin mmhub-fake 0.1.0: its manifest declares mmhub_train_callbacks, which mmhub_fake.parts does not"
+        " implement; mmhub_fake.parts implements mmhub_load_foreign, not declared in its manifest"
+        " (mmhub plugins show mmhub-fake --load)\n"
+    )
+    monkeypatch.setenv("MMHUB_STRICT_PLUGINS", "1")
+    with pytest.raises(PluginError, match="does not implement"):
+        call_hook("mmhub_train_callbacks", run=None)
+
+
+# --- what plugins print
+
+
+def test_what_a_plugin_prints_at_import_does_not_reach_the_result(site: Site, capsys: Any) -> None:
+    site.install("mmhub-fake", init="print('hello from init')", parts=f"print('and from parts')\n{PARTS}")
+    code, out, err = run(capsys, "plugins", "show", "mmhub-fake", "--load", "--json")
+    assert (code, json.loads(out)["failures"]) == (0, [])
+    assert err == "hello from init\nand from parts\n"
+
+
+def test_what_a_plugin_prints_in_a_hook_does_not_reach_the_result(site: Site, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("MMHUB_PLUGINS", "mmhub-fake")
+    hook = "@hookimpl\ndef mmhub_train_callbacks():\n    print('called')\n    yield 1\n    print('resumed')\n"
+    site.install("mmhub-fake", HOOK, parts=f"from mmhub.spec import hookimpl\n{hook}")
+    assert call_hook("mmhub_train_callbacks", run=None) == [1]
+    assert capsys.readouterr() == ("", "called\nresumed\n")
+
+
+def test_stdout_of_other_threads_stays_and_overlapping_diversions_end(capsys: Any) -> None:
+    before = sys.stdout
+    entered, leave = Event(), Event()
+
+    def import_slowly() -> None:
+        with diverted_stdout():
+            entered.set()
+            leave.wait(10)
+            print("import")
+
+    with ThreadPoolExecutor() as pool:
+        done = pool.submit(import_slowly)
+        entered.wait(10)
+        kept = sys.stdout  # as a plugin that makes a log handler at import would
+        print("result")
+        with diverted_stdout():
+            leave.set()
+            done.result(10)
+            print("another")
+    print("after", file=kept)
+    assert sys.stdout is before
+    assert capsys.readouterr() == ("result\nafter\n", "import\nanother\n")
+
+
+# --- plugins that come and go while a process runs
+
+
+def test_a_plugin_installed_while_the_process_runs_is_found_and_nothing_is_scanned_in_vain(
+    site: Site, monkeypatch: Any
+) -> None:
+    site.install("mmhub-fake-a")
+    index = get_index()
+    with monkeypatch.context() as patched:
+        patched.setattr(discovery, "_scan", no_scan)
+        with pytest.raises(NotFoundError):
+            find_component("smell_encoder", "beak")
+    site.install("mmhub-fake-b", NOSE.replace('"nose"', '"beak"'))
+    assert unmet_requirements([{"distribution": "mmhub-fake-b"}], index) == []
+    assert find_component("smell_encoder", "beak").load().__name__ == "Nose"
+
+
+def test_requirements_are_compared_with_what_was_upgraded_while_the_process_runs(site: Site) -> None:
+    site.install("mmhub-fake")
+    index, requires = get_index(), [{"distribution": "mmhub-fake", "specifier": ">=0.2"}]
+    assert [unmet.problem for unmet in unmet_requirements(requires, index)] == ["0.1.0 installed"]
+    uninstall(site)
+    site.install("mmhub-fake", version="0.2")
+    assert unmet_requirements(requires, index) == []
+
+
+def test_a_component_added_to_an_edited_manifest_is_found_while_the_process_runs(site: Site) -> None:
+    package = site.install("mmhub-fake")
+    get_index()
+    (package / "mmhub.toml").write_text(NOSE.replace('"nose"', '"beak"').format(package="mmhub_fake"))
+    assert find_component("smell_encoder", "beak").load().__name__ == "Nose"
+
+
+def uninstall(site: Site, version: str = "0.1.0") -> None:
+    shutil.rmtree(site.packages / f"mmhub_fake-{version}.dist-info")
+    shutil.rmtree(site.packages / "mmhub_fake")
+
+
+def test_a_plugin_removed_while_the_process_runs_says_so_instead_of_a_missing_module(site: Site) -> None:
+    site.install("mmhub-fake")
+    component = find_component("smell_encoder", "nose")
+    uninstall(site)
+    with pytest.raises(PluginError) as caught:
+        component.load()
+    assert str(caught.value) == (
+        "plugin mmhub-fake 0.1.0 was removed while this process ran; install it and start again"
+    )
+    with pytest.raises(NotFoundError):
+        find_component("smell_encoder", "nose")
+
+
+def test_a_plugin_upgraded_while_the_process_runs_never_mixes_two_versions(site: Site) -> None:
+    site.install("mmhub-fake")
+    component = find_component("smell_encoder", "nose")
+    component.load()
+    uninstall(site)
+    site.install("mmhub-fake", version="0.2")
+    for _ in range(2):
+        with pytest.raises(PluginError) as caught:
+            component.load()
+        assert str(caught.value) == "plugin mmhub-fake 0.1.0 was replaced by 0.2 while this process ran; start again"
+        component = find_component("smell_encoder", "nose")
+        assert component.version == "0.2"
+
+
+def test_a_plugin_edited_in_place_while_the_process_runs_says_so_when_it_fails(site: Site) -> None:
+    package = site.install("mmhub-fake")
+    component = find_component("smell_encoder", "nose")
+    (package / "parts.py").rename(package / "organs.py")
+    with pytest.raises(PluginError, match="cannot load smell_encoder 'nose': ModuleNotFoundError"):
+        component.load()  # a fault of the plugin, as far as anybody can tell
+    (package / "mmhub.toml").write_text(NOSE.replace(".parts", ".organs").format(package="mmhub_fake"))
+    with pytest.raises(PluginError, match=r"mmhub-fake 0\.1\.0 was changed while this process ran; start again"):
+        component.load()
+    assert find_component("smell_encoder", "nose").load().__name__ == "Nose"
+
+
+def test_a_plugin_removed_before_its_hook_fires_costs_one_line_that_says_so(
+    site: Site, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("MMHUB_PLUGINS", "mmhub-fake")
+    site.install("mmhub-fake", HOOK)
+    get_index()
+    uninstall(site)
+    assert call_hook("mmhub_train_callbacks", run=None) == []
+    assert "plugin mmhub-fake 0.1.0 was removed while this process ran" in capsys.readouterr().err
+
+
 # --- requirements of a checkpoint
 
 
@@ -404,7 +538,7 @@ def test_unmet_requirements_are_explained_with_one_install_line(site: Site, monk
         "mmhub-fake-off (0.1.0 is disabled: it is listed in MMHUB_DISABLE_PLUGINS)"
     )
     assert error.hint == (
-        'install: pip install "mmhub-fake-vision>=0.3,<1" "mmhub-fake-text>=0.2,<1"; '
+        'install: mmhub plugins install "mmhub-fake-vision>=0.3,<1" "mmhub-fake-text>=0.2,<1"; '
         "see `mmhub plugins show mmhub-fake-off`"
     )
 
@@ -448,4 +582,4 @@ def test_plugins_show_of_a_known_plugin_says_how_to_install_it(site: Site, capsy
     site.registry('schema = 1\n[plugins.mmhub-fake]\nrequirement = "mmhub-fake>=0.1"\n')
     code, out, err = run(capsys, "plugins", "show", "fake")
     assert (code, out) == (ExitCode.NOT_FOUND, "")
-    assert 'pip install "mmhub-fake>=0.1"' in err
+    assert 'plugins install "mmhub-fake>=0.1"' in err

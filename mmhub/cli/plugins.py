@@ -39,7 +39,8 @@ def ls(rescan: bool, as_json: bool) -> None:
     """List installed plugins and their state."""
     found = get_index(rescan).plugins
     rows = [
-        (one.distribution, one.version, one.status, len(one.components), one.problem or one.summary) for one in found
+        (one.distribution, one.version, one.status, len(one.components), one.problem or one.warning or one.summary)
+        for one in found
     ]
     text = table(["plugin", "version", "status", "components", "summary"], rows)
     emit({"plugins": [_row(plugin) for plugin in found]}, as_json, text)
@@ -68,6 +69,8 @@ def _row(plugin: Plugin) -> dict[str, Any]:
         "version": plugin.version,
         "status": plugin.status,
         "problem": plugin.problem,
+        "warning": plugin.warning,
+        "location": plugin.location,
         "summary": plugin.summary,
         "manifest": plugin.manifest,
         "components": [
@@ -83,6 +86,8 @@ def _row(plugin: Plugin) -> dict[str, Any]:
 def _describe(plugin: Plugin, failures: list[str], loaded: bool) -> str:
     lines = [f"{plugin}: {plugin.summary}" if plugin.summary else str(plugin), f"status: {plugin.status}"]
     lines += [f"problem: {plugin.problem}"] if plugin.problem else []
+    lines += [f"warning: {plugin.warning}"] if plugin.warning else []
+    lines += [f"location: {plugin.location}"] if plugin.location else []
     lines += [f"manifest: {plugin.manifest}"] if plugin.manifest else []
     parts = table(["kind", "name", "summary"], [_cells(part) for part in plugin.components])
     commands = [f"command: mmhub {command.name}  {command.summary}".rstrip() for command in plugin.commands]
