@@ -29,13 +29,15 @@ def compose(
     fusion: str | Mapping[str, Any] | None = None,
     decoder: str | Mapping[str, Any] | None = None,
     tokenizer: Mapping[str, Any] | None = None,
+    values: Mapping[str, Iterable[Any]] | None = None,
     texts: Iterable[str] | None = None,
     seed: int = 0,
 ) -> Model:
     """Compose a model by names, untrained apart from parts with `init`.
 
-    A part is a component name or a mapping with `use`, `config`, `init`, `freeze`. `texts` trains a tokenizer where
-    one is needed; a decoder that learns from targets wants its `config` complete, e.g. `{"labels": ["no", "yes"]}`.
+    A part is a component name or a mapping with `use`, `config`, `init`, `freeze`. `values` are training inputs by
+    modality, from which processors that need it learn (a vocabulary, a scale); `texts` is short for those of text. A
+    decoder that learns from targets wants its `config` complete, e.g. `{"labels": ["no", "yes"]}`.
 
     >>> compose(encoders={"image": {"use": "timm", "config": {"architecture": "resnet18"}}},
     ...         decoder={"use": "classification", "config": {"labels": ["cat", "dog"]}})  # doctest: +SKIP
@@ -47,8 +49,8 @@ def compose(
         "tokenizer": None if tokenizer is None else dict(tokenizer),
     }
     recipe = decode_config(ModelRecipe, table, "compose")
-    values = {"text": list(texts)} if texts is not None else {}
-    return build_model(find_task(task), recipe, lambda name: values.get(name, ()), seed=seed)
+    given = dict(values or {}) | ({} if texts is None else {"text": list(texts)})
+    return build_model(find_task(task), recipe, lambda name: given.get(name, ()), seed=seed)
 
 
 def _as_part(part: str | Mapping[str, Any]) -> dict[str, Any]:

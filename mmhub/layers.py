@@ -25,6 +25,18 @@ def summary(features: Features) -> Tensor:
     return features.pooled if features.pooled is not None else masked_mean(features.tokens, features.mask)
 
 
+def keep_modalities(present: Tensor, rate: float) -> Tensor:
+    """Drop present modalities at `rate` in each row, always keeping one: (B, M) bool -> (B, M) bool.
+
+    A row that would lose all its modalities keeps one drawn at random (ModDrop, Neverova et al., arXiv:1501.00102).
+    """
+    draws = torch.rand(present.shape, device=present.device)
+    kept = present & (draws >= rate)
+    last = torch.where(present, draws, -1.0).argmax(1, keepdim=True)
+    spared = torch.zeros_like(present).scatter_(1, last, True) & present
+    return torch.where(kept.any(1, keepdim=True), kept, spared)
+
+
 def sinusoidal_positions(length: int, dim: int, device: torch.device | None = None) -> Tensor:
     """Fixed sine and cosine positions, (T, D), as in Vaswani et al. 2017 (arXiv:1706.03762, section 3.5)."""
     position = torch.arange(length, device=device, dtype=torch.float32)[:, None]

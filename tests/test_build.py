@@ -228,3 +228,18 @@ def test_training_nothing_is_an_error() -> None:
     model.requires_grad_(False)
     with pytest.raises(MmhubError, match="nothing to train: every part is frozen"):
         learning_rate_groups(model, ModelRecipe(), 0.1, 0.0)
+
+
+def test_training_inputs_of_any_modality_can_be_given() -> None:
+    given = compose(encoders={"text": TEXT}, decoder=YES, values={"text": ["a b c"]}, seed=3)
+    short = compose(encoders={"text": TEXT}, decoder=YES, texts=["a b c"], seed=3)
+    sample = {"text": "a c"}
+    assert given.predict(sample) == short.predict(sample)
+
+
+def test_a_plugins_own_modality_alone_has_no_name_on_the_hub() -> None:
+    task = find_task("classification")
+    assert task.pipeline_tag(("timeseries",)) == ""
+    assert task.pipeline_tag(("image",)) == "image-classification"
+    assert task.pipeline_tag(("timeseries", "text")) == "any-to-any"
+    assert find_task("embedding").pipeline_tag(("timeseries",)) == "feature-extraction"

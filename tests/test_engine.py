@@ -390,7 +390,7 @@ def test_trackers_see_start_flat_numbers_and_the_end(
     tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = Tracker()
-    monkeypatch.setattr(report, "call_hook", lambda *args, **kwargs: [tracker])
+    monkeypatch.setattr(report, "hook_items", lambda *args, **kwargs: [("mmhub-x 1.0", tracker)])
     train(image_only(tables, log_every=1), tmp_path / "run")
     assert tracker.events[0] == ("start", 2, "classification")
     assert tracker.events[-1] == ("end",)
@@ -404,13 +404,13 @@ def test_a_failing_tracker_costs_one_line_and_nothing_else(
     tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], event: str
 ) -> None:
     broken, fine = Tracker(event), Tracker()
-    monkeypatch.setattr(report, "call_hook", lambda *args, **kwargs: [broken, fine])
+    monkeypatch.setattr(report, "hook_items", lambda *args, **kwargs: [("mmhub-x 1.0", t) for t in (broken, fine)])
     train(image_only(tables, log_every=1), tmp_path / "run")
     assert fine.events[-1] == ("end",)
     assert broken.events[-1][0] == event
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(warnings) == 1
-    assert "Tracker failed and is off: RuntimeError: tracker broke" in warnings[0]
+    assert f"plugin mmhub-x 1.0 is off: Tracker.on_{event} failed: RuntimeError: tracker broke" in warnings[0]
 
 
 def test_tensorboard_curves_can_be_read_back(tables: Path, tmp_path: Path) -> None:

@@ -107,11 +107,12 @@ class _EmptyRow(InputError):
 def usable(modality: str, value: Any, folder: Path | None = None, alone: bool = True) -> Any:
     """Return a cell's raw input, None where the cell is empty. A relative path is looked for beside the table first.
 
-    The empty text is a text where text is the only input (`alone`), and a missing one beside others.
+    The empty text is a text where text is the only input (`alone`), and a missing one beside others. A list of raw
+    inputs loses those that are missing; a list that holds numbers is data, and its gaps are part of it.
     """
     if isinstance(value, Mapping) and value.get("bytes") is None and "array" not in value:
         return usable(modality, value.get("path"), folder, alone)
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and not _holds_number(value):
         return [part for item in value if (part := usable(modality, item, folder, alone)) is not None] or None
     if isinstance(value, float) and math.isnan(value):  # pandas' missing value
         return None
@@ -122,6 +123,13 @@ def usable(modality: str, value: Any, folder: Path | None = None, alone: bool = 
     if value and folder is not None and os.path.exists(folder / value):  # Path.exists raises for a very long text
         return folder / value
     return value or None
+
+
+def _holds_number(value: Any) -> bool:
+    """Is there a number, and no mere NaN, in a list or a list inside it?"""
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_number, value))
+    return isinstance(value, (int, float)) and value == value
 
 
 def row_seed(seed: int, row: int) -> int:

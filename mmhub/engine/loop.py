@@ -24,7 +24,7 @@ from mmhub.batch import Batch
 from mmhub.build import build_model, local_name
 from mmhub.checkpoint import load, read_config
 from mmhub.config import Recipe, dump_recipe, override_recipe, read_recipe
-from mmhub.data.loader import Collate, batches_of, epoch_order, load_batches, row_seed, worker_count
+from mmhub.data.loader import Collate, batches_of, epoch_order, load_batches, row_seed, usable, worker_count
 from mmhub.data.sources import Rows, open_rows, require_columns
 from mmhub.device import find_device, find_precision
 from mmhub.engine.provenance import provenance
@@ -246,7 +246,9 @@ class _Run:
 
     def _values(self, name: str) -> Iterable[Any]:
         if name != "target":
-            return self.rows.column(self._inputs()[name])
+            inputs = self._inputs()
+            cells = enumerate(self.rows.column(inputs[name]))
+            return (usable(name, cell, self.rows.folder(i), len(inputs) == 1) for i, cell in cells)
         values = self.rows.column(self.recipe.data.target)
         if self.recipe.data.on_error == "stop":
             return values

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from mmhub.batch import Bundle, Features
 from mmhub.errors import UsageError
-from mmhub.fusion.missing import Rate, Width, keep_modalities
-from mmhub.interfaces import ComponentConfig, Fusion, Stream
-from mmhub.layers import TransformerEncoder, masked_mean
+from mmhub.interfaces import ComponentConfig, Fusion, Rate, Stream, Width
+from mmhub.layers import TransformerEncoder, keep_modalities, masked_mean
 
 
 class Attention(Fusion):
@@ -47,6 +46,11 @@ class Attention(Fusion):
         pooled = {name: s.pooled for name, s in inputs.items() if s.pooled}
         self.pooled_norms = nn.ModuleDict({name: nn.LayerNorm(width) for name, width in pooled.items()})
         self.pooled_projections = nn.ModuleDict({name: nn.Linear(width, dim) for name, width in pooled.items()})
+        for name in (
+            () if config.tokens else pooled
+        ):  # kept for older checkpoints; distributed training wants no idle ones
+            self.token_norms[name].requires_grad_(False)
+            self.token_projections[name].requires_grad_(False)
         self.kinds = nn.ParameterDict({name: _vector(dim) for name in inputs})
         self.stand_ins = nn.ParameterDict({name: _vector(dim) for name in inputs})
         self.query = _vector(dim)
@@ -66,13 +70,15 @@ class Attention(Fusion):
             masks.append(mask)
         x, mask = torch.cat([t.to(tokens[-1].dtype) for t in tokens], dim=1), torch.cat(masks, dim=1)
         x = self.encoder(x, mask)
-        return bundle | {"fused": Features(x, mask, pooled=x[:, 0])}
+        return bundle | {"fused": Features(*_right_padded(x, mask), pooled=x[:, 0])}
 
     def _modality(self, name: str, features: Features, present: Tensor) -> tuple[Tensor, Tensor]:
         """One modality's summary-or-stand-in token (always valid) followed by its tokens."""
-        projected = self.token_projections[name](self.token_norms[name](features.tokens))
         real = features.mask & present[:, None]
-        if name in self.pooled_projections:
+        pooled = name in self.pooled_projections
+        if self.config.tokens or not pooled:
+            projected = self.token_projections[name](self.token_norms[name](features.tokens))
+        if pooled:
             head = self.pooled_projections[name](self.pooled_norms[name](features.pooled))
         else:
             head = masked_mean(projected, real)
@@ -82,6 +88,12 @@ class Attention(Fusion):
             return head + self.kinds[name], first
         part = torch.cat([head, projected * real.unsqueeze(-1).to(projected.dtype)], dim=1)
         return part + self.kinds[name], torch.cat([first, real], dim=1)
+
+
+def _right_padded(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the padding of each modality, which stands between their tokens, behind them all."""
+    order = mask.long().argsort(dim=1, descending=True, stable=True)
+    return x.gather(1, order[..., None].expand_as(x)), mask.gather(1, order)
 
 
 def _vector(dim: int) -> nn.Parameter:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from mmhub.batch import Bundle, Features
-from mmhub.fusion.missing import Rate, Summaries, Width
-from mmhub.interfaces import ComponentConfig, Fusion, Stream
+from mmhub.fusion.missing import Summaries
+from mmhub.interfaces import ComponentConfig, Fusion, Rate, Stream, Width
 
 
 class Gated(Fusion):

@@ -1,32 +1,15 @@
-"""What mixing fusions share: modality dropout, and one summary vector per modality with a learned stand-in."""
+"""What mixing fusions share: one summary vector per modality, with a learned stand-in where a row lacks it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, TypeAlias
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
 from mmhub.batch import Bundle
 from mmhub.interfaces import Stream
-from mmhub.layers import summary
-
-Width: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
-Rate: TypeAlias = Annotated[float, msgspec.Meta(ge=0, lt=1)]
-
-
-def keep_modalities(present: Tensor, rate: float) -> Tensor:
-    """Drop present modalities at `rate` in each row, always keeping one: (B, M) bool -> (B, M) bool.
-
-    A row that would lose all its modalities keeps one drawn at random (ModDrop, Neverova et al., arXiv:1501.00102).
-    """
-    draws = torch.rand(present.shape, device=present.device)
-    kept = present & (draws >= rate)
-    last = torch.where(present, draws, -1.0).argmax(1, keepdim=True)
-    spared = torch.zeros_like(present).scatter_(1, last, True) & present
-    return torch.where(kept.any(1, keepdim=True), kept, spared)
+from mmhub.layers import keep_modalities, summary
 
 
 class Summaries(nn.Module):

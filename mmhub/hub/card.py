@@ -101,7 +101,8 @@ def _origins(facts: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, An
     if bases:
         found["base_model"] = _joined(known.get("base_model"), bases)
         found["base_model_relation"] = known.get("base_model_relation") or "finetune"
-    ids = [part["id"] for part in (facts.get("data") or {}).values() if part.get("id")]
+    parts = (facts.get("data") or {}).values()
+    ids = [part["id"] for part in parts if part.get("id") and not part.get("readers")]  # a plugin's source is no Hub's
     names = [_dataset(one) for one in ids]
     return found | ({"datasets": _joined(known.get("datasets"), names)} if names else {})
 
@@ -117,7 +118,8 @@ def _own_metadata(data: Mapping[str, Any], text: str) -> dict[str, Any]:
         return dict(data)
     section = rest.partition(END)[0]
     kept = {key: value for key, value in data.items() if key not in ("model-index", "pipeline_tag", "library_name")}
-    generated = {"mmhub", "text", "image", "audio", *TASKS}
+    parts = re.findall(r"^\| (\w+)_encoder \|", section, re.MULTILINE)
+    generated = {"mmhub", "text", "image", "audio", *parts, *TASKS}
     accounted = {
         "tags": [tag for tag in strings(data.get("tags")) if tag in generated or tag.startswith("mmhub-")],
         "base_model": re.findall(r"started from `([^`#]+)", section),
@@ -219,7 +221,8 @@ def _section(
 
 def _own_use(config: CheckpointConfig, name: str, modalities: Sequence[str]) -> list[str]:
     needs = " ".join(f'"{r["distribution"]}{r["specifier"]}"' for r in config.requires)
-    options = " ".join(f"--{m} {'TEXT' if m == 'text' else 'FILE'}" for m in modalities)
+    flags = {"text": "--text TEXT", "image": "--image FILE", "audio": "--audio FILE"}
+    options = " ".join(flags.get(m, f"--input {m}=VALUE") for m in modalities)
     lines = ["```sh", f"pip install {needs}", f"mmhub predict {name} {options}", "```", ""]
     if len(modalities) > 1:
         lines += ["Any subset of the inputs works; what is missing is left out of the command.", ""]
@@ -255,7 +258,9 @@ def _training(facts: Mapping[str, Any]) -> list[str]:
         return [*origins, "Not trained by mmhub." if origins else "Not recorded."]
     data = facts.get("data", {}).get("train", {})
     source = ", ".join(f"`{file['name']}` ({file['sha256'][:12]})" for file in data.get("files", []))
-    if data.get("id"):
+    if data.get("readers"):
+        source = f"{source or '`' + data['id'] + '`'} (read by {', '.join(data['readers'])})"
+    elif data.get("id"):
         source = f"`{data['id']}` ({str(data.get('revision', '?'))[:12]})"
     what = f"{data.get('rows', '?')} rows of {source or 'unrecorded data'}"
     how = f"seed {facts.get('seed', '?')}, in {facts.get('seconds', '?')} s on {facts.get('hardware', '?')}"

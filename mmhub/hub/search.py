@@ -121,7 +121,7 @@ def _fits(hit: Hit, wanted: Wanted) -> bool:
     task, license, plugin = wanted.task.lower(), wanted.license.lower(), wanted.plugin.lower().replace("_", "-")
     return (
         (not task or task in {hit.task.lower(), *(tag.lower() for tag in hit.tags)})
-        and set(wanted.modalities) <= set(hit.modalities)
+        and set(wanted.modalities) <= {*hit.modalities, *hit.tags}  # a plugin's own modality is a tag like any other
         and (not license or license == hit.license.lower())
         and (not plugin or plugin in {distribution(one) for one in hit.requires})
     )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeAlias, TypeVar, dataclass_transform
 
 import msgspec
 
 from mmhub.errors import UsageError, did_you_mean
 
 T = TypeVar("T")
+
+Width: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]  # for fields of a Config: a number of features, heads, layers
+Rate: TypeAlias = Annotated[float, msgspec.Meta(ge=0, lt=1)]  # a share that is dropped
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

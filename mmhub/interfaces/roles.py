@@ -59,6 +59,10 @@ class Processor(ABC):
         """Join at least one item into (data, mask); right-pads the first dimension. Override for fixed-size items."""
         return pad_sequences(items)
 
+    def is_item(self, raw: Sequence[Any]) -> bool:
+        """Say whether a list or tuple is one raw input. Override where it may be; else it holds several items."""
+        return False
+
     def fit(self, raws: Iterable[Any]) -> None:  # noqa: B027 - optional, unlike the abstract methods
         """Learn state such as a vocabulary from training inputs. Called once, and only if `needs_fit` is set."""
 
@@ -84,7 +88,7 @@ class Processor(ABC):
         rows: list[int] = []
         for row, value in enumerate(raw):
             rng = torch.Generator().manual_seed(seeds[row]) if seeds is not None and self.augments else None
-            for item in _as_items(value):
+            for item in self._items(value):
                 try:
                     read.append(self.read(item, policy, rng))
                 except InputError as error:
@@ -97,11 +101,10 @@ class Processor(ABC):
             data, mask = torch.zeros(0), torch.zeros(0, 0, dtype=torch.bool)
         return Items(data=data, mask=mask, rows=torch.tensor(rows, dtype=torch.long), batch=len(raw))
 
-
-def _as_items(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    def _items(self, value: Any) -> list[Any]:
+        if value is None or (isinstance(value, (list, tuple)) and not value):
+            return []
+        return list(value) if isinstance(value, (list, tuple)) and not self.is_item(value) else [value]
 
 
 class Encoder(nn.Module, ABC):

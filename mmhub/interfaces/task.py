@@ -25,7 +25,10 @@ class Task:
 
     def pipeline_tag(self, modalities: tuple[str, ...]) -> str:
         """Return the Hub's name for this task on these modalities, '' if it has none."""
-        return self.tags.get(modalities[0] if len(modalities) == 1 else "", self.tags.get("", ""))
+        several = self.tags.get("", "")
+        if len(modalities) != 1:
+            return several
+        return self.tags.get(modalities[0], "" if several == "any-to-any" else several)  # a plugin's own modality
 
 
 _CLASSIFY = {"text": "text-classification", "image": "image-classification", "audio": "audio-classification"}

@@ -1,0 +1,1 @@
+"""Time series for mmhub. What the package offers is listed in `mmhub.toml`; nothing is imported from here."""
