@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmhub.discovery import cause
 from mmhub.errors import InputError, PluginError
-from mmhub.plugins import Plugin, hook_items
+from mmhub.plugins import Plugin, get_index, hook_items
 
 if TYPE_CHECKING:
     from mmhub.spec import Guard
@@ -16,21 +16,29 @@ Sample = Mapping[str, Any]
 Answer = dict[str, Any]
 
 
+HOOK = "mmhub_generation_guards"
+
+
 class Guards:
     """The guards of one model, in the order of their plugins' names.
 
     Raises:
-        PluginError: a plugin with guards fails, or gives something else than guards.
+        PluginError: a plugin with guards fails, cannot be used, or gives something else than guards.
     """
 
     def __init__(self, model: Any) -> None:
-        self._guards: list[tuple[Plugin, Guard]] = hook_items("mmhub_generation_guards", required=True, model=model)
+        for plugin in get_index().plugins:
+            if HOOK in plugin.hooks and plugin.status in ("broken", "incompatible"):
+                raise PluginError(
+                    f"the guard in plugin {plugin} cannot be used: {plugin.problem}", _switch_off(plugin.distribution)
+                )
+        self._guards: list[tuple[Plugin, Guard]] = hook_items(HOOK, required=True, model=model)
         for plugin, guard in self._guards:
             lacking = [name for name in ("name", "check", "review") if not hasattr(guard, name)]
             if lacking:
                 raise PluginError(
                     f"plugin {plugin} gives a guard without {lacking[0]!r}: a {type(guard).__name__}",
-                    f"switch it off: MMHUB_DISABLE_PLUGINS={plugin.distribution}",
+                    _switch_off(plugin.distribution),
                 )
 
     def __bool__(self) -> bool:
@@ -70,6 +78,10 @@ class Guards:
             except Exception as error:
                 return _refused(f"the guard failed: {cause(error)}", plugin, guard)
         return answer
+
+
+def _switch_off(distribution: str) -> str:
+    return f"repair it, or switch it off: MMHUB_DISABLE_PLUGINS={distribution}"
 
 
 def _refused(reason: str, plugin: Plugin, guard: Guard) -> Answer:

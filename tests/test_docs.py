@@ -77,9 +77,12 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT 
 DOCUMENTS += sorted(ROOT.glob("plugins/*/README.md"))
 
 
+SHELLS = ("", "sh", "bash")
+
+
 def commands(path: Path) -> list[list[str]]:
     """The `mmhub` command lines in a document's shell blocks, as a shell would split them."""
-    blocks = re.findall(r"```(?:sh|bash)?\n(.*?)```", path.read_text(), re.DOTALL)
+    blocks = [body for kind, body in re.findall(r"```(\w*)\n(.*?)```", path.read_text(), re.DOTALL) if kind in SHELLS]
     lines = (line for block in blocks for line in block.replace("\\\n", " ").splitlines())
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("mmhub ")]
 

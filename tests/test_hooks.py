@@ -249,6 +249,13 @@ def test_a_guard_that_cannot_be_had_stops_predict_instead_of_letting_everything_
         fake_model().predict([{"numbers": "1"}])
 
 
+def test_a_guard_whose_plugin_does_not_fit_this_mmhub_stops_predict(site: Site) -> None:
+    old = MANIFEST.replace("{hook}", "mmhub_generation_guards") + 'requires_mmhub = "<0.0.1"\n'
+    site.install("mmhub-fake-hook", old, parts=GUARD)
+    with pytest.raises(PluginError, match=r"the guard in plugin mmhub-fake-hook 0\.1\.0 cannot be used: it needs mmhub"):
+        fake_model().predict([{"numbers": "1"}])
+
+
 def test_without_guards_predict_is_as_before_and_a_disabled_guard_is_off(site: Site, monkeypatch: Any) -> None:
     install(site, "mmhub_generation_guards", GUARD)
     monkeypatch.setenv("MMHUB_DISABLE_PLUGINS", "mmhub-fake-hook")
