@@ -252,7 +252,7 @@ def test_a_guard_that_cannot_be_had_stops_predict_instead_of_letting_everything_
 def test_a_guard_whose_plugin_does_not_fit_this_mmhub_stops_predict(site: Site) -> None:
     old = MANIFEST.replace("{hook}", "mmhub_generation_guards") + 'requires_mmhub = "<0.0.1"\n'
     site.install("mmhub-fake-hook", old, parts=GUARD)
-    with pytest.raises(PluginError, match=r"the guard in plugin mmhub-fake-hook 0\.1\.0 cannot be used: it needs mmhub"):
+    with pytest.raises(PluginError, match=r"guard in plugin mmhub-fake-hook 0\.1\.0 cannot be used: it needs mmhub"):
         fake_model().predict([{"numbers": "1"}])
 
 
