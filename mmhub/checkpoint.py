@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -27,6 +28,7 @@ from mmhub.hashes import Facts, remember, sha256_of
 from mmhub.interfaces import Encoder, decode_config, encode_config, find_task
 from mmhub.model import Columns, Model
 from mmhub.plugins import Component, explain_unmet, get_index, unmet_requirements
+from mmhub.records import cause
 from mmhub.registry import find_component
 from mmhub.weights import (
     Stored,
@@ -453,10 +455,27 @@ def _decode(component: Component, cls: Any, record: ComponentRecord) -> Any:
             f"{component.id} {component.version} reads configurations up to schema {known}, not {record.schema}",
             f"upgrade it: pip install -U {component.distribution}",
         )
-    table = record.config
-    if record.schema < known and hasattr(cls, "migrate"):
-        table = cls.migrate(table, record.schema)
+    if record.schema < known:
+        return _migrated(component, cls, record)
     try:
-        return decode_config(cls.Config, table, f"config.json: {component.id}")
+        return decode_config(cls.Config, record.config, f"config.json: {component.id}")
     except UsageError as error:
         raise TrustError(error.message, error.hint) from None
+
+
+def _migrated(component: Component, cls: Any, record: ComponentRecord) -> Any:
+    """Bring a configuration of an older schema up to date by the component's own `migrate`.
+
+    Raises:
+        PluginError: it has none, or it fails, or what it returns is no configuration of today's.
+    """
+    newest, name = component.spec.schema, f"{component.id} {component.version}"
+    hint = f"install the version of {component.distribution} that saved it, and tell the plugin's authors"
+    if not hasattr(cls, "migrate"):
+        raise PluginError(f"{name} reads schema {newest} alone, and this was saved with schema {record.schema}", hint)
+    try:
+        return decode_config(cls.Config, cls.migrate(copy.deepcopy(record.config), record.schema), "its result")
+    except Exception as error:
+        raise PluginError(
+            f"{name} fails to bring a configuration from schema {record.schema} to {newest}: {cause(error)}", hint
+        ) from error

@@ -28,6 +28,7 @@ from mmhub.hashes import facts_of, remember
 
 SINGLE_FILE_BYTES = 64 * 2**20  # larger models are split by component, so that parts can be fetched alone
 SHARD_BYTES = 5 * 10**9
+ALIGNMENT = 64  # bytes, as torch's own memory
 
 # -- writing ----------------------------------------------------------------------------------------------------
 
@@ -52,16 +53,11 @@ def state_of(parts: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[st
 
 def write_weights(state: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
     """Write tensors named `role.name`; return the weights entry (file or index) of each role."""
-    from safetensors.torch import save_file
-
     total = sum(t.nbytes for t in state.values())
     _check_space(folder, total)
     shards = _shards(state)
     for file, names in shards.items():
-        (folder / file).touch()
-        mode = (folder / file).stat().st_mode & 0o777  # what the umask gives; the library's own files are 0600
-        save_file({name: state[name] for name in names}, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(mode)
+        _write_aligned({name: state[name] for name in names}, folder / file)
     roles = {name.split(".", 1)[0] for name in state}
     if set(shards) == {"model.safetensors"}:
         return dict.fromkeys(roles, "model.safetensors")
@@ -69,6 +65,29 @@ def write_weights(state: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return dict.fromkeys(roles, "model.safetensors.index.json")
+
+
+def _write_aligned(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file whose tensors can be mapped at multiples of 64 bytes.
+
+    A matrix product may round its last bit by where in memory the weights stand, and a loaded model must answer as the
+    saved one. The format has no gaps between tensors, so those whose size is no multiple come last, and are copied
+    when they are read. The library's own writer aligns to 8 bytes.
+    """
+    names = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT > 0, -tensors[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        kind = _NAMES[tensors[name].dtype]
+        header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            if tensors[name].nbytes:
+                file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -409,7 +428,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise TrustError(f"'{path}' is damaged: {error}", "fetch the checkpoint again") from None
 
 
-# The usual ones; safetensors itself reads all others.
+# The usual ones, which are mapped; safetensors itself reads all others.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -420,6 +439,17 @@ _DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()} | {
+    torch.bool: "BOOL",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }
 
 
@@ -432,7 +462,9 @@ def _view(mapped: mmap.mmap, start: int, entry: Mapping[str, Any]) -> Tensor | N
     count = (end - begin) // dtype.itemsize
     if not count or (start + begin) % dtype.itemsize:
         return None
-    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin).view(entry["shape"])
+    view = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin).view(entry["shape"])
+    ours = start % ALIGNMENT == 0  # other libraries' weights stand anywhere, and copying all of them would take long
+    return view.clone() if ours and begin % ALIGNMENT else view
 
 
 def check_header(path: Path) -> None:

@@ -34,7 +34,16 @@ from mmhub.errors import ExitCode, MmhubError, NotFoundError, PluginError, Trust
 from mmhub.files import sha256, write_file
 from mmhub.fusion.streams import Streams
 from mmhub.model import Columns, Model
-from mmhub.weights import Stored, check_header, copy_parameters, fill, meta_parameters, read_tensors, write_weights
+from mmhub.weights import (
+    ALIGNMENT,
+    Stored,
+    check_header,
+    copy_parameters,
+    fill,
+    meta_parameters,
+    read_tensors,
+    write_weights,
+)
 from tests.conftest import flac, png, three_modalities
 from tests.fake_parts import Numbers, Scores, Sensitive, component, fake_model
 
@@ -117,6 +126,20 @@ def test_a_loaded_model_is_bit_exact(model: Model, saved: Path) -> None:
     assert (found.name, found.columns, found.task) == ("org/thing", model.columns, model.task)
     assert found.sources == model.sources
     assert not any(tensor.is_meta for tensor in (*found.parameters(), *found.buffers()))
+
+
+def test_weights_stand_where_matrix_products_round_as_before(tmp_path: Path) -> None:
+    kinds = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+    state = {f"decoder.{i}": torch.arange(3 * (i + 5)).to(kinds[i % len(kinds)]) for i in range(40)}
+    state |= {"decoder.empty": torch.zeros(0, 3), "decoder.one": torch.tensor(2.5), "decoder.big": torch.ones(64, 64)}
+    write_weights(state, tmp_path)
+    found = dict(read_tensors(tmp_path / "model.safetensors"))
+    mapped = [tensor for tensor in found.values() if tensor.nbytes and tensor.dtype != torch.bool]
+    assert all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in mapped)
+    theirs = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == theirs.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) and found[name].dtype == state[name].dtype for name in state)
+    assert all(torch.equal(theirs[name], state[name]) for name in state)
 
 
 def test_a_loaded_model_can_be_saved_again_over_its_own_files(saved: Path) -> None:
@@ -732,7 +755,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_leaves_nothing_behind(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    target = {"safetensors": "safetensors.torch.save_file", "config": "mmhub.checkpoint.write_file"}
+    target = {"safetensors": "mmhub.weights._write_aligned", "config": "mmhub.checkpoint.write_file"}
     monkeypatch.setattr(target.get(where, "mmhub.files.sync"), full)
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     with pytest.raises(MmhubError, match=r"cannot write the checkpoint to '.*model': no space left on the device"):
@@ -835,7 +858,8 @@ def test_a_kill_at_any_moment_leaves_an_old_or_a_new_checkpoint(tmp_path: Path) 
         for _ in range(3 + round_):
             last = int(process.stdout.readline())
         process.kill()
-        rest = process.communicate()[0].split()
+        rest = process.stdout.read().split()  # `communicate` would lose what is buffered here
+        process.communicate()
         last = int(rest[-1]) if rest else last
         (found,) = {(target / name).read_text() for name in "abc"}
         assert int(found) in (last, last + 1)

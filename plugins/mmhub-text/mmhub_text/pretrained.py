@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -16,6 +17,7 @@ from mmhub.interfaces import ComponentConfig, Encoder
 from mmhub_text.embedding import vocabulary
 from mmhub_text.library import (
     DEFAULT_LENGTH,
+    FULL_PRECISION,
     PADDING_INVARIANT,
     build_model,
     complete_table,
@@ -77,6 +79,7 @@ class Transformers(Encoder):
         self.dim = int(described.hidden_size)
         self.pooled_dim = self.dim if pooling == "cls" else None
         self.pad_id = processor.pad_id if described.pad_token_id is None else int(described.pad_token_id)
+        self.full_precision = described.model_type in FULL_PRECISION
         self.model = build_model(described)
 
     @classmethod
@@ -110,7 +113,8 @@ class Transformers(Encoder):
     def forward(self, data: Tensor, mask: Tensor) -> Features:
         """Encode ids (N, S) to tokens (N, S, D)[, pooled (N, D)]."""
         ids = data.masked_fill(~mask, self.pad_id)  # RoBERTa counts positions by where the padding id is not
-        states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        with torch.autocast(ids.device.type, enabled=False) if self.full_precision else nullcontext():
+            states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         tokens = states * mask.unsqueeze(-1).to(states.dtype)
         return Features(tokens=tokens, mask=mask, pooled=tokens[:, 0] if self.pooled_dim else None)
 

@@ -1,0 +1,377 @@
+"""What is checked, made runnable: a component built from its example, tiny inputs for it, and a model around it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmhub.batch import Bundle, Features
+from mmhub.fusion.streams import Streams
+from mmhub.interfaces import TASKS, Policy, Stream, decode_config
+from mmhub.model import Model
+from mmhub.plugins import Component, get_index
+from mmhub.testing.catalogue import Check, role_of
+from mmhub.testing.contract import ContractError, NotApplicableError, expect
+from mmhub.testing.samples import built_in
+from mmhub.testing.standins import (
+    make_stand_in,
+    map_features,
+    random_features,
+    stand_in_component,
+    stand_ins_installed,
+)
+from mmhub.testing.toys import TOYS, Toy
+
+Outputs = dict[str, Tensor]
+WIDTH = 16  # of the streams a decoder is given
+STREAMS = {"text": Stream(12), "image": Stream(10, pooled=8), "audio": Stream(6, pooled=6)}
+
+
+class Subject(ABC):
+    """One component. `build` makes a fresh one; `run` gives its outputs by name for the inputs of `inputs`."""
+
+    def __init__(self, check: Check) -> None:
+        assert isinstance(check.target, Component)
+        self.component = check.target
+        self.samples = check.samples
+        self.cls: Any = self.component.load()
+
+    def config(self) -> Any:
+        """The configuration of the manifest's `example`."""
+        return decode_config(self.cls.Config, self.component.spec.example, f"the example of {self.component.id}")
+
+    def complete(self) -> Any:
+        """The example configuration with what is learned from data."""
+        return self.config()
+
+    @abstractmethod
+    def build(self, config: Any = None) -> nn.Module:
+        """Build with fresh weights, in training mode."""
+
+    def part(self, seed: int = 0) -> Any:
+        """Build in evaluation mode, or end the check: that it cannot be built is another check's finding."""
+        torch.manual_seed(seed)
+        try:
+            return self.build().eval()
+        except Exception as error:
+            raise NotApplicableError(f"it cannot be built: {error} (check builds)") from error
+
+    def perturbed(self) -> Any:
+        """Build in evaluation mode, every parameter a little off what it starts with."""
+        module = self.part()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter += 0.01 * torch.randn_like(parameter)
+        return module
+
+    @abstractmethod
+    def inputs(self) -> Any:
+        """Return small inputs for `run`, the same each time."""
+
+    @abstractmethod
+    def run(self, module: Any, inputs: Any) -> Outputs:
+        """Run a part built here."""
+
+    @abstractmethod
+    def cast(self, inputs: Any, dtype: torch.dtype) -> Any:
+        """Inputs with floating-point tensors in another precision."""
+
+    @abstractmethod
+    def single(self, inputs: Any) -> Any:
+        """The first row of `inputs` alone."""
+
+    @abstractmethod
+    def tensors(self, inputs: Any) -> dict[str, Tensor]:
+        """The tensors inside `inputs`."""
+
+    @abstractmethod
+    def model(self, module: Any) -> Model:
+        """Put a part into a model with stand-ins around it."""
+
+    def loss(self, outputs: Outputs) -> Tensor:
+        """A number that depends on every output: the part's own loss, or a random sum."""
+        if "loss" in outputs:
+            return outputs["loss"]
+        draw = torch.Generator().manual_seed(7)
+        floats = [t for t in outputs.values() if t.is_floating_point()]
+        return torch.stack([(t * torch.randn(t.shape, generator=draw).to(t)).sum() for t in floats]).sum()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Let a model of `model` be saved and loaded inside the block."""
+        with stand_ins_installed(self.stand_ins()):
+            yield
+
+    def stand_ins(self) -> Sequence[str]:
+        return ()
+
+
+class EncoderSubject(Subject):
+    """An encoder with the processor it makes, fitted to the samples where that is needed."""
+
+    @property
+    def modality(self) -> str:
+        return self.component.spec.kind.removesuffix("_encoder")
+
+    def raws(self) -> Sequence[Any]:
+        """Raw inputs of different lengths: the author's, the encoder's own, or the kit's."""
+        found = list(self.samples.get(self.modality) or self.cls.examples() or built_in(self.modality))
+        if len(found) < 2:
+            raise ContractError(
+                f"the kit has {len(found)} raw inputs of the modality {self.modality!r}; expected at least two of"
+                " different lengths from Encoder.examples() or samples= [DESIGN 3: Encoder]"
+            )
+        return found
+
+    def complete(self) -> Any:
+        self.raws()  # without them, nothing can be checked
+        return self.config()
+
+    def processor(self, config: Any = None) -> Any:
+        """Make a processor, fitted if it needs that."""
+        processor = self.cls.make_processor(self.config() if config is None else config)
+        if processor.needs_fit:
+            processor.fit(self.raws())
+        return processor
+
+    def build(self, config: Any = None) -> nn.Module:
+        config = self.config() if config is None else config
+        encoder: nn.Module = self.cls(config, self.processor(config))
+        return encoder
+
+    def items(self, processor: Any = None) -> list[Tensor]:
+        """What the processor reads from the raw inputs."""
+        processor = processor or self.processor()
+        return [processor.read(raw, Policy()) for raw in self.raws()]
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        processor = self.processor()
+        data, mask = processor.pack(self.items(processor))
+        return data, mask
+
+    def run(self, module: Any, inputs: tuple[Tensor, Tensor]) -> Outputs:
+        return flatten(module(*inputs))
+
+    def cast(self, inputs: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return cast_tensor(inputs[0], dtype), inputs[1]
+
+    def single(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return inputs[0][:1], inputs[1][:1]
+
+    def tensors(self, inputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return {"data": inputs[0], "mask": inputs[1]}
+
+    def model(self, module: Any) -> Model:
+        decoder = core("decoder", "embedding")
+        fusion = Streams(Streams.Config(), {self.modality: module.stream})
+        cls: Any = decoder.load()
+        sources = {f"{self.modality}_encoder": self.component, "fusion": core("fusion", "streams"), "decoder": decoder}
+        made = cls(cls.Config(), fusion.outputs)
+        return Model(TASKS["embedding"], {self.modality: module}, fusion, made, sources).eval()
+
+
+class FusionSubject(Subject):
+    """A fusion of two or three modalities of different widths, with and without a summary of their own."""
+
+    def __init__(self, check: Check, names: Sequence[str] = ("text", "image", "audio")) -> None:
+        super().__init__(check)
+        wanted = self.component.spec.modalities
+        self.names = tuple(name for name in names if name in wanted) if wanted else tuple(names)
+        self.streams = {name: STREAMS.get(name, Stream(9)) for name in self.names}
+
+    def build(self, config: Any = None) -> nn.Module:
+        fusion: nn.Module = self.cls(self.config() if config is None else config, self.streams)
+        return fusion
+
+    def lengths(self, rows: int = 5) -> dict[str, list[int]]:
+        """Tokens of each modality in each row. Row 0 has all, the last one nothing, the others lack one each."""
+        return {
+            name: [0 if row == rows - 1 or row == place + 1 else 2 + (row + place) % 3 for row in range(rows)]
+            for place, name in enumerate(self.names)
+        }
+
+    def inputs(self) -> Bundle:
+        lengths = self.lengths()
+        return {
+            name: random_features(stream, lengths[name], seed)
+            for seed, (name, stream) in enumerate(self.streams.items())
+        }
+
+    def run(self, module: Any, inputs: Bundle) -> Outputs:
+        bundle = module(inputs)
+        missing = [name for name in module.outputs if name not in bundle]
+        expect(not missing, f"the bundle lacks {missing}", "every stream of `outputs`", "DESIGN 3: Fusion")
+        return {f"{name}.{key}": tensor for name in module.outputs for key, tensor in flatten(bundle[name]).items()}
+
+    def cast(self, inputs: Bundle, dtype: torch.dtype) -> Bundle:
+        return {name: map_features(f, lambda t: cast_tensor(t, dtype)) for name, f in inputs.items()}
+
+    def single(self, inputs: Bundle) -> Bundle:
+        return {name: map_features(features, lambda t: t[:1]) for name, features in inputs.items()}
+
+    def tensors(self, inputs: Bundle) -> dict[str, Tensor]:
+        return bundle_tensors(inputs)
+
+    def stand_ins(self) -> Sequence[str]:
+        return self.names
+
+    def model(self, module: Any) -> Model:
+        return _model_around(self.streams, module, self.component, None, None)
+
+
+class DecoderSubject(Subject):
+    """A decoder of the streams it needs, or of a single one, with toy targets of the first task it serves."""
+
+    def __init__(self, check: Check) -> None:
+        super().__init__(check)
+        self.streams = {name: Stream(WIDTH) for name in self.cls.needs or ("text",)}
+
+    @property
+    def task(self) -> str:
+        return str(self.cls.tasks[0])
+
+    def toy(self, task: str | None = None) -> Toy | None:
+        return TOYS.get(task or self.task)
+
+    def known_toy(self, task: str | None = None) -> Toy:
+        """Return the toy problem of a task, or end the check."""
+        toy = self.toy(task)
+        if toy is None:
+            raise NotApplicableError(f"the kit has no toy problem for the task {task or self.task!r}")
+        return toy
+
+    def targets(self, toy: Toy, rows: int = 8) -> list[Any]:
+        """One raw target a row, of two kinds in turn."""
+        pair = toy.targets(getattr(self.config(), "labels", ()))
+        return [pair[row % 2] for row in range(rows)]
+
+    def fitted(self, toy: Toy | None) -> Any:
+        """The example configuration, completed by the toy targets."""
+        return self.config() if toy is None else self.cls.fit(self.config(), self.targets(toy))
+
+    def complete(self) -> Any:
+        return self.fitted(self.toy())
+
+    def build(self, config: Any = None) -> nn.Module:
+        config = self.complete() if config is None else config
+        decoder: nn.Module = self.cls(config, self.streams)
+        return decoder
+
+    def bundle(self, rows: int = 8, streams: Mapping[str, Stream] | None = None) -> Bundle:
+        """Features of which rows of one kind of target have something in common."""
+        bundle = {}
+        for seed, (name, stream) in enumerate((streams or self.streams).items()):
+            features = random_features(stream, [2 + row % 3 for row in range(rows)], seed)
+            kind = 2.0 * (torch.arange(rows) % 2)[:, None] - 1
+            features.tokens += kind[..., None] * features.mask[..., None]
+            if features.pooled is not None:
+                features.pooled += kind
+            bundle[name] = features
+        return bundle
+
+    def inputs(self) -> tuple[Bundle, Any]:
+        toy = self.toy()
+        if toy is None:
+            return self.bundle(), None
+        return self.bundle(), self.build().encode_targets(self.targets(toy))  # type: ignore[operator]
+
+    def run(self, module: Any, inputs: tuple[Bundle, Any]) -> Outputs:
+        output = module(*inputs)
+        outputs = {"logits": output.logits}
+        return outputs if output.loss is None else outputs | {"loss": output.loss}
+
+    def cast(self, inputs: tuple[Bundle, Any], dtype: torch.dtype) -> tuple[Bundle, Any]:
+        return {n: map_features(f, lambda t: cast_tensor(t, dtype)) for n, f in inputs[0].items()}, inputs[1]
+
+    def single(self, inputs: tuple[Bundle, Any]) -> tuple[Bundle, Any]:
+        bundle = {name: map_features(features, lambda t: t[:1]) for name, features in inputs[0].items()}
+        return bundle, inputs[1][:1] if isinstance(inputs[1], (Tensor, list)) else None
+
+    def tensors(self, inputs: tuple[Bundle, Any]) -> dict[str, Tensor]:
+        targets = {"targets": inputs[1]} if isinstance(inputs[1], Tensor) else {}
+        return bundle_tensors(inputs[0]) | targets
+
+    def stand_ins(self) -> Sequence[str]:
+        return tuple(self.streams)
+
+    def model(self, module: Any) -> Model:
+        return _model_around(self.streams, None, None, module, self.component, self.task)
+
+
+def subject_of(check: Check) -> Any:
+    """Return the subject of a check of a component."""
+    assert isinstance(check.target, Component)
+    kinds: dict[str, type[Subject]] = {"encoder": EncoderSubject, "fusion": FusionSubject, "decoder": DecoderSubject}
+    role = role_of(check.target)
+    if role not in kinds:
+        raise ContractError(
+            f"the kind is {check.target.spec.kind!r}; expected fusion, decoder or MODALITY_encoder [DESIGN 4: manifest]"
+        )
+    try:
+        return kinds[role](check)
+    except Exception as error:
+        if check.id.endswith("/builds"):
+            raise
+        raise NotApplicableError(f"it cannot be imported: {error} (check builds)") from error
+
+
+def core(kind: str, name: str) -> Component:
+    return get_index().find(kind, f"mmhub/{name}")
+
+
+def flatten(features: Features) -> Outputs:
+    """The tensors of features by name."""
+    outputs = {"tokens": features.tokens, "mask": features.mask}
+    return outputs if features.pooled is None else outputs | {"pooled": features.pooled}
+
+
+def bundle_tensors(bundle: Bundle) -> dict[str, Tensor]:
+    return {f"{name}.{key}": tensor for name, features in bundle.items() for key, tensor in flatten(features).items()}
+
+
+def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def difference(one: Outputs, other: Outputs, tolerance: float = 1e-5) -> str:
+    """Say how two sets of outputs differ, '' if they agree; `tolerance` is relative to the largest value or 1."""
+    if one.keys() != other.keys():
+        return f"{sorted(one)} against {sorted(other)}"
+    for name, a in one.items():
+        b = other[name]
+        if a.shape != b.shape:
+            return f"{name} {tuple(a.shape)} against {tuple(b.shape)}"
+        if not a.numel():
+            continue
+        if not a.is_floating_point():
+            if not torch.equal(a, b):
+                return f"{name} has other values"
+            continue
+        gap = (a.double() - b.double()).abs().max().item()
+        if not gap <= tolerance * max(1.0, b.double().abs().max().item()):  # NaN is a difference, too
+            return f"{name} is off by {gap:.3g}"
+    return ""
+
+
+def _model_around(
+    streams: Mapping[str, Stream],
+    fusion: Any,
+    fusion_source: Component | None,
+    decoder: Any,
+    decoder_source: Component | None,
+    task: str = "embedding",
+) -> Model:
+    encoders = {name: make_stand_in(stream) for name, stream in streams.items()}
+    sources = {f"{name}_encoder": stand_in_component(name) for name in streams}
+    sources["fusion"] = fusion_source or core("fusion", "streams")
+    fusion = Streams(Streams.Config(), streams) if fusion is None else fusion
+    sources["decoder"] = decoder_source or core("decoder", "embedding")
+    if decoder is None:
+        cls: Any = sources["decoder"].load()
+        decoder = cls(cls.Config(), fusion.outputs)
+    return Model(TASKS[task], encoders, fusion, decoder, sources).eval()

@@ -1,0 +1,79 @@
+"""Toy targets of the tasks: what to learn, what must be refused, and what an answer looks like (DESIGN 8)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmhub.testing.contract import expect
+
+RULE = "DESIGN 8: what predict answers"
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Targets of two kinds, given the decoder's labels if its configuration has them, and their opposite.
+
+    Attributes:
+        targets: labels -> two targets. refused: targets that `encode_targets` must not take. key: what an answer calls
+        the thing that was asked. check: raises ContractError for a malformed answer.
+    """
+
+    targets: Callable[[Sequence[str]], Sequence[Any]]
+    refused: Sequence[Any]
+    key: str
+    check: Callable[[Mapping[str, Any]], None]
+
+
+def _labels(known: Sequence[str]) -> Sequence[Any]:
+    return [known[0], known[1]] if len(known) > 1 else ["no", "yes"]
+
+
+def _label_lists(known: Sequence[str]) -> Sequence[Any]:
+    first, second = _labels(known)
+    return [[first], [first, second]]
+
+
+def _check_label(answer: Mapping[str, Any]) -> None:
+    _check_keys(answer, {"label": str, "score": float}, {"scores": dict})
+    if "scores" in answer:
+        scores = answer["scores"]
+        total = math.fsum(scores.values())
+        expect(abs(total - 1) < 1e-3, f"the scores sum to {total:.4g}", "probabilities that sum to 1", RULE)
+        best = max(scores, key=scores.__getitem__)
+        expect(
+            scores.get(answer["label"]) == scores[best],
+            f"the label is {answer['label']!r}",
+            f"the best, {best!r}",
+            RULE,
+        )
+    expect(0 <= answer["score"] <= 1, f"score is {answer['score']}", "a probability", RULE)
+
+
+def _check_labels(answer: Mapping[str, Any]) -> None:
+    _check_keys(answer, {"labels": list}, {"scores": dict})
+    for name, score in answer.get("scores", {}).items():
+        expect(0 <= score <= 1, f"the score of {name!r} is {score}", "a probability", RULE)
+
+
+def _check_value(answer: Mapping[str, Any]) -> None:
+    _check_keys(answer, {"value": float}, {})
+
+
+def _check_keys(answer: Mapping[str, Any], needed: Mapping[str, type], optional: Mapping[str, type]) -> None:
+    for key, kind in needed.items():
+        expect(key in answer, f"an answer has the keys {sorted(answer)}", f"the key {key!r}", RULE)
+        found = type(answer[key]).__name__
+        expect(isinstance(answer[key], kind), f"{key!r} is a {found}", f"a {kind.__name__}", RULE)
+    for key, kind in optional.items():
+        found = type(answer.get(key)).__name__
+        expect(isinstance(answer.get(key, kind()), kind), f"{key!r} is a {found}", f"a {kind.__name__}", RULE)
+
+
+TOYS = {
+    "classification": Toy(_labels, (None, "never seen before"), "label", _check_label),
+    "multilabel": Toy(_label_lists, (None, ["never seen before"]), "labels", _check_labels),
+    "regression": Toy(lambda known: [-1.0, 1.0], (None, "no number"), "value", _check_value),
+}
