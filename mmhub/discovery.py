@@ -12,22 +12,7 @@ import sys
 
 from mmhub import __version__
 from mmhub.errors import PluginError
-from mmhub.records import CORE, Record, Watched, canonical, cause, check_keys, decode_record
-
-__all__ = [
-    "CORE",
-    "Record",
-    "cache_folder",
-    "canonical",
-    "cause",
-    "check_keys",
-    "command_table",
-    "decode_record",
-    "find_plugins",
-    "has_changed",
-    "problem_lines",
-    "strict",
-]
+from mmhub.records import CORE, Record, Watched, canonical
 
 _FORMAT = 2
 _found: list[Record] | None = None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mmhub.discovery import cause
 from mmhub.errors import InputError, PluginError
 from mmhub.plugins import Plugin, get_index, hook_items
+from mmhub.records import cause
 
 if TYPE_CHECKING:
     from mmhub.spec import Guard

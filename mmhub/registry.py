@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from mmhub.discovery import canonical, check_keys, decode_record
 from mmhub.errors import TrustError, UsageError
 from mmhub.plugins import Component, get_index
+from mmhub.records import canonical, check_keys, decode_record
 from mmhub.spec import ModelSpec
 
 SCHEMA = 1

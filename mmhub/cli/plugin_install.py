@@ -154,8 +154,8 @@ def rollback(dry_run: bool, yes: bool, as_json: bool, quiet: bool) -> None:
 
 
 def _restore_lock(path: Path, allowed: Sequence[str], dry: bool, yes: bool, as_json: bool, quiet: bool) -> None:
-    from mmhub.discovery import canonical
     from mmhub.install.lock import plan_restore, read_lock
+    from mmhub.records import canonical
 
     with _environment("restore", dry, quiet):
         pins, protected = read_lock(path)

@@ -10,9 +10,9 @@ from typing import Any
 
 from mmhub.data.parts import Part, find_path, no_such_path, scheme_of, shown_name
 from mmhub.data.tables import open_objects
-from mmhub.discovery import cause
 from mmhub.errors import InputError, MmhubError, NotFoundError, PluginError, did_you_mean
 from mmhub.plugins import Plugin, hook_items, install_line
+from mmhub.records import cause
 from mmhub.registry import read_registries
 from mmhub.spec import DataRequest, DataSource
 

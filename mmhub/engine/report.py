@@ -13,9 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mmhub.discovery import cause
 from mmhub.files import write_file
 from mmhub.plugins import hook_items
+from mmhub.records import cause
 
 
 @dataclass(frozen=True)

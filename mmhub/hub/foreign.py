@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmhub.discovery import cause
 from mmhub.errors import MmhubError, PluginError, TrustError, UsageError
 from mmhub.hub.cache import as_table, read_json
 from mmhub.plugins import call_hook
+from mmhub.records import cause
 from mmhub.registry import find_component
 
 if TYPE_CHECKING:

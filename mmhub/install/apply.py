@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from mmhub.discovery import CORE
 from mmhub.errors import ExitCode, Interrupted, MmhubError, PluginError
 from mmhub.install import asked, journal
 from mmhub.install.environment import Installed, broken_by, installed
 from mmhub.install.journal import Transaction
 from mmhub.install.plan import Plan
 from mmhub.install.tools import Tool
+from mmhub.records import CORE
 
 _START = 300  # seconds for a fresh mmhub to list its plugins
 

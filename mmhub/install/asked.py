@@ -9,10 +9,10 @@ from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from mmhub.discovery import canonical
 from mmhub.errors import UsageError
 from mmhub.files import disk_errors, write_file
 from mmhub.install.environment import prefix
+from mmhub.records import canonical
 from mmhub.registry import config_folder
 
 FILE = "plugins.toml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
@@ -16,8 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmhub.discovery import CORE, canonical
 from mmhub.errors import MmhubError, UsageError
+from mmhub.files import disk_errors
+from mmhub.records import CORE, canonical
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -95,16 +97,29 @@ class Installed:
         Raises:
             MmhubError: it has no RECORD, so that nobody knows its files.
         """
-        rows = [row for row in csv.reader(self.read("RECORD").splitlines()) if row and row[0]]
-        if not rows or not self.info.is_dir():
+        if not self._rows:
             raise MmhubError(
                 f"{self} has no list of its files ({self.info / 'RECORD'})",
                 f"delete by hand: {' '.join(self._by_hand())}",
             )
-        listed = [os.path.normpath(self.info.parent / row[0]) for row in rows]
-        listed += [str(path) for path in self.info.rglob("*") if not path.is_dir() or path.is_symlink()]
-        root = str(prefix()) + os.sep  # a RECORD that points outside is not followed
-        return sorted({path[len(root) :] for path in listed if path.startswith(root) and os.path.lexists(path)})
+        listed = {os.path.normpath(self.info.parent / row) for row in self._rows}
+        listed |= {str(path) for path in self.info.rglob("*")}
+        places, root = Places(), str(prefix())
+        found = {where for path in listed if (where := places.of(path)) and not is_pythons_own(where)}
+        return sorted(where for where in found if is_file(os.path.join(root, where)))
+
+    @property
+    def claims(self) -> list[str]:
+        """Its `files`; none where nobody knows them."""
+        return self.files if self._rows else []
+
+    @cached_property
+    def _rows(self) -> list[str]:
+        try:
+            rows = [row[0] for row in csv.reader(self.read("RECORD").splitlines()) if row and row[0]]
+        except csv.Error:
+            return []
+        return rows if self.info.is_dir() else []
 
     def _by_hand(self) -> list[str]:
         tops = self.read("top_level.txt").split() or [self.name.replace("-", "_")]
@@ -118,27 +133,88 @@ def prefix() -> Path:
 
 
 def site_folders() -> list[Path]:
-    """Return the folders that packages of this environment lie in."""
-    return [Path(path) for path in dict.fromkeys(os.path.realpath(sysconfig.get_path(key)) for key in _SCHEMES)]
+    """Return the folders that packages of this environment lie in, as they are called; each once."""
+    found: dict[str, Path] = {}
+    for name in site_names():
+        found.setdefault(os.path.realpath(prefix() / name), prefix() / name)
+    return list(found.values())
 
 
-def site_names() -> set[str]:
-    """Return those folders relative to the environment; `lib64`, a link to `lib` in many, is named as it is called."""
-    return {os.path.relpath(sysconfig.get_path(key), sys.prefix) for key in _SCHEMES}
+def site_names() -> list[str]:
+    """Return those folders relative to the environment; `lib64`, a link to `lib` in many, is another name."""
+    return list(dict.fromkeys(os.path.relpath(sysconfig.get_path(key), sys.prefix) for key in ("purelib", "platlib")))
 
 
-_SCHEMES = ("purelib", "platlib")
+def is_file(path: str | Path) -> bool:
+    """Is there something other than a folder? A link is, wherever it leads."""
+    return os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path))
+
+
+class Places:
+    """Where paths lie in this environment: by its one name for each folder, although links may give it several."""
+
+    def __init__(self) -> None:
+        self._roots = [(os.path.realpath(site), os.path.relpath(site, prefix())) for site in site_folders()]
+        self._roots.append((str(prefix()), "."))
+        self._known: dict[str, str | None] = {}  # folder: its name
+
+    def inside(self, path: str | Path) -> str | None:
+        """Return the place of a path relative to the environment, None where it lies outside."""
+        folder, name = os.path.split(path)
+        if folder not in self._known:
+            self._known[folder] = self._name(os.path.realpath(folder))
+        home = self._known[folder]
+        return None if home is None else os.path.normpath(os.path.join(home, name))
+
+    def of(self, path: str) -> str | None:
+        """Return the same, and for what lies behind a link that leads outside, the place of that link."""
+        while (where := self.inside(path)) is None and path != os.path.dirname(path):
+            path = os.path.dirname(path)
+        return where
+
+    def _name(self, folder: str) -> str | None:
+        for root, name in self._roots:
+            if folder == root or folder.startswith(root + os.sep):
+                return os.path.normpath(os.path.join(name, folder[len(root) + 1 :]))
+        return None
+
+
+def is_pythons_own(place: str) -> bool:
+    """Is this a place of the interpreter, of conda, or of mmhub's records, that no package may list or bring?"""
+    folder, name = os.path.split(place)
+    if folder in ("bin", "Scripts") and _INTERPRETER.fullmatch(name):
+        return True
+    if place == "pyvenv.cfg" or place.startswith((f"share{os.sep}mmhub{os.sep}", f"conda-meta{os.sep}")):
+        return True
+    sites = [os.path.relpath(site, prefix()) for site in site_folders()]
+    beside = any(place.startswith(os.path.dirname(site) + os.sep) for site in sites)  # the standard library
+    return beside and not any(place.startswith(site + os.sep) for site in sites)
+
+
+_INTERPRETER = re.compile(r"python[\d.]*w?(\.exe)?|(de)?activate.*", re.IGNORECASE)
 
 
 def installed() -> dict[str, Installed]:
     """Return what is installed by name: this environment first, then what else Python sees (sys.path)."""
     found: dict[str, Installed] = {}
     own = site_folders()
-    others = [Path(entry) for entry in sys.path if entry and Path(os.path.realpath(entry)) not in own]
+    real = {os.path.realpath(folder) for folder in own}
+    others = [Path(entry) for entry in sys.path if entry and os.path.realpath(entry) not in real]
     for folder in (*own, *others):
         for one in read_folder(folder, own=folder in own):
             found.setdefault(one.name, one)
     return found
+
+
+def every_copy(dists: Iterable[Installed]) -> list[Installed]:
+    """Return these and what else of the same names lies in this environment, left by whatever went wrong before.
+
+    Raises:
+        MmhubError: the files of one are not known.
+    """
+    names = {one.name: one for one in dists if one.files}
+    copies = [one for folder in site_folders() for one in read_folder(folder) if one.name in names]
+    return [one for one in copies if one == names[one.name] or one.claims]
 
 
 def read_folder(folder: Path, own: bool = True) -> Iterator[Installed]:
@@ -202,49 +278,67 @@ def state_folder() -> Path:
 
 
 @contextmanager
-def locked(*, to_change: bool, waiting: Any = None) -> Iterator[None]:
+def locked(*, to_change: bool, waiting: Any = None) -> Iterator[bool]:
     """Hold this environment alone. Waits for another process that does, after calling `waiting()` once.
 
-    Without `to_change`, an environment that nobody may write to is not held.
+    Yields False if it is not held: without `to_change`, where nobody has changed it or this user may not.
 
     Raises:
         MmhubError: the other one takes more than ten minutes.
     """
-    from mmhub.files import disk_errors
-
     file = state_folder() / ".lock"
     if not to_change and not file.exists():
-        yield
+        yield False
         return
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = _open(file)
     except OSError:
         if not to_change:
-            yield
+            yield False
             return
         with disk_errors("this environment", prefix()):
             raise
+    with _held(descriptor, waiting):
+        yield True
+
+
+@contextmanager
+def held(file: Path) -> Iterator[None]:
+    """Hold a lock file alone, waiting as long as ten minutes for another process that does."""
+    with _held(_open(file), None):
+        yield
+
+
+def _open(file: Path) -> int:
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _hold(descriptor, waiting)
+        return os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    except PermissionError:  # of another user who shares this environment: enough to wait for
+        return os.open(file, os.O_RDONLY)
+
+
+@contextmanager
+def _held(descriptor: int, waiting: Any) -> Iterator[None]:
+    until, told = time.monotonic() + _WAIT, False
+    try:
+        while not _try_lock(descriptor):
+            if waiting and not told:
+                waiting()
+            told = True
+            if time.monotonic() > until:
+                raise MmhubError("another mmhub is changing this environment for more than ten minutes", "end it first")
+            time.sleep(0.1)
         yield
     finally:
         os.close(descriptor)
 
 
-def _hold(descriptor: int, waiting: Any) -> None:
-    until = time.monotonic() + _WAIT
-    told = False
-    while not _try_lock(descriptor):
-        if waiting and not told:
-            waiting()
-        told = True
-        if time.monotonic() > until:
-            raise MmhubError("another mmhub is changing this environment for more than ten minutes", "end it first")
-        time.sleep(0.1)
-
-
 def _try_lock(descriptor: int) -> bool:
+    """Lock a file; False if another process has.
+
+    Raises:
+        MmhubError: the file system cannot lock.
+    """
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -254,6 +348,10 @@ def _try_lock(descriptor: int) -> bool:
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise MmhubError(
+                f"the file system of '{prefix()}' cannot lock files ({error.strerror})", "use one that can"
+            ) from None
         return False
     return True

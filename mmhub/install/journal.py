@@ -21,11 +21,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mmhub.discovery import CORE
 from mmhub.errors import MmhubError, NotFoundError, PluginError, TrustError
 from mmhub.files import disk_errors, sha256, write_file
 from mmhub.install import asked
 from mmhub.install.environment import Installed, installed, prefix, read_folder, site_folders, site_names, state_folder
+from mmhub.records import CORE
 
 KEPT = 3  # transactions whose old files are kept
 _OPEN = ("started", "undoing")

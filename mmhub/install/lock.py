@@ -14,7 +14,6 @@ from urllib.parse import unquote, urlsplit
 from packaging.requirements import Requirement
 
 from mmhub import __version__
-from mmhub.discovery import CORE, canonical
 from mmhub.errors import MmhubError, NotFoundError, PluginError, UsageError
 from mmhub.files import disk_errors, sha256, write_file
 from mmhub.install.environment import Installed, installed
@@ -22,6 +21,7 @@ from mmhub.install.journal import pins_of_history
 from mmhub.install.pins import Pin, read_pins
 from mmhub.install.plan import Plan, Refused, check_moves, make_changes
 from mmhub.install.tools import Tool
+from mmhub.records import CORE, canonical
 
 FILE = "pylock.mmhub.toml"
 

@@ -12,9 +12,9 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from packaging.tags import sys_tags
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
-from mmhub.discovery import canonical
 from mmhub.errors import UsageError
 from mmhub.files import sha256
+from mmhub.records import canonical
 
 _VCS = ("git", "hg+", "svn", "bzr")
 

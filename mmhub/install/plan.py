@@ -9,12 +9,12 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from mmhub.discovery import CORE, canonical
 from mmhub.errors import MmhubError, NotFoundError, PluginError, TrustError, UsageError, did_you_mean
 from mmhub.install.environment import Installed, broken_by, installed, meets
 from mmhub.install.pins import Pin
 from mmhub.install.request import Request, check_name, known_plugins
 from mmhub.install.tools import Tool, Unsolvable
+from mmhub.records import CORE, canonical
 from mmhub.registry import read_registries
 
 COOL_DOWN = timedelta(days=7)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmhub.discovery import CORE, canonical
 from mmhub.errors import NotFoundError, PluginError, UsageError, did_you_mean
 from mmhub.install.environment import Installed, installed, prefix
 from mmhub.install.plan import Change, Plan
+from mmhub.records import CORE, canonical
 
 
 def plan_removal(names: Sequence[str]) -> Plan:

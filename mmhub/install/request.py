@@ -13,8 +13,8 @@ from urllib.parse import unquote, urlsplit
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
-from mmhub.discovery import canonical
 from mmhub.errors import NotFoundError, TrustError, UsageError, did_you_mean
+from mmhub.records import canonical
 from mmhub.registry import PluginEntry, Registries, read_registries
 
 _SOURCE = re.compile(r"\.(tar\.\w+|tgz|zip)$")

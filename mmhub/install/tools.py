@@ -20,10 +20,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from mmhub.discovery import canonical
 from mmhub.errors import MmhubError, NetworkError, NotFoundError, TrustError
 from mmhub.install.pins import Pin, merge, pin_of_url, read_pins
 from mmhub.install.request import Request, near_names
+from mmhub.records import canonical
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL|PRIVATE", re.IGNORECASE)
 _ELSEWHERE = (
