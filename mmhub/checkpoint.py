@@ -27,9 +27,10 @@ from mmhub.files import disk_errors, new_folder, sha256, write_file
 from mmhub.hashes import Facts, remember, sha256_of
 from mmhub.interfaces import Encoder, decode_config, encode_config, find_task
 from mmhub.model import Columns, Model
-from mmhub.plugins import Component, explain_unmet, get_index, unmet_requirements
+from mmhub.plugins import Component, get_index
 from mmhub.records import cause
 from mmhub.registry import find_component
+from mmhub.requirements import explain_unmet, unmet_requirements
 from mmhub.weights import (
     Stored,
     all_finite,

@@ -45,7 +45,7 @@ distributions
 discovery
 hashes
 plugins
-registry guard
+registry guard requirements
 names
 install
 config
@@ -75,7 +75,7 @@ LATE = {
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 RING_0 = (
     "errors", "stdout", "spec", "hookspecs", "records", "manifests", "distributions", "discovery", "plugins",
-    "registry", "names", "install", "config", "cli", "__init__",
+    "requirements", "registry", "names", "install", "config", "cli", "__init__",
 )  # fmt: skip
 
 

@@ -15,8 +15,9 @@ import pytest
 from mmhub import discovery
 from mmhub.discovery import command_table, find_plugins, problem_lines
 from mmhub.errors import ExitCode, NotFoundError, PluginError, TrustError
-from mmhub.plugins import Plugin, call_hook, explain_unmet, get_index, unmet_requirements
+from mmhub.plugins import Plugin, call_hook, get_index
 from mmhub.registry import find_component
+from mmhub.requirements import explain_unmet, unmet_requirements
 from mmhub.stdout import diverted_stdout
 from tests.fake_plugins import NOSE, PARTS, Site, fresh_process, make_site, run
 

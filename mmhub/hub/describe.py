@@ -23,8 +23,9 @@ from mmhub.hub.licences import Link, chain, warnings
 from mmhub.hub.readme import Card, card_of, read_card
 from mmhub.hub.search import modalities_of, unmet_text
 from mmhub.names import Resolved, resolve
-from mmhub.plugins import explain_unmet, get_index, unmet_requirements
+from mmhub.plugins import get_index
 from mmhub.registry import find_component
+from mmhub.requirements import explain_unmet, unmet_requirements
 
 _TEXT_BYTES = 16 * 2**20
 _HEADER_BYTES = 10 * 2**20

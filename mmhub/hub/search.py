@@ -14,8 +14,9 @@ from mmhub.hub.cache import Cached, as_table, checkpoints
 from mmhub.hub.client import endpoint, hub_errors, is_offline, request_address, request_headers
 from mmhub.hub.readme import read_card, strings
 from mmhub.names import repository_of
-from mmhub.plugins import Unmet, get_index, unmet_requirements
+from mmhub.plugins import get_index
 from mmhub.registry import Named, Registries
+from mmhub.requirements import Unmet, unmet_requirements
 
 TASKS = (
     "classification", "multilabel", "regression", "tagging", "question-answering", "language-modelling", "translation",
