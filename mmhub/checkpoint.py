@@ -461,7 +461,8 @@ def _decode(component: Component, cls: Any, record: ComponentRecord) -> Any:
     try:
         return decode_config(cls.Config, record.config, f"config.json: {component.id}")
     except UsageError as error:
-        raise TrustError(error.message, error.hint) from None
+        changed = f"or {component.distribution} {component.version} changed its settings and kept schema {known}"
+        raise TrustError(error.message, f"{error.hint or 'fetch the checkpoint again'}; {changed}") from None
 
 
 def _migrated(component: Component, cls: Any, record: ComponentRecord) -> Any:

@@ -368,15 +368,14 @@ def _call_one(plugin: Plugin, name: str, kwargs: Mapping[str, Any], required: bo
     except BaseException as error:
         changed = _changed(plugin.distribution, plugin.version, failed=True)
         what = str(changed) if changed else f"plugin {plugin} failed in {name}: {cause(error)}"
-        _tell(plugin, what, required or strict(), error)
+        _tell(f"{what} (mmhub plugins show {plugin.distribution} --load)", required or strict(), error)
         return []
     _compare_hooks(plugin, manager)
     return items
 
 
-def _tell(plugin: Plugin, what: str, fatal: bool, error: BaseException | None = None) -> None:
+def _tell(line: str, fatal: bool, error: BaseException | None = None) -> None:
     """Say in one line, once per process, what is wrong with a plugin's hooks."""
-    line = f"{what} (mmhub plugins show {plugin.distribution} --load)"
     if fatal:
         raise PluginError(line) from error
     if line not in _told:
@@ -417,4 +416,4 @@ def _compare_hooks(plugin: Plugin, manager: pluggy.PluginManager) -> None:
     faults = [f"its manifest declares {', '.join(declared)}, which {plugin.module} does not implement"] * bool(declared)
     faults += [f"{plugin.module} implements {', '.join(implemented)}, not declared in its manifest"] * bool(implemented)
     if faults:
-        _tell(plugin, f"plugin {plugin}: {'; '.join(faults)}", strict())
+        _tell(f"plugin {plugin}: {'; '.join(faults)} (mmhub plugins check {plugin.distribution})", strict())

@@ -132,7 +132,9 @@ def test_what_cannot_be_built_fails_one_check_and_skips_the_others(faulty: Plugi
     results = {name: _result(check) for name, check in checks_for(faulty, Needless).items()}
     assert results.pop("builds").startswith("ContractError: the example of mmhub-faulty/Needless: the key 'dim'")
     assert results.pop("schema") == "passed"  # which asks only the manifest
-    assert all(text.startswith("NotApplicableError: it cannot be built: the example") for text in results.values())
+    assert all(
+        text.startswith("NotApplicableError: it cannot be built, see the check builds") for text in results.values()
+    )
     assert len(results) > 20
 
 
@@ -216,7 +218,7 @@ def test_a_wrong_id_among_the_expected_failures_is_an_error_with_near_matches() 
 
 
 def test_a_plugin_that_is_not_installed_is_an_error_with_near_matches() -> None:
-    with pytest.raises(NotFoundError, match="'mmhub-haeds' is not installed; did you mean 'mmhub-heads'"):
+    with pytest.raises(NotFoundError, match=r"'mmhub-haeds' is not installed; .*did you mean 'mmhub-heads'"):
         parametrize_checks("mmhub-haeds")
 
 

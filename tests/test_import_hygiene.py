@@ -69,7 +69,7 @@ __main__
 """
 # Imports inside a function that may point upward, and why.
 LATE = {
-    ("config", "interfaces"): "the names of tasks are checked where a recipe is read; importing them imports torch",
+    ("config", "interfaces"): "the names of tasks are checked where a recipe is read",
     ("model", "checkpoint"): "Model.save is where people look for it",
 }
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
@@ -92,6 +92,18 @@ def test_commands_that_only_list_import_no_heavy_library(tmp_path: Path, args: l
     site = Site(tmp_path)
     site.install("mmhub-fake", parts="import torch", init="import torch")
     assert not HEAVY & modules_after(site, *args)
+
+
+def test_a_part_that_nobody_has_is_reported_before_torch_loads(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    recipe = '[model.encoders.text]\nuse = "lstn"\n[data]\ntrain = "train.csv"\ntarget = "label"\n'
+    (site.work / "recipe.toml").write_text(f'task = "classification"\n{recipe}')
+    code = PROBE.format(args=["train", "recipe.toml"]).replace("assert not leave.code", "assert leave.code == 3")
+    done = site.python("-c", code)
+    assert done.returncode == 0, done.stderr
+    first, modules = done.stderr.split("\n", 1)
+    assert first.startswith("error: there is no text_encoder 'lstn'")
+    assert not {"torch", "pyarrow"} & set(modules.split())
 
 
 def test_help_from_the_cache_imports_little_more_than_click(tmp_path: Path) -> None:

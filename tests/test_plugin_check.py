@@ -131,7 +131,7 @@ def test_a_crash_an_exit_and_a_hang_are_the_finding_of_one_check_each(tmp_path: 
     assert code == 4
     assert found == {
         "command:crash/help": "failed: it ended the process: signal 11 (SIGSEGV); expected a result",
-        "command:exit/help": "failed: `--help` ends with 3: SystemExit: 3; expected 0 [DESIGN 8: commands]",
+        "command:exit/help": "failed: `--help` ends with 3: SystemExit: 3; expected 0 [commands]",
         "command:hang/help": "failed: it did not end within 4 s; expected a result",
         "command:leave/help": "failed: it ended the process: exit code 0; expected a result",
         "command:fine/help": "",
@@ -176,12 +176,12 @@ def test_each_fault_of_a_package_is_found_by_its_check(tmp_path: Path) -> None:
     assert found.pop("plugin/import-light").startswith(light)
     assert found == {
         "plugin/manifest": "",
-        "plugin/targets": "failed: mmhub_x.parts:Hang is the class Hang; expected a click command [DESIGN 4: manifest]",
+        "plugin/targets": "failed: mmhub_x.parts:Hang is the class Hang; expected a click command [manifest]",
         "plugin/hooks": "failed: mmhub_x.parts implements no ['mmhub_datasets']; expected a function marked hookimpl"
-        " [DESIGN 4: manifest]",
-        "plugin/metadata": "failed: Requires-Dist names []; expected mmhub among them [DESIGN 4: version numbers]",
+        " [manifest]",
+        "plugin/metadata": "failed: Requires-Dist names []; expected mmhub among them [version numbers]",
         "plugin/install-time": "failed: mmhub_x_start.pth runs ['import os; os.getcwd()'] in every process;"
-        " expected no code in .pth files [DESIGN 4: trust]",
+        " expected no code in .pth files [trust]",
     }
 
 
@@ -190,7 +190,7 @@ def test_a_slow_import_and_an_undeclared_hook_are_found(tmp_path: Path) -> None:
     slow = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\n"
     install(site, "mmhub-x", 'hooks = ["mmhub_datasets"]\n', parts=HOOKS, init=slow)
     _, found, _ = check(site, "mmhub-x", "-k", "plugin/*o*")
-    assert "s; expected under 0.15 s [DESIGN 4: import light]" in found["plugin/import-light"]
+    assert "s; expected under 0.15 s [import light]" in found["plugin/import-light"]
     assert "expected only hooks that the manifest lists" in found["plugin/hooks"]
 
 
@@ -261,7 +261,7 @@ def test_in_pytest_a_broken_contract_is_one_line(tmp_path: Path) -> None:
     done = site.python("-m", "pytest", *options, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     assert "1 failed, 4 passed, 1 xfailed" in done.stdout, done.stdout + done.stderr
     (failure,) = (line for line in done.stdout.splitlines() if line.startswith("ContractError: "))
-    assert failure == "ContractError: Requires-Dist names []; expected mmhub among them [DESIGN 4: version numbers]"
+    assert failure == "ContractError: Requires-Dist names []; expected mmhub among them [version numbers]"
     assert "Traceback" not in done.stdout and "catalogue.py" not in done.stdout
 
 

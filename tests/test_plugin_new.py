@@ -185,6 +185,8 @@ def test_the_command_says_what_it_wrote_and_what_to_do_next(site: Site, capsys: 
     assert "  cd 'some where/calm'\n" in err
     assert "  mmhub plugins check calm\n" in err
 
+    assert run(capsys, "plugins", "new", "guard", "still", "-q") == (0, "mmhub-still\n", "")
+
 
 # What is refused.
 
@@ -240,6 +242,13 @@ def test_a_name_that_cannot_be_or_is_taken_is_refused(
     assert (code, out) == (2, "")
     assert said in err.replace("\nhint: ", "; ")
     assert sorted(path.name for path in site.work.iterdir()) == before
+
+
+def test_the_words_that_no_modality_may_be_are_those_of_torch() -> None:
+    from torch.nn import ModuleDict
+
+    words = {word for word in dir(ModuleDict()) if plugin_new._MODALITY.fullmatch(word)}
+    assert words <= set(plugin_new._TORCH_WORDS.split())
 
 
 @pytest.mark.parametrize("kind", ["a folder", "an empty folder", "a file", "a link to nothing"])

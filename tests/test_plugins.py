@@ -376,7 +376,7 @@ def test_a_hook_that_only_the_manifest_or_only_the_module_knows_costs_one_line_o
     assert capsys.readouterr().err == (
         "plugin mmhub-fake 0.1.0: its manifest declares mmhub_train_callbacks, which mmhub_fake.parts does not"
         " implement; mmhub_fake.parts implements mmhub_load_foreign, not declared in its manifest"
-        " (mmhub plugins show mmhub-fake --load)\n"
+        " (mmhub plugins check mmhub-fake)\n"
     )
     monkeypatch.setenv("MMHUB_STRICT_PLUGINS", "1")
     with pytest.raises(PluginError, match="does not implement"):
@@ -577,6 +577,24 @@ def test_plugins_ls_and_show_explain_a_broken_plugin(site: Site, capsys: Any) ->
     code, out, err = run(capsys, "plugins", "show", "mmhub-fake-good", "--load")
     assert code == ExitCode.PLUGIN
     assert "fails: plugin mmhub-fake-good 0.1.0 cannot load smell_encoder 'nose': ImportError: no libnose" in out
+    assert "error: 2 parts of mmhub-fake-good 0.1.0 cannot be used\n" in err
+    assert (
+        "hint: mmhub plugins check mmhub-fake-good tests it, mmhub plugins uninstall mmhub-fake-good removes it\n"
+        in err
+    )
+
+
+def test_plugins_ls_counts_what_each_plugin_offers_and_show_tells_the_schema(site: Site, capsys: Any) -> None:
+    site.install("mmhub-fake", NOSE.replace("[[", 'hooks = ["mmhub_train_callbacks"]\n[[', 1) + "schema = 3\n")
+    site.install("mmhub-fake-bad", b"api = [")
+    rows = [line.split("  ") for line in run(capsys, "plugins", "ls")[1].splitlines()]
+    cells = {row[0]: [cell.strip() for cell in row if cell][3] for row in rows}
+    assert cells["PLUGIN"] == "OFFERS"
+    assert (cells["mmhub-fake"], cells["mmhub-fake-bad"]) == ("1 component, 1 hook", "-")
+    assert ["smell_encoder", "nose", "3"] in [
+        line.split()[:3] for line in run(capsys, "plugins", "show", "fake")[1].splitlines()
+    ]
+    assert json.loads(run(capsys, "plugins", "show", "fake", "--json")[1])["components"][0]["schema"] == 3
 
 
 def test_plugins_show_of_a_known_plugin_says_how_to_install_it(site: Site, capsys: Any) -> None:
@@ -584,3 +602,17 @@ def test_plugins_show_of_a_known_plugin_says_how_to_install_it(site: Site, capsy
     code, out, err = run(capsys, "plugins", "show", "fake")
     assert (code, out) == (ExitCode.NOT_FOUND, "")
     assert 'plugins install "mmhub-fake>=0.1"' in err
+
+
+@pytest.mark.parametrize(("folder", "shown"), [(".", "."), ("mmhub-fake", "mmhub-fake")])
+def test_plugins_show_of_a_plugin_whose_source_is_here_says_how_to_install_that(
+    site: Site, capsys: Any, folder: str, shown: str
+) -> None:
+    project = site.work / folder / "pyproject.toml"
+    project.parent.mkdir(exist_ok=True)
+    project.write_text('[project]\nname = "Mmhub_Fake"\n')
+    assert run(capsys, "plugins", "show", "fake")[2].endswith(
+        f"hint: to work on it here: mmhub plugins install -e {shown}\n"
+    )
+    project.write_text('project = "mmhub-fake"\n')
+    assert "see `mmhub plugins ls`" in run(capsys, "plugins", "show", "fake")[2]

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import textwrap
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from typing import Any
@@ -43,7 +44,7 @@ def env(as_json: bool) -> None:
         "registries": [str(file.path) for file in read_registries().files],
         "variables": {name: without_login(os.environ[name]) for name in sorted(os.environ) if _is_shown(name)},
     }
-    emit(data, as_json, "\n".join(f"{key}: {_text(value)}" for key, value in data.items()))
+    emit(data, as_json, "\n".join(_line(key, value) for key, value in data.items()))
 
 
 @click.command()
@@ -76,6 +77,11 @@ def _gpus() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+
+
+def _line(key: str, value: Any) -> str:
+    line = f"{key}: {_text(value)}"
+    return textwrap.fill(line, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _text(value: Any) -> str:

@@ -9,7 +9,8 @@ import click
 import msgspec
 
 from mmhub.cli.output import emit, json_option, note, quiet_option
-from mmhub.errors import NotFoundError, PluginError, UsageError, did_you_mean
+from mmhub.cli.plugins import explain_absent
+from mmhub.errors import PluginError, UsageError, did_you_mean
 from mmhub.plugins import Plugin, get_index
 from mmhub.testing.catalogue import checks_of
 from mmhub.testing.runner import Outcome, run_checks
@@ -49,17 +50,15 @@ def check(name: str, pattern: str | None, timeout: float, as_json: bool, quiet: 
     data = {"plugin": plugin.distribution, "version": plugin.version, **{status: counts[status] for status in _SHOWN}}
     emit(data | {"checks": [msgspec.to_builtins(outcome) for outcome in outcomes]}, as_json, summary)
     if counts["failed"]:
-        raise PluginError(
-            f"{plugin} breaks {counts['failed']} of {len(outcomes)} contracts", "docs/contract.md says what each checks"
-        )
+        failed = f"{plugin} breaks {counts['failed']} of {len(outcomes)} contracts"
+        raise PluginError(failed, "what each checks: docs/contract.md of mmhub, or the docstrings in mmhub.testing")
 
 
 def _find(name: str) -> Plugin:
     index = get_index()
     plugin = index.plugin(name) or index.plugin(f"mmhub-{name}")
     if plugin is None:
-        hint = did_you_mean(name, [one.distribution for one in index.plugins]) or "see `mmhub plugins ls`"
-        raise NotFoundError(f"the plugin '{name}' is not installed", hint)
+        raise explain_absent(name, [one.distribution for one in index.plugins])
     if plugin.status == "disabled":
         raise PluginError(f"{plugin} is disabled: {plugin.problem}", "switch it on to check it")
     return plugin

@@ -17,7 +17,7 @@ from string import Template
 import click
 
 from mmhub import __version__
-from mmhub.cli.output import emit, note, result_options
+from mmhub.cli.output import emit, json_option, note, quiet_option
 from mmhub.discovery import command_table
 from mmhub.errors import MmhubError, TrustError, UsageError, did_you_mean
 from mmhub.install.request import check_name, known_plugins
@@ -30,6 +30,17 @@ LONGEST = 40  # characters of a name: the lines of the templates have room for t
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:[-_.]+[A-Za-z0-9]+)*")
 _MODALITY = re.compile(r"[a-z][a-z0-9_]*")
 _OWN_MODALITIES = ("text", "image", "audio")
+
+# what a ModuleDict of encoders cannot hold; written down because importing torch takes seconds
+_TORCH_WORDS = """
+add_module apply bfloat16 buffers call_super_init children clear compile cpu cuda double dump_patches eval
+extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half ipu items keys load_state_dict
+modules mtia named_buffers named_children named_modules named_parameters parameters pop register_backward_hook
+register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook
+register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module
+register_parameter register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state
+set_submodule share_memory state_dict to to_empty train training type update values xpu zero_grad
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +88,9 @@ KINDS = {
 @click.argument("name")
 @click.option("--out", type=click.Path(path_type=Path), help="The folder to write.  [default: mmhub-NAME]")
 @click.option("--modality", help="What an `encoder` reads, if not text, images or audio.  [default: NAME]")
-@result_options
-def new(kind: str, name: str, out: Path | None, modality: str | None, as_json: bool) -> None:
+@json_option
+@quiet_option
+def new(kind: str, name: str, out: Path | None, modality: str | None, as_json: bool, quiet: bool) -> None:
     """Write the package of a new plugin: something small of that KIND that works, with tests.
 
     NAME is what recipes will call it; the package becomes mmhub-NAME. KIND is one of:
@@ -91,7 +103,7 @@ def new(kind: str, name: str, out: Path | None, modality: str | None, as_json: b
       data-source    reads rows for training
       tracker        follows training runs
       guard          refuses inputs and cleans answers
-      command        mmhub NAME
+      command        runs as `mmhub NAME`
     """
     if kind not in KINDS:
         raise UsageError(f"there is no kind {kind!r}", did_you_mean(kind, KINDS) or f"kinds: {', '.join(KINDS)}")
@@ -112,8 +124,7 @@ def new(kind: str, name: str, out: Path | None, modality: str | None, as_json: b
         "next": steps,
     }
     emit(data, as_json, f"{folder}")
-    if not as_json:
-        note(f"wrote {len(content)} files; what to do next:\n" + "\n".join(f"  {step}" for step in steps))
+    note(f"wrote {len(content)} files; what to do next:\n" + "\n".join(f"  {step}" for step in steps), quiet or as_json)
 
 
 def render(kind: str, name: str, modality: str) -> Iterator[tuple[str, str]]:
@@ -210,9 +221,7 @@ def _check_modality(kind: str, name: str, modality: str | None) -> str:
         raise UsageError(
             f"{modality!r} cannot be a modality", "use lower-case letters, digits and '_', a letter first: heart_rate"
         )
-    from torch.nn import ModuleDict
-
-    if hasattr(ModuleDict(), modality):
+    if modality in _TORCH_WORDS.split():
         raise UsageError(f"{modality!r} cannot be a modality: it is a word of PyTorch", f"try {modality}_data")
     return modality
 

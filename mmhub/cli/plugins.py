@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from mmhub.cli.output import LazyCommands, emit, result_options, table
+from mmhub.cli.text import counted
 from mmhub.errors import NotFoundError, PluginError, did_you_mean
 from mmhub.plugins import Component, Plugin, get_index, install_line, load_target
+from mmhub.records import canonical
 from mmhub.registry import read_registries
 
 # name: (module:attribute, what help says); imported only when one of them runs
@@ -32,21 +37,21 @@ def plugins() -> None:
     """Find, install, write and check plugins."""
 
 
-@plugins.command()
+@plugins.command(short_help="List installed plugins and their state")
 @click.option("--rescan", is_flag=True, help="Look at every installed package again instead of using the cache.")
 @result_options
 def ls(rescan: bool, as_json: bool) -> None:
     """List installed plugins and their state."""
     found = get_index(rescan).plugins
     rows = [
-        (one.distribution, one.version, one.status, len(one.components), one.problem or one.warning or one.summary)
+        (one.distribution, one.version, one.status, _offers(one), one.problem or one.warning or one.summary)
         for one in found
     ]
-    text = table(["plugin", "version", "status", "components", "summary"], rows)
+    text = table(["plugin", "version", "status", "offers", "summary"], rows)
     emit({"plugins": [_row(plugin) for plugin in found]}, as_json, text)
 
 
-@plugins.command()
+@plugins.command(short_help="Show what a plugin offers, and its problems")
 @click.argument("name")
 @click.option("--load", is_flag=True, help="Import everything it offers, and say what fails. Runs its code.")
 @result_options
@@ -55,12 +60,15 @@ def show(name: str, load: bool, as_json: bool) -> None:
     index = get_index()
     plugin = index.plugin(name) or index.plugin(f"mmhub-{name}")
     if plugin is None:
-        raise _not_installed(name, [one.distribution for one in index.plugins])
+        raise explain_absent(name, [one.distribution for one in index.plugins])
     failures = _failures(plugin) if load else []
     data = _row(plugin) | ({"failures": failures} if load else {})
     emit(data, as_json, _describe(plugin, failures, load))
     if failures:
-        raise PluginError(f"{plugin} has parts that cannot be loaded: {len(failures)}", failures[0])
+        what = f"{counted(len(failures), 'part')} of {plugin}" if plugin.status == "ok" else str(plugin)
+        name = plugin.distribution
+        hint = f"mmhub plugins check {name} tests it, mmhub plugins uninstall {name} removes it"
+        raise PluginError(f"{what} cannot be used", hint if plugin.status != "disabled" else None)
 
 
 def _row(plugin: Plugin) -> dict[str, Any]:
@@ -74,7 +82,13 @@ def _row(plugin: Plugin) -> dict[str, Any]:
         "summary": plugin.summary,
         "manifest": plugin.manifest,
         "components": [
-            {"kind": part.spec.kind, "name": part.spec.name, "id": part.id, "summary": part.spec.summary}
+            {
+                "kind": part.spec.kind,
+                "name": part.spec.name,
+                "id": part.id,
+                "schema": part.spec.schema,
+                "summary": part.spec.summary,
+            }
             for part in plugin.components
         ],
         "commands": [{"name": command.name, "summary": command.summary} for command in plugin.commands],
@@ -89,7 +103,7 @@ def _describe(plugin: Plugin, failures: list[str], loaded: bool) -> str:
     lines += [f"warning: {plugin.warning}"] if plugin.warning else []
     lines += [f"location: {plugin.location}"] if plugin.location else []
     lines += [f"manifest: {plugin.manifest}"] if plugin.manifest else []
-    parts = table(["kind", "name", "summary"], [_cells(part) for part in plugin.components])
+    parts = table(["kind", "name", "schema", "summary"], [_cells(part) for part in plugin.components])
     commands = [f"command: mmhub {command.name}  {command.summary}".rstrip() for command in plugin.commands]
     models = [f"model: {name}  {entry.summary}".rstrip() for name, entry in plugin.models.items()]
     lines += [*commands, *models, *(f"hook: {hook}" for hook in plugin.hooks), *([parts] if parts else [])]
@@ -97,8 +111,14 @@ def _describe(plugin: Plugin, failures: list[str], loaded: bool) -> str:
     return "\n".join(lines + (["everything it offers can be imported"] if loaded and not failures else []))
 
 
-def _cells(part: Component) -> tuple[str, str, str]:
-    return part.spec.kind, part.spec.name, part.spec.summary
+def _cells(part: Component) -> tuple[str, str, int, str]:
+    return part.spec.kind, part.spec.name, part.spec.schema, part.spec.summary
+
+
+def _offers(plugin: Plugin) -> str:
+    """Count what a plugin brings: '2 components, 1 hook'; '-' if it brings nothing that could be read."""
+    brought = {"component": plugin.components, "command": plugin.commands, "model": plugin.models, "hook": plugin.hooks}
+    return ", ".join(counted(len(those), what) for what, those in brought.items() if those) or "-"
 
 
 def _failures(plugin: Plugin) -> list[str]:
@@ -116,8 +136,23 @@ def _failures(plugin: Plugin) -> list[str]:
     return failures
 
 
-def _not_installed(name: str, installed: list[str]) -> NotFoundError:
+def explain_absent(name: str, installed: Iterable[str]) -> NotFoundError:
+    """Return the error about a plugin that is not `installed`, with the command that installs it if one is known."""
+    short = canonical(name).removeprefix("mmhub-")
     registries = read_registries()
-    requirement = registries.plugin_requirement(name) or registries.plugin_requirement(f"mmhub-{name}")
-    hint = install_line([requirement]) if requirement else did_you_mean(name, installed) or "see `mmhub plugins ls`"
-    return NotFoundError(f"the plugin '{name}' is not installed", hint)
+    requirement = registries.plugin_requirement(name) or registries.plugin_requirement(f"mmhub-{short}")
+    names = {canonical(name), f"mmhub-{short}"}
+    folder = next((place for place in (".", f"mmhub-{short}") if _project(Path(place)) in names), None)
+    if folder:
+        hint: str | None = f"to work on it here: mmhub plugins install -e {folder}"
+    else:
+        hint = install_line([requirement]) if requirement else did_you_mean(name, installed)
+    return NotFoundError(f"the plugin '{name}' is not installed", hint or "see `mmhub plugins ls`")
+
+
+def _project(folder: Path) -> str:
+    """Return the name of the package whose source a folder holds, '' if it holds none."""
+    try:
+        return canonical(tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["project"]["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

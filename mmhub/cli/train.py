@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mmhub.cli.output import emit, json_option, quiet_option
+from mmhub.registry import find_component
+
+if TYPE_CHECKING:
+    from mmhub.config import Recipe
 
 
 @click.command()
@@ -24,7 +29,7 @@ def train(recipe: Path, out: Path | None, overrides: tuple[str, ...], resume: bo
     """
     from mmhub.config import read_recipe
 
-    read_recipe(recipe, overrides)  # a wrong recipe is reported before torch loads
+    _check_parts(read_recipe(recipe, overrides))  # a wrong recipe is reported before torch loads
     from mmhub.engine import train as run
 
     result = run(recipe, out, resume=resume, quiet=quiet, overrides=overrides)
@@ -38,6 +43,14 @@ def train(recipe: Path, out: Path | None, overrides: tuple[str, ...], resume: bo
         "seconds": result.seconds,
     }
     emit(data, as_json, f"{model}  {shown}")
+
+
+def _check_parts(recipe: Recipe) -> None:
+    """Look every part up that the recipe names."""
+    parts = {f"{modality}_encoder": part for modality, part in recipe.model.encoders.items()}
+    for kind, part in (*parts.items(), ("fusion", recipe.model.fusion), ("decoder", recipe.model.decoder)):
+        if part and part.use:
+            find_component(kind, part.use)
 
 
 def _as_name(folder: Path) -> str:

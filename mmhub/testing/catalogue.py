@@ -135,7 +135,8 @@ def find_checks(distribution: str, samples: Mapping[str, Sequence[Any]] | None =
     plugin = index.plugin(distribution)
     if plugin is None:
         names = [one.distribution for one in index.plugins]
-        hint = did_you_mean(canonical(distribution), names) or "install it, for instance with `pip install -e .`"
+        near = did_you_mean(canonical(distribution), names)
+        hint = "install it first, from its source: mmhub plugins install -e ." + (f" ({near})" if near else "")
         raise NotFoundError(f"the plugin '{distribution}' is not installed", hint)
     if plugin.status == "disabled":
         raise PluginError(f"the plugin {plugin} is disabled: {plugin.problem}")

@@ -18,7 +18,7 @@ from mmhub.testing.contract import ContractError, expect
 from mmhub.testing.subject import Subject, subject_of
 from mmhub.weights import meta_parameters
 
-_RULE = "STYLE 4: Config"
+_RULE = "Config"
 _UNKNOWN = "no_such_key_of_any_component"
 
 
@@ -32,10 +32,10 @@ def builds(check: Check) -> None:
         module = subject.build()
     except (MmhubError, ContractError) as error:
         raise ContractError(f"{error}; expected its example to build it [{_RULE}]") from error
-    expect(isinstance(module, nn.Module), f"it is a {type(module).__name__}", "a torch module", "DESIGN 3: roles")
+    expect(isinstance(module, nn.Module), f"it is a {type(module).__name__}", "a torch module", "roles")
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        expect(not tensor.is_meta, f"{name} is on the meta device", "real numbers", "DESIGN 3: roles")
-        expect(bool(torch.isfinite(tensor).all()), f"{name} is not finite", "finite weights", "DESIGN 3: roles")
+        expect(not tensor.is_meta, f"{name} is on the meta device", "real numbers", "roles")
+        expect(bool(torch.isfinite(tensor).all()), f"{name} is not finite", "finite weights", "roles")
     found = type(getattr(module, "config", None)).__name__
     expect(isinstance(module.config, subject.cls.Config), f"config is a {found}", "its own Config", _RULE)
     _check_attributes(role_of(subject.component), module)
@@ -47,12 +47,10 @@ def builds_on_meta(check: Check) -> None:
     wanted = {name: tensor.shape for name, tensor in subject.part().state_dict().items()}
     with meta_parameters():
         module = subject.build()
-    expect(
-        all(p.is_meta for p in module.parameters()), "a parameter has data", "all on the meta device", "DESIGN 6: load"
-    )
+    expect(all(p.is_meta for p in module.parameters()), "a parameter has data", "all on the meta device", "load")
     found = {name: tensor.shape for name, tensor in module.state_dict().items()}
     gap = sorted(set(found.items()) ^ set(wanted.items()))
-    expect(not gap, f"on meta, it has other tensors: {gap[:2]}", "the same as on the CPU", "DESIGN 6: load")
+    expect(not gap, f"on meta, it has other tensors: {gap[:2]}", "the same as on the CPU", "load")
 
 
 def config_round_trip(check: Check) -> None:
@@ -96,14 +94,14 @@ def defaults(check: Check) -> None:
     expect(bool(config.__struct_config__.frozen), "a config can be changed", "a frozen one", _RULE)
     places = {t.data_ptr() for t in one.state_dict().values() if t.numel()}
     shared_tensors = [name for name, t in two.state_dict().items() if t.numel() and t.data_ptr() in places]
-    expect(not shared_tensors, f"two instances share {shared_tensors[:2]}", "tensors of their own", "DESIGN 3: roles")
+    expect(not shared_tensors, f"two instances share {shared_tensors[:2]}", "tensors of their own", "roles")
 
 
 def schema(check: Check) -> None:
     """`schema` is at least 1; above 1, a class method `migrate(config, from_schema)` turns every older configuration,
     keys missing or already new, into one that is accepted now."""
     subject: Subject = subject_of(check)
-    newest, rule = subject.component.spec.schema, "DESIGN 4: schema"
+    newest, rule = subject.component.spec.schema, "schema"
     expect(newest >= 1, f"schema is {newest}", "1 or more", rule)
     if newest == 1:
         return
@@ -125,7 +123,7 @@ def schema(check: Check) -> None:
 
 
 def _check_attributes(role: str, module: Any) -> None:
-    rule = f"DESIGN 3: {role.capitalize()}"
+    rule = f"{role.capitalize()}"
     if role == "encoder":
         good = isinstance(module.dim, int) and module.dim > 0
         expect(good, f"dim is {module.dim!r}", "the width of its tokens", rule)

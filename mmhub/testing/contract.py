@@ -16,9 +16,9 @@ class NotApplicableError(SkipTest):
 def expect(holds: bool, came: str, expected: str, rule: str) -> None:
     """Raise ContractError unless `holds`.
 
-    >>> expect(False, "tokens have width 7", "dim = 8", "DESIGN 3: Features")
+    >>> expect(False, "tokens have width 7", "dim = 8", "Features")
     Traceback (most recent call last):
-    mmhub.testing.contract.ContractError: tokens have width 7; expected dim = 8 [DESIGN 3: Features]
+    mmhub.testing.contract.ContractError: tokens have width 7; expected dim = 8 [Features]
     """
     if not holds:
         raise ContractError(f"{one_line(came)}; expected {one_line(expected)} [{rule}]")

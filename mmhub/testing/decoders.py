@@ -17,7 +17,7 @@ from mmhub.testing.standins import rows_of
 from mmhub.testing.subject import WIDTH, DecoderSubject, difference, subject_of
 from mmhub.testing.toys import Toy
 
-_RULE = "DESIGN 3: Decoder"
+_RULE = "Decoder"
 _STEPS = 40
 
 
@@ -49,7 +49,7 @@ def batch_invariance(check: Check) -> None:
         for row in (0, 3, 7):
             alone = decoder(rows_of(bundle, [row])).logits
             gap = difference({"logits": alone}, {"logits": whole[row : row + 1]})
-            expect(not gap, f"alone, row {row}: {gap}", "the logits it has in a batch", "DESIGN 1: batching")
+            expect(not gap, f"alone, row {row}: {gap}", "the logits it has in a batch", "batching")
 
 
 def loss_decreases(check: Check) -> None:
@@ -85,7 +85,7 @@ def loss_mean(check: Check) -> None:
 
 
 def predict_schema(check: Check) -> None:
-    """`predict` answers one row each, in order, as JSON with the keys of its task (DESIGN 8), probabilities that sum
+    """`predict` answers one row each, in order, as JSON with the keys of its task, probabilities that sum
     to 1 where they should, and has those keys without `details`, too."""
     subject: DecoderSubject = subject_of(check)
     for task, toy in _toys(subject):
@@ -94,7 +94,7 @@ def predict_schema(check: Check) -> None:
             answers = decoder.predict(decoder(bundle))
             brief = decoder.predict(decoder(bundle), details=False)
             alone = [decoder.predict(decoder(rows_of(bundle, [row])))[0] for row in range(8)]
-        expect(len(answers) == 8, f"{task}: 8 rows get {len(answers)} answers", "one a row", "DESIGN 8: predict")
+        expect(len(answers) == 8, f"{task}: 8 rows get {len(answers)} answers", "one a row", "predict")
         for answer, short, own in zip(answers, brief, alone, strict=True):
             _check_json(answer)
             toy.check(answer)
@@ -170,4 +170,4 @@ def _check_json(answer: Any) -> None:
     try:
         json.dumps(answer, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ContractError(f"an answer makes no JSON: {error}; expected plain data [DESIGN 8: predict]") from error
+        raise ContractError(f"an answer makes no JSON: {error}; expected plain data [predict]") from error

@@ -14,11 +14,11 @@ from mmhub.model import Model
 from mmhub.testing.catalogue import Check
 from mmhub.testing.contract import NotApplicableError, expect
 from mmhub.testing.standins import make_stand_in, stand_in_component
-from mmhub.testing.subject import EncoderSubject, core, difference, flatten, subject_of
+from mmhub.testing.subject import EncoderSubject, core, difference, first_stray, flatten, subject_of
 
-_FEATURES = "DESIGN 3: Features"
-_MASK = "DESIGN 3: one mask rule"
-_BATCH = "DESIGN 1: batching never changes a result"
+_FEATURES = "Features"
+_MASK = "one mask rule"
+_BATCH = "batching never changes a result"
 
 
 def shapes(check: Check) -> None:
@@ -52,7 +52,8 @@ def mask(check: Check) -> None:
     expect(bool(features.mask.any(1).all()), "an item has no real token", "at least one", _MASK)
     expect(_is_right_padded(features.mask), "padding stands before real tokens", "right padding", _MASK)
     padded = features.tokens[~features.mask]
-    expect(not padded.any(), "masked tokens are not zero", "zeros", _MASK)
+    stray = first_stray(features) if padded.any() else ""
+    expect(not stray, f"masked tokens are not zero: {stray}", "zeros", _MASK)
 
 
 def padding_invariance(check: Check) -> None:
@@ -114,7 +115,7 @@ def missing_rows(check: Check) -> None:
     raw = subject.raws()[0]
     alone = subject.model(encoder)
     with torch.no_grad():
-        expect(alone.predict([]) == [], "predict([]) answers something", "[]", "DESIGN 8: predict")
+        expect(alone.predict([]) == [], "predict([]) answers something", "[]", "predict")
         empty = alone.encode({subject.modality: encoder.processor([None, None], Policy())}, 2)[subject.modality]
         expect(not empty.mask.any(), "a missing item has real tokens", "none", _MASK)
         model, other = _with_another(subject, encoder)
@@ -127,7 +128,7 @@ def missing_rows(check: Check) -> None:
             vectors = model.embed(samples)
             assert isinstance(vectors, Tensor)
             good = tuple(vectors.shape) == (2, 8) and bool(torch.isfinite(vectors).all())
-            expect(good, f"where {what}, the model gives {tuple(vectors.shape)}", "(2, 8), finite", "DESIGN 3: missing")
+            expect(good, f"where {what}, the model gives {tuple(vectors.shape)}", "(2, 8), finite", "missing")
 
 
 def _with_another(subject: EncoderSubject, encoder: torch.nn.Module) -> tuple[Model, str]:

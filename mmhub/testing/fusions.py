@@ -14,10 +14,10 @@ from mmhub.interfaces import Stream
 from mmhub.testing.catalogue import Check
 from mmhub.testing.contract import expect
 from mmhub.testing.standins import random_features, rows_of
-from mmhub.testing.subject import FusionSubject, difference, subject_of
+from mmhub.testing.subject import FusionSubject, difference, first_stray, subject_of
 
-_RULE = "DESIGN 3: Fusion"
-_BATCH = "DESIGN 1: batching never changes a result"
+_RULE = "Fusion"
+_BATCH = "batching never changes a result"
 
 
 def shapes(check: Check) -> None:
@@ -56,7 +56,7 @@ def missing_leak(check: Check) -> None:
         clean, found = subject.run(fusion, bundle), subject.run(fusion, dirty)
     own = {key: tensor for key, tensor in found.items() if key.rpartition(".")[0] not in bundle}
     gap = difference(own, {key: clean[key] for key in own})
-    expect(not gap, f"with garbage where the mask is False, {gap}", "the same outputs", "DESIGN 3: one mask rule")
+    expect(not gap, f"with garbage where the mask is False, {gap}", "the same outputs", "one mask rule")
 
 
 def batch_invariance(check: Check) -> None:
@@ -102,14 +102,15 @@ def _check_shapes(fusion: Any, streams: dict[str, Stream]) -> None:
         good = len(shape) == 3 and shape[0] == 4 and shape[2] == stream.dim
         expect(good, f"{name}: tokens are {shape}", f"(4, T, {stream.dim}), as outputs says", _RULE)
         good = features.mask.dtype == torch.bool and tuple(features.mask.shape) == shape[:2]
-        expect(good, f"{name}: the mask is {features.mask.dtype}", "(B, T) bool", "DESIGN 3: one mask rule")
+        expect(good, f"{name}: the mask is {features.mask.dtype}", "(B, T) bool", "one mask rule")
         found = None if pooled is None else tuple(pooled.shape)
         wanted = None if stream.pooled is None else (4, stream.pooled)
         expect(found == wanted, f"{name}: pooled is {found}", f"{wanted}, as outputs says", _RULE)
         right = bool((features.mask.long().diff(dim=1) <= 0).all())
-        expect(right, f"{name}: padding stands before real tokens", "right padding", "DESIGN 3: one mask rule")
+        expect(right, f"{name}: padding stands before real tokens", "right padding", "one mask rule")
         padded = features.tokens[~features.mask]
-        expect(not padded.any(), f"{name}: masked tokens are not zero", "zeros", "DESIGN 3: one mask rule")
+        stray = first_stray(features) if padded.any() else ""
+        expect(not stray, f"{name}: masked tokens are not zero: {stray}", "zeros", "one mask rule")
 
 
 def _with_garbage(features: Features) -> Features:

@@ -30,8 +30,8 @@ def help(check: Check) -> None:
     )
     done = CliRunner().invoke(loaded, ["--help"], prog_name=f"mmhub {command.name}")
     why = f": {cause(done.exception)}" if done.exception else ""
-    expect(done.exit_code == 0, f"`--help` ends with {done.exit_code}{why}", "0", "DESIGN 8: commands")
-    expect("Usage:" in done.output, f"`--help` prints {done.output[:60]!r}", "a usage line", "DESIGN 8: commands")
+    expect(done.exit_code == 0, f"`--help` ends with {done.exit_code}{why}", "0", "commands")
+    expect("Usage:" in done.output, f"`--help` prints {done.output[:60]!r}", "a usage line", "commands")
 
 
 def watches_a_run(check: Check) -> None:

@@ -19,7 +19,7 @@ from mmhub.testing.guard import watched
 
 HEAVY = ("torch", "torchvision", "torchaudio", "transformers", "timm", "tensorflow", "jax")
 SECONDS = 0.15  # of CPU time, beyond what mmhub.spec and pluggy take
-_RULE = "DESIGN 4: manifest"
+_RULE = "manifest"
 _PROBE = """
 import sys, time
 import mmhub.spec, pluggy
@@ -46,7 +46,7 @@ def targets(check: Check) -> None:
             _check_component(component)
         for command in plugin.commands:
             _check_command(plugin, command.name, command.factory)
-    expect(not seen.connections, f"importing opens {seen.connections[:1]}", "no connection", "STYLE 10: imports")
+    expect(not seen.connections, f"importing opens {seen.connections[:1]}", "no connection", "imports")
 
 
 def hooks(check: Check) -> None:
@@ -81,7 +81,7 @@ def metadata(check: Check) -> None:
     expect("mmhub.manifest" in groups, f"the entry points are of {sorted(groups)}", "one of mmhub.manifest", _RULE)
     expect("mmhub" in groups or not check.plugin.hooks, "no entry point of group mmhub", "one, for the hooks", _RULE)
     required = [_required_name(line) for line in found.requires or ()]
-    expect("mmhub" in required, f"Requires-Dist names {required}", "mmhub among them", "DESIGN 4: version numbers")
+    expect("mmhub" in required, f"Requires-Dist names {required}", "mmhub among them", "version numbers")
 
 
 def import_light(check: Check) -> None:
@@ -94,14 +94,12 @@ def import_light(check: Check) -> None:
     best = 60.0
     for _ in range(5):  # other processes disturb even CPU time
         seconds, heavy = _import_once(modules)
-        expect(
-            not heavy, f"importing {' and '.join(modules)} imports {heavy}", "nothing heavy", "DESIGN 4: import light"
-        )
+        expect(not heavy, f"importing {' and '.join(modules)} imports {heavy}", "nothing heavy", "import light")
         best = min(best, seconds)
         if not SECONDS <= best < 3 * SECONDS:
             break  # clear enough
     what = " and ".join(modules)
-    expect(best < SECONDS, f"importing {what} takes {best:.2f} s", f"under {SECONDS} s", "DESIGN 4: import light")
+    expect(best < SECONDS, f"importing {what} takes {best:.2f} s", f"under {SECONDS} s", "import light")
 
 
 def install_time(check: Check) -> None:
@@ -112,7 +110,7 @@ def install_time(check: Check) -> None:
             continue
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         code = [line for line in lines if line.startswith(("import ", "import\t"))]
-        expect(not code, f"{path.name} runs {code[:1]} in every process", "no code in .pth files", "DESIGN 4: trust")
+        expect(not code, f"{path.name} runs {code[:1]} in every process", "no code in .pth files", "trust")
 
 
 def _check_component(component: Component) -> None:
@@ -126,10 +124,10 @@ def _check_component(component: Component) -> None:
     good = isinstance(cls, type) and issubclass(cls, kinds[role])
     expect(good, f"{spec.factory} is {_described(cls)}", f"a subclass of {kinds[role].__name__}", _RULE)
     abstract = sorted(getattr(cls, "__abstractmethods__", ()))
-    expect(not abstract, f"{spec.factory} leaves {abstract} abstract", "a class that can be built", "DESIGN 3: roles")
+    expect(not abstract, f"{spec.factory} leaves {abstract} abstract", "a class that can be built", "roles")
     config = _load(spec.config, what, component) if spec.config else getattr(cls, "Config", None)
     good = isinstance(config, type) and issubclass(config, ComponentConfig)
-    expect(good, f"the configuration of {what} is {_described(config)}", "a ComponentConfig", "STYLE 4: Config")
+    expect(good, f"the configuration of {what} is {_described(config)}", "a ComponentConfig", "Config")
     expect(
         config is getattr(cls, "Config", None), f"{spec.config} is not {spec.factory}.Config", "the same class", _RULE
     )
@@ -139,9 +137,9 @@ def _check_component(component: Component) -> None:
         listed = not spec.modalities or spec.modalities == (modality,)
         expect(listed, f"the manifest lists the modalities {spec.modalities}", f"{modality!r} alone", _RULE)
     if role == "decoder":
-        expect(bool(cls.tasks), f"{spec.factory}.tasks is empty", "the tasks it serves", "DESIGN 3: Decoder")
+        expect(bool(cls.tasks), f"{spec.factory}.tasks is empty", "the tasks it serves", "Decoder")
         unknown = [task for task in cls.tasks if task not in TASKS]
-        expect(not unknown, f"{spec.factory} serves {unknown}", f"tasks among {', '.join(TASKS)}", "DESIGN 7: tasks")
+        expect(not unknown, f"{spec.factory} serves {unknown}", f"tasks among {', '.join(TASKS)}", "tasks")
         strange = [name for name in cls.needs if spec.modalities and name not in (*spec.modalities, "fused")]
         expect(not strange, f"{spec.factory} needs {strange}", f"streams among {spec.modalities}", _RULE)
 
@@ -201,6 +199,6 @@ def _import_once(modules: list[str]) -> tuple[float, list[str]]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise ContractError(f"importing {' and '.join(modules)} fails: {last}; expected no error [STYLE 10: imports]")
+        raise ContractError(f"importing {' and '.join(modules)} fails: {last}; expected no error [imports]")
     seconds, *heavy = done.stdout.splitlines()[-1].split()  # what they print themselves comes first
     return float(seconds), heavy

@@ -15,7 +15,7 @@ from mmhub.testing.contract import ContractError, expect
 from mmhub.testing.samples import MAYBE, refused
 from mmhub.testing.subject import EncoderSubject, subject_of
 
-_RULE = "DESIGN 3: Processor"
+_RULE = "Processor"
 
 
 def processor_state(check: Check) -> None:

@@ -15,7 +15,7 @@ from mmhub.testing.guard import Watch, watched
 from mmhub.testing.isolation import home_folder, work_folder
 from mmhub.testing.subject import Subject, difference, subject_of
 
-_RULE = "DESIGN 6: checkpoint"
+_RULE = "checkpoint"
 
 
 def save_load(check: Check) -> None:
@@ -51,7 +51,7 @@ def state_dict(check: Check) -> None:
 def offline(check: Check) -> None:
     """Building, running, saving and loading it open no connection, not even to this machine."""
     seen, _ = _life(subject_of(check))
-    expect(not seen.connections, f"it calls {seen.connections[:1]}", "no connection", "DESIGN 4: no network")
+    expect(not seen.connections, f"it calls {seen.connections[:1]}", "no connection", "no network")
 
 
 def writes(check: Check) -> None:

@@ -59,7 +59,7 @@ class Subject(ABC):
         try:
             return self.build().eval()
         except Exception as error:
-            raise NotApplicableError(f"it cannot be built: {error} (check builds)") from error
+            raise NotApplicableError("it cannot be built, see the check builds") from error
 
     def perturbed(self) -> Any:
         """Build in evaluation mode, every parameter a little off what it starts with."""
@@ -124,7 +124,7 @@ class EncoderSubject(Subject):
         if len(found) < 2:
             raise ContractError(
                 f"the kit has {len(found)} raw inputs of the modality {self.modality!r}; expected at least two of"
-                " different lengths from Encoder.examples() or samples= [DESIGN 3: Encoder]"
+                " different lengths from Encoder.examples() or samples= [Encoder]"
             )
         return found
 
@@ -205,7 +205,7 @@ class FusionSubject(Subject):
     def run(self, module: Any, inputs: Bundle) -> Outputs:
         bundle = module(inputs)
         missing = [name for name in module.outputs if name not in bundle]
-        expect(not missing, f"the bundle lacks {missing}", "every stream of `outputs`", "DESIGN 3: Fusion")
+        expect(not missing, f"the bundle lacks {missing}", "every stream of `outputs`", "Fusion")
         return {f"{name}.{key}": tensor for name in module.outputs for key, tensor in flatten(bundle[name]).items()}
 
     def cast(self, inputs: Bundle, dtype: torch.dtype) -> Bundle:
@@ -310,14 +310,14 @@ def subject_of(check: Check) -> Any:
     role = role_of(check.target)
     if role not in kinds:
         raise ContractError(
-            f"the kind is {check.target.spec.kind!r}; expected fusion, decoder or MODALITY_encoder [DESIGN 4: manifest]"
+            f"the kind is {check.target.spec.kind!r}; expected fusion, decoder or MODALITY_encoder [manifest]"
         )
     try:
         return kinds[role](check)
     except Exception as error:
         if check.id.endswith("/builds"):
             raise
-        raise NotApplicableError(f"it cannot be imported: {error} (check builds)") from error
+        raise NotApplicableError("it cannot be imported, see the check builds") from error
 
 
 def core(kind: str, name: str) -> Component:
@@ -336,6 +336,13 @@ def bundle_tensors(bundle: Bundle) -> dict[str, Tensor]:
 
 def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def first_stray(features: Features) -> str:
+    """Say which masked position of the tokens is the first that is not zero, and what it holds."""
+    item, position = (features.tokens.abs().amax(-1) * ~features.mask).nonzero()[0].tolist()
+    value = features.tokens[item, position].abs().max().item()
+    return f"item {item}, position {position} of {features.mask.shape[1]} holds {value:.3g}"
 
 
 def difference(one: Outputs, other: Outputs, tolerance: float = 1e-5) -> str:

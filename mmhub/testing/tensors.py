@@ -15,7 +15,7 @@ from mmhub.testing.catalogue import Check
 from mmhub.testing.contract import expect
 from mmhub.testing.subject import Subject, difference, subject_of
 
-_RULE = "DESIGN 1: batching and seeds never change a result"
+_RULE = "batching and seeds never change a result"
 
 
 def determinism(check: Check) -> None:
@@ -50,7 +50,7 @@ def inputs_unchanged(check: Check) -> None:
         with torch.no_grad():
             subject.run(module.train(mode), inputs)
         gap = difference(subject.tensors(inputs), before, 0.0)
-        expect(not gap, f"after it ran, its input {gap}", "inputs left as they are", "DESIGN 3: Features")
+        expect(not gap, f"after it ran, its input {gap}", "inputs left as they are", "Features")
 
 
 def gradients(check: Check) -> None:
@@ -63,12 +63,12 @@ def gradients(check: Check) -> None:
         return
     outputs = subject.run(module, subject.inputs())
     loss = subject.loss(outputs)
-    expect(loss.requires_grad, "no output depends on a parameter", "gradients", "DESIGN 3: roles")
+    expect(loss.requires_grad, "no output depends on a parameter", "gradients", "roles")
     loss.backward()
     without = [name for name, p in trained.items() if p.grad is None]
-    expect(not without, f"no gradient reaches {without[:3]}", "one for every parameter", "DESIGN 3: roles")
+    expect(not without, f"no gradient reaches {without[:3]}", "one for every parameter", "roles")
     zero = [name for name, p in trained.items() if p.grad is not None and not p.grad.any()]
-    expect(not zero, f"the gradient of {zero[:3]} is zero", "one that is not", "DESIGN 3: roles")
+    expect(not zero, f"the gradient of {zero[:3]} is zero", "one that is not", "roles")
 
 
 def training(check: Check) -> None:
@@ -78,11 +78,11 @@ def training(check: Check) -> None:
     for what, given in (("several", inputs), ("one", subject.single(inputs))):
         module.zero_grad()
         loss = subject.loss(subject.run(module, given))
-        expect(bool(torch.isfinite(loss)), f"with {what}, the loss is {loss.item()}", "a finite one", "DESIGN 3: roles")
+        expect(bool(torch.isfinite(loss)), f"with {what}, the loss is {loss.item()}", "a finite one", "roles")
         if loss.requires_grad:
             loss.backward()
         bad = [n for n, p in module.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-        expect(not bad, f"with {what}, the gradient of {bad[:2]} is not finite", "finite ones", "DESIGN 3: roles")
+        expect(not bad, f"with {what}, the gradient of {bad[:2]} is not finite", "finite ones", "roles")
 
 
 def autocast(check: Check) -> None:
@@ -94,7 +94,7 @@ def autocast(check: Check) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             found = subject.run(module, inputs)
     gap = difference(found, wanted, 0.1)
-    expect(not gap, f"under bf16 autocast {gap}", "what fp32 gives, within a tenth", "DESIGN 7: precision")
+    expect(not gap, f"under bf16 autocast {gap}", "what fp32 gives, within a tenth", "precision")
 
 
 def compile(check: Check) -> None:
@@ -109,7 +109,7 @@ def compile(check: Check) -> None:
     finally:
         torch._dynamo.reset()
     gap = difference(found, wanted, 1e-4)
-    expect(not gap, f"compiled, {gap}", "the same outputs", "DESIGN 1: compile")
+    expect(not gap, f"compiled, {gap}", "the same outputs", "compile")
 
 
 def moves(check: Check) -> None:
@@ -117,15 +117,15 @@ def moves(check: Check) -> None:
     subject: Subject = subject_of(check)
     module, inputs = subject.part(), subject.inputs()
     loose = list(_loose_tensors(module))
-    expect(not loose, f"{loose[:2]} are plain tensors, which stay behind", "register_buffer", "DESIGN 3: roles")
+    expect(not loose, f"{loose[:2]} are plain tensors, which stay behind", "register_buffer", "roles")
     with torch.no_grad():
         wanted = subject.run(module, inputs)
         module = module.to(torch.float64)
         left = [name for name, t in module.state_dict().items() if t.dtype == torch.float32]
-        expect(not left, f"{left[:2]} stay in fp32", "all tensors to follow .to", "DESIGN 3: roles")
+        expect(not left, f"{left[:2]} stay in fp32", "all tensors to follow .to", "roles")
         found = subject.run(module, subject.cast(inputs, torch.float64))
     gap = difference(found, wanted, 1e-3)
-    expect(not gap, f"in double precision {gap}", "the same outputs", "DESIGN 3: roles")
+    expect(not gap, f"in double precision {gap}", "the same outputs", "roles")
     module.to("meta")
 
 

@@ -1,4 +1,4 @@
-"""Toy targets of the tasks: what to learn, what must be refused, and what an answer looks like (DESIGN 8)."""
+"""Toy targets of the tasks: what to learn, what must be refused, and what an answer looks like."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from mmhub.testing.contract import expect
 
-RULE = "DESIGN 8: what predict answers"
+RULE = "what predict answers"
 
 
 @dataclass(frozen=True)
