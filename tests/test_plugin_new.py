@@ -221,7 +221,7 @@ def test_the_command_says_what_it_wrote_and_what_to_do_next(site: Site, capsys: 
         (("fushion", "x"), "there is no kind 'fushion'; did you mean 'fusion'?"),
         (("lexicon", "x"), "there is no kind 'lexicon'; kinds: text-encoder, "),
         (("fusion", "x", "--modality", "smell"), "--modality is for the kind 'encoder'"),
-        (("encoder", "x", "--modality", "text"), "a kind of its own; mmhub plugins new text-encoder x"),
+        (("encoder", "text"), "'text' has a kind of its own; mmhub plugins new text-encoder NAME"),
         (("encoder", "x", "--modality", "Heart rate"), "'Heart rate' cannot be a modality; use lower-case"),
         (("encoder", "x", "--modality", "fused"), "'fused' cannot be a modality"),
         (("encoder", "items"), "'items' cannot be a modality: it is a word of PyTorch; try items_data"),
@@ -242,6 +242,25 @@ def test_a_name_that_cannot_be_or_is_taken_is_refused(
     assert (code, out) == (2, "")
     assert said in err.replace("\nhint: ", "; ")
     assert sorted(path.name for path in site.work.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (("text_encoder", "x"), "text-encoder"),
+        (("encoder", "x", "--modality", "image"), "image-encoder"),
+        (("audio-encoder", "x", "--modality", "audio"), "audio-encoder"),
+        (("Decoder", "x"), "head"),
+        (("data_source", "xy"), "data-source"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_other_words_for_a_kind_are_understood(
+    arguments: tuple[str, ...], kind: str, site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, "plugins", "new", *arguments, "--json")
+    assert code == 0, err
+    assert json.loads(out)["kind"] == kind
 
 
 def test_the_words_that_no_modality_may_be_are_those_of_torch() -> None:

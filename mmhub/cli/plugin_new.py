@@ -105,6 +105,7 @@ def new(kind: str, name: str, out: Path | None, modality: str | None, as_json: b
       guard          refuses inputs and cleans answers
       command        runs as `mmhub NAME`
     """
+    kind, modality = _usual_kind(kind, modality)
     if kind not in KINDS:
         raise UsageError(f"there is no kind {kind!r}", did_you_mean(kind, KINDS) or f"kinds: {', '.join(KINDS)}")
     name = _check_name(name)
@@ -188,6 +189,17 @@ def _next_steps(folder: Path, name: str) -> list[str]:
     return [f"cd {place}", "mmhub plugins install -e .", f"mmhub plugins check {name}", *tester, "pytest"]
 
 
+def _usual_kind(kind: str, modality: str | None) -> tuple[str, str | None]:
+    """Take what people write for a kind: `text_encoder`, `decoder`, or `encoder --modality text`."""
+    kind = kind.lower().replace("_", "-")
+    kind = {"decoder": "head", "datasource": "data-source", "source": "data-source"}.get(kind, kind)
+    if kind == "encoder" and modality in _OWN_MODALITIES:
+        return f"{modality}-encoder", None
+    if kind.endswith("-encoder") and kind.removesuffix("-encoder") == modality:
+        return kind, None
+    return kind, modality
+
+
 # --- what is refused
 
 
@@ -214,9 +226,7 @@ def _check_modality(kind: str, name: str, modality: str | None) -> str:
         return ""
     modality = name.replace("-", "_") if modality is None else modality
     if modality in _OWN_MODALITIES:
-        raise UsageError(
-            f"the modality {modality!r} has a kind of its own", f"mmhub plugins new {modality}-encoder {name}"
-        )
+        raise UsageError(f"{modality!r} has a kind of its own", f"mmhub plugins new {modality}-encoder NAME")
     if not _MODALITY.fullmatch(modality) or len(modality) > LONGEST or modality == "fused":
         raise UsageError(
             f"{modality!r} cannot be a modality", "use lower-case letters, digits and '_', a letter first: heart_rate"
