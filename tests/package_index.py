@@ -9,10 +9,12 @@ import threading
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 MANIFEST = """
 api = 1
@@ -112,7 +114,7 @@ class PackageIndex:
     def send(self, path: str) -> tuple[int, str, bytes]:
         """Answer one request: status, media type, body."""
         self.requests.append(path)
-        parts = path.strip("/").split("/")
+        parts = unquote(path).strip("/").split("/")
         if parts[0] == "simple" and len(parts) == 2 and (page := self.page(parts[1])):
             return 200, "application/vnd.pypi.simple.v1+json", json.dumps(page).encode()
         file = self.folder / parts[-1]
@@ -139,6 +141,10 @@ class PackageIndex:
                     pass
 
             do_HEAD = do_GET
+
+            def handle(self) -> None:
+                with suppress(ConnectionError):  # whoever asked was killed
+                    super().handle()
 
             def log_message(self, *_: Any) -> None:
                 pass

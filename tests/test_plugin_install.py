@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,137 +11,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
-import venv
 from collections.abc import Iterator
-from importlib.util import find_spec
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mmhub.errors import MmhubError, NotFoundError, TrustError, UsageError
+from mmhub.install import asked, hold, journal, moves, places
+from mmhub.install.asked import merged
+from mmhub.install.pins import Pin
 from mmhub.install.request import read_request
 from tests.package_index import PackageIndex, make_wheel
+from tests.plugin_environment import HELD, ROOT, UV, Environment
 
-ROOT = Path(__file__).parents[1]
-UV = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-# What the mmhub of an environment imports, borrowed without its metadata, so that nothing else counts as installed.
-BORROWED = ("click", "msgspec", "packaging", "pluggy", "tomlkit")
-HELD = {"torch": "2.0", "numpy": "1.0", "transformers": "4.0", "mmhub": "0.1.0"}
 needs_uv = pytest.mark.skipif(UV is None, reason="uv is not on PATH")
-
-
-class Environment:
-    """A virtual environment with an mmhub of this checkout, and its own settings, working folder and PATH."""
-
-    def __init__(self, folder: Path, index: PackageIndex, tool: str) -> None:
-        self.folder, self.index, self.work, self.bin = folder, index, folder / "work", folder / "path"
-        for made in (self.work, self.bin):
-            made.mkdir(parents=True)
-        self.root = folder / "env"
-        venv.create(self.root, symlinks=True)
-        self.python = self.root / "bin" / "python"
-        (self.site,) = self.root.glob("lib/python*/site-packages")
-        borrowed = folder / "borrowed"
-        borrowed.mkdir()
-        for name in (*BORROWED, *(["pip"] if tool == "pip" else [])):
-            (borrowed / name).symlink_to(Path(str(find_spec(name).origin)).parent)  # type: ignore[union-attr]
-        (self.site / "borrowed.pth").write_text(f"{borrowed}\n{ROOT}\n")
-        if tool == "uv":
-            assert UV
-            (self.bin / "uv").symlink_to(UV)
-        self.tool = tool
-        for name, version in HELD.items():
-            self.put(name, version)
-
-    def put(self, name: str, version: str, installer: str = "pip", **content: Any) -> None:
-        """Install a made-up wheel by hand."""
-        import zipfile
-
-        wheel = make_wheel(self.folder / "wheels", name, version, **content)
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(self.site)
-        info = self.site / f"{name.replace('-', '_')}-{version}.dist-info"
-        (info / "INSTALLER").write_text(installer)
-        if name == "mmhub":
-            shutil.rmtree(self.site / "mmhub")
-
-    def variables(self, **more: str) -> dict[str, str]:
-        """The variables of a process in it: nothing of the developer's settings."""
-        foreign = ("MMHUB_", "HF_", "PYTHON", "UV_", "PIP_", "VIRTUAL_ENV", "XDG_")
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
-        own = {
-            "PATH": f"{self.bin}{os.pathsep}/usr/bin{os.pathsep}/bin",
-            "HOME": str(self.folder),
-            "MMHUB_CACHE": str(self.folder / "cache"),
-            "MMHUB_CONFIG": str(self.folder / "config"),
-            "UV_CACHE_DIR": str(self.folder / "uv-cache"),
-            "UV_DEFAULT_INDEX": self.index.url,
-            "UV_NO_CONFIG": "1",
-            "PIP_CONFIG_FILE": os.devnull,
-            "PIP_INDEX_URL": self.index.url,
-            "PIP_CACHE_DIR": str(self.folder / "pip-cache"),
-            "NO_PROXY": "127.0.0.1",
-        }
-        return kept | own | more
-
-    def start(self, *args: object, **more: str) -> subprocess.Popen[str]:
-        """Start `mmhub plugins ARGS` in a session of its own."""
-        command = [str(self.python), "-m", "mmhub", "plugins", *map(str, args)]
-        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(
-            command, cwd=self.work, env=self.variables(**more), text=True, start_new_session=True, **pipes
-        )
-
-    def __call__(self, *args: object, **more: str) -> subprocess.CompletedProcess[str]:
-        process = self.start(*args, **more)
-        out, err = process.communicate(timeout=120)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-    def json(self, *args: object, **more: str) -> Any:
-        """Run a command that succeeds, with --json."""
-        done = self(*args, "--json", **more)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    def ok(self, *args: object, **more: str) -> str:
-        """Run a command that succeeds, and return what it prints."""
-        done = self(*args, **more)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def refused(self, code: int, *args: object, **more: str) -> str:
-        """Run a command that is refused with this exit code and changes nothing, and return what it says."""
-        before = self.state()
-        done = self(*args, **more)
-        assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
-        assert "Traceback" not in done.stderr
-        assert self.state() == before
-        return done.stderr
-
-    def versions(self) -> dict[str, str]:
-        """What is installed, by the names of metadata folders."""
-        found = (path.name.removesuffix(".dist-info").split("-") for path in self.site.glob("*.dist-info"))
-        return {name.replace("_", "-"): version for name, version in found}
-
-    def freeze(self) -> str:
-        """What uv or pip say is installed."""
-        freeze = [str(self.bin / "uv"), "pip", "freeze", "--python", str(self.python)]
-        command = freeze if self.tool == "uv" else [str(self.python), "-m", "pip", "freeze", "--all"]
-        return subprocess.run(command, env=self.variables(), capture_output=True, text=True, check=True).stdout
-
-    def state(self) -> dict[str, str]:
-        """Every file of the environment with its hash, but for mmhub's and uv's own records and compiled code."""
-        paths = (path for path in self.root.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-        own = self.root / "share" / "mmhub"
-        digests = ((path, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths)
-        return {
-            str(path.relative_to(self.root)): digest
-            for path, digest in digests
-            if own not in path.parents and path.name != ".lock"
-        }
 
 
 @pytest.fixture
@@ -168,7 +56,7 @@ def uv_env(tmp_path: Path, index: PackageIndex) -> Environment:
 
 
 def test_a_plugin_is_installed_with_what_it_needs(env: Environment) -> None:
-    done = env.json("install", "mmhub-good", "--yes")
+    done = json.loads(env.run("install", "mmhub-good", "--yes", "--json").stdout)
     assert done["applied"] and done["transaction"] == 1
     assert [(row["name"], row["action"], row["new"]) for row in done["changes"]] == [
         ("helper", "install", "1.0"),
@@ -262,11 +150,12 @@ def test_odd_metadata_of_others_is_no_hindrance(uv_env: Environment, index: Pack
 
 @pytest.mark.slow
 def test_code_that_runs_at_every_start_is_named(uv_env: Environment, index: PackageIndex) -> None:
-    index.wheel("mmhub-eager", plugin=True, files={"eager.pth": "import sys\n"})
-    assert (
-        "note: mmhub-eager 1.0: eager.pth runs whenever Python starts"
-        in uv_env("install", "mmhub-eager", "--yes").stderr
-    )
+    elsewhere = f"mmhub_eager-1.0.data/data/lib64/{uv_env.site.parent.name}/site-packages/late.pth"
+    files = {"eager.pth": "import sys\n", "sitecustomize.py": "", elsewhere: "import os\n"}
+    index.wheel("mmhub-eager", plugin=True, files=files)
+    said = uv_env("install", "mmhub-eager", "--yes").stderr
+    for name in ("eager.pth", "late.pth", "sitecustomize.py"):
+        assert f"note: mmhub-eager 1.0: {name} runs whenever Python starts" in said
 
 
 def test_wheels_alone_are_installed_and_nothing_is_built(uv_env: Environment, index: PackageIndex) -> None:
@@ -308,13 +197,15 @@ def test_uploads_of_the_last_days_are_held_back(uv_env: Environment, index: Pack
     uv_env.ok("install", "mmhub-good", "--yes")
     assert uv_env.json("install", "mmhub-good", "--fresh", "--dry-run")["changes"] == []
     assert uv_env.json("install", "mmhub-good", "-U", "--fresh", "--yes")["changes"][-1]["new"] == "1.1"
+
+
+@pytest.mark.slow
+def test_an_index_without_dates_is_told_of(uv_env: Environment, index: PackageIndex) -> None:
+    index.wheel("mmhub-young", plugin=True)
     index.dated = False
-    said = uv_env.refused(5, "install", "mmhub-young", "--yes", UV_NO_CACHE="1")
+    said = uv_env.refused(5, "install", "mmhub-young", "--yes")
     assert "has no upload date in this index" in said and "--fresh" in said
-    assert (
-        uv_env.ok("install", "mmhub-young", "--fresh", "--yes", UV_NO_CACHE="1")
-        == "+ mmhub-young 1.0  (in no registry)\n"
-    )
+    assert uv_env.ok("install", "mmhub-young", "--fresh", "--yes") == "+ mmhub-young 1.0  (in no registry)\n"
 
 
 def test_another_file_than_the_index_promised_is_refused(uv_env: Environment, index: PackageIndex) -> None:
@@ -436,41 +327,67 @@ def test_a_full_disk_changes_nothing(uv_env: Environment) -> None:
 
 
 KILLER = """
-import os, signal
+import os
 if "MMHUB_TEST_KILL" in os.environ:
     left, real = [int(os.environ["MMHUB_TEST_KILL"])], os.replace
     def replace(source, target, **more):
         if "share/mmhub/transactions" in f"{source}{target}" and not str(target).endswith("record.json"):
             left[0] -= 1
             if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), int(os.environ.get("MMHUB_TEST_SIGNAL", "9")))
         real(source, target, **more)
     os.replace = replace
 """
+GREEDY = ("install", "mmhub-greedy", "--yes", "--allow-change", "numpy")
+
+
+@pytest.fixture
+def killed_env(uv_env: Environment, index: PackageIndex) -> Environment:
+    """An environment that was changed before, in which mmhub kills itself after MMHUB_TEST_KILL moves of files."""
+    (uv_env.folder / "borrowed" / "sitecustomize.py").write_text(KILLER)
+    index.wheel("mmhub-greedy", plugin=True, requires=["numpy>1.5"])
+    uv_env.put("mmhub-old", "1.0", plugin=True)
+    uv_env.ok("uninstall", "old", "--yes")  # an earlier change, which nothing may touch
+    return uv_env
 
 
 @pytest.mark.parametrize(
     "moves", [4, *(pytest.param(moves, marks=pytest.mark.slow) for moves in (0, 1, 7, 11, 17, 19))]
 )
-def test_an_mmhub_that_is_killed_half_way_is_repaired_by_the_next_command(
-    uv_env: Environment, index: PackageIndex, moves: int
-) -> None:
-    (uv_env.folder / "borrowed" / "sitecustomize.py").write_text(KILLER)
-    index.wheel("mmhub-greedy", plugin=True, requires=["numpy>1.5"])
-    command, before = ["install", "mmhub-greedy", "--yes", "--allow-change", "numpy"], uv_env.state()
-    assert uv_env(*command, MMHUB_TEST_KILL=str(moves)).returncode == -signal.SIGKILL
-    assert (uv_env.state() == before) is (moves == 0)
-    again = uv_env("rollback", "--yes", MMHUB_TEST_KILL=str(moves // 2))  # the repair is killed, too
-    assert again.returncode == (3 if moves == 0 else -signal.SIGKILL)
-    done = uv_env("rollback", "--yes")
-    assert done.returncode == 3 and uv_env.state() == before
-    assert (moves == 0) or "an unfinished `mmhub plugins install` was taken back" in done.stderr
-    assert uv_env(*command).returncode == 0
+def test_an_mmhub_that_is_killed_half_way_is_repaired_by_the_next_command(killed_env: Environment, moves: int) -> None:
+    env, before = killed_env, killed_env.state()
+    assert env.run(*GREEDY, MMHUB_TEST_KILL=str(moves)).returncode == -signal.SIGKILL
+    assert (env.state() == before) is (moves == 0)
+    if moves:  # the repair is killed, too
+        assert env.run("rollback", "--yes", MMHUB_TEST_KILL=str(moves // 2)).returncode == -signal.SIGKILL
+    done = env("rollback", "--yes")
+    assert done.returncode == 0 and env.state() == before, "it rolls back what was unfinished, and nothing before it"
+    assert "an unfinished `mmhub plugins install` was taken back" in done.stderr
+    assert env(*GREEDY).returncode == 0
+
+
+def test_an_environment_in_which_mmhub_no_longer_starts_can_be_put_back(killed_env: Environment) -> None:
+    before = killed_env.state()
+    assert killed_env.run(*GREEDY, MMHUB_TEST_KILL="4").returncode == -signal.SIGKILL
+    undo = killed_env.root / "share" / "mmhub" / "transactions" / "undo.py"
+    done = subprocess.run([killed_env.python, "-I", "-S", undo], capture_output=True, text=True, check=True)
+    assert done.stderr == "change 0002 was taken back\n" and killed_env.state() == before
+    assert "`mmhub plugins install` was taken back" in killed_env.refused(3, "uninstall", "nosuch", "--yes")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_signals_while_files_move_leave_nothing_half_done(killed_env: Environment, number: signal.Signals) -> None:
+    before = killed_env.state()
+    done = killed_env.run(*GREEDY, MMHUB_TEST_KILL="4", MMHUB_TEST_SIGNAL=str(int(number)))
+    assert done.returncode == (130 if number == signal.SIGINT else -number)
+    if number == signal.SIGTERM:
+        assert killed_env.run("rollback", "--yes").returncode == 0
+    assert killed_env.state() == before
 
 
 def test_two_installs_at_once_come_one_after_the_other(uv_env: Environment, index: PackageIndex) -> None:
     index.wheel("mmhub-more", plugin=True, requires=["helper"])
-    index.delays["mmhub_good-1.0-py3-none-any.whl"] = index.delays["mmhub_more-1.0-py3-none-any.whl"] = 0.5
+    index.delays["mmhub_good-1.0-py3-none-any.whl"] = index.delays["mmhub_more-1.0-py3-none-any.whl"] = 0.2
     two = [uv_env.start("install", name, "--yes") for name in ("mmhub-good", "mmhub-more")]
     ends = [process.communicate(timeout=120)[1] for process in two]
     assert [process.returncode for process in two] == [0, 0], ends
@@ -569,11 +486,239 @@ def test_wheels_and_lists_on_disk_are_installed(uv_env: Environment, index: Pack
     assert packages[1]["archive"]["path"] == "mmhub_mine-1.0-py3-none-any.whl"
 
 
-def test_no_package_replaces_files_of_torch_or_of_mmhub(uv_env: Environment, index: PackageIndex) -> None:
-    index.wheel("mmhub-evil", "1.0", plugin=True, files={"torch/__init__.py": "evil"})
-    assert "would replace" in uv_env.refused(5, "install", "mmhub-evil", "--yes")
-    index.wheel("mmhub-worse", "1.0", plugin=True, files={"mmhub/errors.py": "evil"})
-    assert "a place of mmhub's own" in uv_env.refused(5, "install", "mmhub-worse", "--yes")
+def test_no_package_replaces_files_of_somebody_else(uv_env: Environment, index: PackageIndex) -> None:
+    (uv_env.root / "bin" / "git").write_text("of conda, or of nobody")
+    (uv_env.site / "linked").symlink_to(uv_env.work)
+    data = "mmhub_evil-1.0.data"
+    for file, message in (
+        ("torch/__init__.py", "replace a file of torch 2.0"),
+        (f"{data}/data/lib64/{uv_env.site.parent.name}/site-packages/torch/__init__.py", "replace a file of torch 2.0"),
+        ("mmhub/errors.py", "mmhub's own"),
+        ("mmhub.py", "mmhub's own"),
+        (f"{data}/data/pyvenv.cfg", "a place of Python's"),
+        (f"{data}/data/lib/{uv_env.site.parent.name}/os.py", "a place of Python's"),
+        (f"{data}/data/share/mmhub/transactions/0001/record.json", "mmhub's own"),
+        (f"{data}/data/bin", "a folder is there"),
+        (f"{data}/data/pyvenv.cfg/x", "'pyvenv.cfg' is a file"),
+        (f"{data}/scripts/git", "that is no package's; if that is a remnant, move it away"),
+        ("linked/x.py", "a link that leads out of this environment"),
+    ):
+        wheel = make_wheel(uv_env.work, "mmhub-evil", plugin=True, files={file: "evil"})
+        said = uv_env.refused(5, "install", f"./{wheel.name}", "--yes")
+        assert message in said, (file, said)
+
+
+def test_uninstall_takes_files_of_its_own_alone(uv_env: Environment) -> None:
+    uv_env.put("odd", "1.0")
+    (uv_env.site / "odd-1.0.dist-info" / "RECORD").write_text("")
+    (uv_env.site / "kept").mkdir()
+    (uv_env.site / "kept" / "notes.txt").write_text("mine")
+    before = uv_env.state()
+    for version in ("1.0", "2.0"):
+        uv_env.put("mmhub-bad", version, plugin=True)
+    with (uv_env.site / "mmhub_bad-1.0.dist-info" / "RECORD").open("a") as record:
+        record.writelines(
+            f"{path},,\n" for path in (".", "kept", "../../../bin/python", "../../../pyvenv.cfg", "/etc/hosts")
+        )
+    compiled = uv_env.site / "mmhub_bad" / "__pycache__"
+    compiled.mkdir()
+    (compiled / "parts.cpython-39.opt-2.pyc").write_bytes(b"")
+    uv_env.put("mmhub-tied", "1.0", plugin=True)
+    shutil.move(uv_env.site / "mmhub_tied", uv_env.work / "source")
+    (uv_env.site / "mmhub_tied").symlink_to(uv_env.work / "source")
+    uv_env.ok("uninstall", "bad", "tied", "--yes")
+    assert uv_env.state() == before and not (uv_env.site / "mmhub_bad").exists()
+    assert (uv_env.work / "source" / "parts.py").is_file() and not os.path.lexists(uv_env.site / "mmhub_tied")
+    uv_env.ok("rollback", "--yes")
+    assert (uv_env.site / "mmhub_tied" / "parts.py").is_file() and len(list(uv_env.site.glob("mmhub_bad-*"))) == 2
+
+
+@pytest.mark.slow
+def test_a_rollback_leaves_what_another_package_has_since(uv_env: Environment, index: PackageIndex) -> None:
+    index.wheel("mmhub-one", plugin=True, files={"shared.py": "1"})
+    uv_env.ok("install", "mmhub-one", "--yes")
+    uv_env.put("other", "1.0", files={"shared.py": "2"})
+    uv_env.ok("rollback", "--yes")
+    assert (uv_env.site / "shared.py").read_text() == "2" and "mmhub-one" not in uv_env.versions()
+
+
+@pytest.mark.slow
+def test_packages_behind_a_link_out_of_the_environment_are_changed_there(uv_env: Environment) -> None:
+    shutil.move(uv_env.site, uv_env.folder / "elsewhere")
+    uv_env.site.symlink_to(uv_env.folder / "elsewhere")
+    scripts = {"mmhub_tool-1!1.0+cu13.data/scripts/tool": "#!python\n"}
+    wheel = make_wheel(uv_env.work, "mmhub-tool", "1!1.0+cu13", plugin=True, files=scripts)
+    uv_env.ok("install", f"./{wheel.name}", "--yes")
+    assert (uv_env.site / "mmhub_tool" / "parts.py").is_file() and (uv_env.root / "bin" / "tool").is_file()
+    uv_env.ok("uninstall", "tool", "--yes")
+    assert not (uv_env.site / "mmhub_tool").exists() and not (uv_env.root / "bin" / "tool").exists()
+
+
+def test_modules_in_the_users_folder_are_not_taken_for_mmhubs(uv_env: Environment) -> None:
+    uv_env.put("mmhub-good", "1.0", plugin=True)
+    (uv_env.work / "click.py").write_text("raise RuntimeError('mine')")
+    uv_env.ok("uninstall", "good", "--yes")  # it looks whether mmhub starts
+    assert "mmhub-good" not in uv_env.versions()
+
+
+def test_what_was_asked_for_is_part_of_the_change(
+    uv_env: Environment, monkeypatch: pytest.MonkeyPatch, index: PackageIndex
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mmhub.install.asked.write_file", full)
+        said = uv_env.refused(1, "install", "mmhub-good", "--yes")
+        assert "cannot write the record of plugins" in said and "nothing was changed" in said
+    uv_env.put("helper", "1.0")
+    assert uv_env.ok("install", "helper>0") == "nothing to do: everything is there\n"
+    assert "helper>0" in (uv_env.folder / "config" / "plugins.toml").read_text()
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_not_kept_full(uv_env: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrap_uv(uv_env, 'case "$*" in *--prefix*) "$real" "$@"; exit 2;; esac')
+    write = journal.Transaction.write
+
+    def full(one: journal.Transaction, **changes: object) -> None:
+        if changes.get("state") == "undone":
+            raise MmhubError("no space left")
+        write(one, **changes)
+
+    monkeypatch.setattr(journal.Transaction, "write", full)
+    uv_env.refused(1, "install", "mmhub-good", "--yes")
+    assert not (uv_env.root / "share" / "mmhub" / "transactions" / "0001" / "new").exists()
+
+
+class Killed(Exception):
+    """What stands for the end of a process."""
+
+
+@pytest.mark.parametrize("steps", range(18))
+def test_moves_to_another_disk_can_be_cut_short_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    folder, root, left = tmp_path / "0001", tmp_path / "env", [steps]
+    record = {"remove": ["a", "b"], "add": ["b", "c"]}
+    for path, text in ((root / "a", "1"), (root / "b", "1"), (folder / "new" / "b", "2"), (folder / "new" / "c", "2")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def step(*_: object) -> None:
+        left[0] -= 1
+        if left[0] == -1:
+            raise Killed
+
+    def replace(source: Path, target: Path) -> None:
+        if source.parent != target.parent:
+            raise OSError(errno.EXDEV, "another disk")
+        step()
+        os.rename(source, target)
+
+    def copy(source: Path, target: Path, **_: object) -> None:
+        target.write_text("")
+        step()
+        target.write_text(source.read_text())
+
+    unlink = os.unlink
+
+    def remove(path: Path) -> None:
+        step()
+        unlink(path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "unlink", remove)
+    monkeypatch.setattr(shutil, "copy2", copy)
+    with pytest.raises(Killed) if steps < 12 else nullcontext():
+        for file in record["remove"]:
+            moves.move(file, root, folder / "old")
+        for file in record["add"]:
+            moves.move(file, folder / "new", root)
+    with suppress(Killed):
+        moves.take_out(record, folder, root)
+        moves.put_back(record, folder, root)
+    moves.take_out(record, folder, root)
+    moves.put_back(record, folder, root)
+    assert {path.name: path.read_text() for path in root.iterdir()} == {"a": "1", "b": "1"}
+
+
+def test_a_lock_is_data_and_builds_nothing_unasked(uv_env: Environment) -> None:
+    lock, head = uv_env.work / "pylock.toml", 'lock-version = "1.0"\n'
+    row = '[[packages]]\nname = "mmhub-x"\nversion = "1"\n'
+    for text, code, message in (
+        (f"{row}vcs = {{type = 'git', url = 'https://example.org/x', commit-id = '1'}}", 5, "add --allow-source"),
+        (f"{row}directory = {{path = '.', editable = true}}", 5, "source code of mmhub-x"),
+        (
+            f"{row}sdist = {{url = 'https://x.org/x.tgz', hashes = {{sha256 = '1'}}}}",
+            5,
+            "building it runs its code",
+        ),
+        (f"{row}vcs = {{type = 'git', url = 'x', commit-id = '1\\n-e .'}}", 2, "cannot stand in a requirement"),
+        ("packages = []\ntool = 3", 2, "cannot be read"),
+    ):
+        lock.write_text(head + text)
+        assert message in uv_env.refused(code, "restore", "pylock.toml", "--yes")
+
+
+@pytest.mark.parametrize("tool", [pytest.param("uv", marks=needs_uv), pytest.param("pip", marks=pytest.mark.slow)])
+def test_a_wheel_that_was_cut_off_is_damaged(tmp_path: Path, index: PackageIndex, tool: str) -> None:
+    env = Environment(tmp_path / "one", index, tool)
+    wheel = make_wheel(env.work, "mmhub-cut", plugin=True)
+    for content in (wheel.read_bytes()[:-30], b""):
+        wheel.write_bytes(content)
+        assert "a file is damaged" in env.refused(5, "install", f"./{wheel.name}", "--yes")
+
+
+def test_tokens_in_addresses_are_not_written_down() -> None:
+    pin = Pin(name="x", url="git+https://ghp_token@example.org/x.git@1", kind="vcs")
+    assert pin.public_url == "git+https://example.org/x.git@1"
+    assert merged([], {"x": "x @ https://me:word@example.org/x.whl"}) == ["x @ https://example.org/x.whl"]
+    assert Pin(name="x", url="git+ssh://git@example.org/x.git", kind="vcs").public_url.count("git@") == 1
+
+
+def test_only_who_holds_the_environment_repairs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmhub.cli.plugin_install import _environment
+
+    def denied(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "denied")
+
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(hold, "_open", denied)
+    monkeypatch.setattr(journal, "repair", lambda: pytest.fail("that is somebody else's change, maybe under way"))
+    places.state_folder().mkdir(parents=True)
+    (places.state_folder() / ".lock").touch()
+    with _environment(True, True) as repaired:
+        assert repaired == []
+    with pytest.raises(MmhubError, match="permission denied"), _environment(False, True):
+        pass
+
+
+def test_a_file_system_without_locks_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unable)
+    with pytest.raises(MmhubError, match="cannot lock files"), hold.held(tmp_path / "lock"):
+        pass
+
+
+def test_two_environments_at_once_both_stay_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = asked._read
+
+    def slow() -> dict[str, list[str]]:
+        table = read()
+        time.sleep(0.1)
+        return table
+
+    monkeypatch.setattr(asked, "_read", slow)
+    monkeypatch.setattr(asked, "prefix", lambda: threading.current_thread().name)
+    threads = [threading.Thread(target=asked.write_asked, args=(["x"],), name=name) for name in ("/one", "/two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(read()) == {"/one", "/two"}
 
 
 def test_a_change_after_which_mmhub_does_not_start_is_taken_back(uv_env: Environment, index: PackageIndex) -> None:

@@ -7,15 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from mmhub.cli.output import emit, json_option, note, quiet_option
 from mmhub.errors import MmhubError, NotFoundError, PluginError, UsageError
-from mmhub.install.environment import check_changeable, installed, locked
+from mmhub.install.environment import check_changeable, installed
+from mmhub.install.hold import locked
 from mmhub.install.plan import Plan, Refused, make_plan, warnings
 from mmhub.install.tools import Tool, find_tool
+
+if TYPE_CHECKING:
+    from mmhub.install.journal import Transaction
+    from mmhub.install.request import Request
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,13 +38,16 @@ def allow_option(command: F) -> F:
     return click.option("--allow-change", metavar="NAME", multiple=True, help=text)(command)
 
 
+source_option = click.option("--allow-source", is_flag=True, help="Build what has no wheel. This runs its code.")
+
+
 @click.command()
 @click.argument("what", nargs=-1)
 @click.option("-r", "--requirements", type=click.Path(), multiple=True, help="A file of requirements, or a lock.")
 @click.option("-e", "--editable", type=click.Path(), multiple=True, help="The source folder of a plugin you work on.")
 @click.option("-U", "--upgrade", is_flag=True, help="Take the newest versions of what is named.")
 @allow_option
-@click.option("--allow-source", is_flag=True, help="Build what has no wheel. This runs its code.")
+@source_option
 @click.option("--fresh", is_flag=True, help="Take uploads of the last 7 days, too.")
 @change_options
 def install(
@@ -62,16 +70,13 @@ def install(
     if locks:
         if what or editable or len(requirements) > 1:
             raise UsageError(f"'{locks[0]}' is a lock, which stands alone", "mmhub plugins restore LOCK")
-        _restore_lock(Path(locks[0]), allow_change, dry_run, yes, as_json, quiet)
+        _restore_lock(Path(locks[0]), allow_change, allow_source, dry_run, yes, as_json, quiet)
         return
-    with _environment("install", dry_run, quiet):
+    with _environment(dry_run, quiet):
         request = read_request(
             what, editable, requirements, allowed=allow_change, upgrade=upgrade, source=allow_source, fresh=fresh
         )
-        tool = find_tool()
-        with _diff_of_a_refusal():
-            plan = make_plan(request, tool, lambda text: note(text, quiet))
-        _carry_out(plan, "install", tool, dry_run, yes, as_json, quiet)
+        _carry_out_request(request, "install", dry_run, yes, as_json, quiet)
 
 
 @click.command()
@@ -81,7 +86,7 @@ def uninstall(names: Sequence[str], dry_run: bool, yes: bool, as_json: bool, qui
     """Remove the plugins NAMES, broken ones included. What they needed stays."""
     from mmhub.install.remove import plan_removal
 
-    with _environment("uninstall", dry_run, quiet):
+    with _environment(dry_run, quiet):
         _carry_out(plan_removal(names), "uninstall", None, dry_run, yes, as_json, quiet)
 
 
@@ -94,7 +99,7 @@ def lock(out: Path | None, as_json: bool, quiet: bool) -> None:
     from mmhub.install.lock import FILE, write_lock
 
     path = out or Path(FILE)
-    with _environment("lock", True, quiet):
+    with _environment(True, quiet):
         pins = write_lock(path, find_tool)
     rows = [{"name": pin.name, "version": pin.version, "url": pin.public_url, "sha256": pin.sha256} for pin in pins]
     emit({"file": str(path), "packages": rows}, as_json, f"{path}: {len(pins)} packages")
@@ -103,11 +108,13 @@ def lock(out: Path | None, as_json: bool, quiet: bool) -> None:
 @click.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @allow_option
+@source_option
 @click.option("--fresh", is_flag=True, help="Without FILE: take uploads of the last 7 days, too.")
 @change_options
 def restore(
     file: Path | None,
     allow_change: Sequence[str],
+    allow_source: bool,
     fresh: bool,
     dry_run: bool,
     yes: bool,
@@ -119,19 +126,17 @@ def restore(
     from mmhub.install.request import read_request
 
     if file is not None:
-        _restore_lock(file, allow_change, dry_run, yes, as_json, quiet)
+        _restore_lock(file, allow_change, allow_source, dry_run, yes, as_json, quiet)
         return
-    with _environment("restore", dry_run, quiet):
+    with _environment(dry_run, quiet):
         lines = read_asked()
         if not lines:
             raise NotFoundError("no plugins are on record for this environment", "mmhub plugins restore LOCK")
         folders = [line.removeprefix("-e ") for line in lines if line.startswith("-e ")]
         plain = [line for line in lines if not line.startswith("-e ")]
-        request = read_request(plain, folders, allowed=allow_change, source=any(map(is_source, plain)), fresh=fresh)
-        tool = find_tool()
-        with _diff_of_a_refusal():
-            plan = make_plan(request, tool, lambda text: note(text, quiet))
-        _carry_out(plan, "restore", tool, dry_run, yes, as_json, quiet)
+        source = allow_source or any(map(is_source, plain))
+        request = read_request(plain, folders, allowed=allow_change, source=source, fresh=fresh)
+        _carry_out_request(request, "restore", dry_run, yes, as_json, quiet)
 
 
 @click.command()
@@ -139,28 +144,30 @@ def restore(
 def rollback(dry_run: bool, yes: bool, as_json: bool, quiet: bool) -> None:
     """Undo the last change of plugins, offline. Again: the one before it."""
     from mmhub.install import journal
-    from mmhub.install.apply import roll_back
+    from mmhub.install.apply import look, roll_back
     from mmhub.install.plan import Change
 
-    with _environment("rollback", dry_run, quiet):
-        one = journal.last_change()
+    with _environment(dry_run, quiet) as repaired:
+        one = repaired[0] if repaired else journal.last_change()  # what was left unfinished was the last change
         changes = [Change(name=name, old=new, new=old) for name, old, new in journal.differences(one)]
         text = "\n".join(change.line() for change in changes) or "no package changed"
-        go = _confirmed([change.line() for change in changes], dry_run, yes, as_json, quiet)
-        rows = roll_back(one) if go else []
+        go = bool(repaired) or _confirmed([change.line() for change in changes], dry_run, yes, as_json, quiet)
+        rows = [] if not go else look() if repaired else roll_back(one)
     data = {"changes": [change.data() for change in changes], "applied": go, "transaction": one.number}
     done = f"rolled back change {one.number} ({one.record['command']} of {one.record['when'][:16]})"
     emit(data | {"plugins": _states(rows)}, as_json, f"{text}\n{done}" if go else text)
 
 
-def _restore_lock(path: Path, allowed: Sequence[str], dry: bool, yes: bool, as_json: bool, quiet: bool) -> None:
+def _restore_lock(
+    path: Path, allowed: Sequence[str], source: bool, dry: bool, yes: bool, as_json: bool, quiet: bool
+) -> None:
     from mmhub.install.lock import plan_restore, read_lock
     from mmhub.records import canonical
 
-    with _environment("restore", dry, quiet):
+    with _environment(dry, quiet):
         pins, protected = read_lock(path)
         with _diff_of_a_refusal():
-            plan = plan_restore(pins, [canonical(name) for name in allowed])
+            plan = plan_restore(pins, [canonical(name) for name in allowed], source)
         here = installed()
         for name, version in protected.items():
             if name in here and here[name].version != version:
@@ -168,17 +175,29 @@ def _restore_lock(path: Path, allowed: Sequence[str], dry: bool, yes: bool, as_j
         _carry_out(plan, "restore", find_tool() if plan.pins else None, dry, yes, as_json, quiet)
 
 
+def _carry_out_request(request: Request, command: str, dry_run: bool, yes: bool, as_json: bool, quiet: bool) -> None:
+    tool = find_tool()
+    with _diff_of_a_refusal():
+        plan = make_plan(request, tool, lambda text: note(text, quiet))
+    _carry_out(plan, command, tool, dry_run, yes, as_json, quiet)
+
+
 def _carry_out(
     plan: Plan, command: str, tool: Tool | None, dry_run: bool, yes: bool, as_json: bool, quiet: bool
 ) -> None:
     """Show a plan, ask, apply it, and print the result."""
-    from mmhub.install.apply import apply
+    from mmhub.install.apply import apply, remember
 
     for line in warnings(plan, installed()):
         note(f"note: {line}", quiet)
     changes = list(plan.changes)
     lines = [change.line() for change in changes]
     go = bool(lines) and _confirmed(lines, dry_run, yes, as_json, quiet)
+    if not lines and not dry_run:
+        try:
+            remember(plan)
+        except MmhubError as error:
+            note(f"note: {error.message}", quiet)
     number: int | None = None
     rows: list[dict[str, Any]] = []
     if go:
@@ -231,17 +250,18 @@ def _states(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _environment(command: str, only_look: bool, quiet: bool) -> Iterator[None]:
-    """Hold this environment alone, and first take back what a killed process left unfinished in it."""
+def _environment(only_look: bool, quiet: bool) -> Iterator[list[Transaction]]:
+    """Hold this environment alone, and first take back what a killed process left unfinished in it: yields that."""
     from mmhub.install import journal
 
     check_changeable()
     waiting = lambda: note("waiting for another mmhub that changes this environment", quiet)  # noqa: E731
-    with locked(to_change=not only_look, waiting=waiting):
-        repaired = journal.repair()
-        if repaired:
-            note(f"note: {repaired}", quiet)
-        yield
+    with locked(to_change=not only_look, waiting=waiting) as mine:
+        repaired = journal.repair() if mine else []
+        for one in repaired:
+            unfinished = f"an unfinished `mmhub plugins {one.record['command']}`"
+            note(f"note: {unfinished} was taken back; plugins are as before it", quiet)
+        yield repaired
 
 
 @contextmanager

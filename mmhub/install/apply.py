@@ -13,7 +13,7 @@ from typing import Any
 
 from mmhub.errors import ExitCode, Interrupted, MmhubError, PluginError
 from mmhub.install import asked, journal
-from mmhub.install.environment import Installed, broken_by, installed
+from mmhub.install.environment import Installed, broken_by, every_copy, installed
 from mmhub.install.journal import Transaction
 from mmhub.install.plan import Plan
 from mmhub.install.tools import Tool
@@ -30,21 +30,29 @@ def apply(
     Raises:
         MmhubError: it failed, and nothing was changed. Interrupted: the same, because the user asked to stop.
     """
-    for dist in plan.leaving:
-        _ = dist.files  # refuse what cannot be removed before anything begins
+    leaving = every_copy(plan.leaving)  # refuses what cannot be removed before anything begins
+    removed = [change.name for change in plan.changes if not change.new]
     one = journal.begin(command)
     with _all_or_nothing(one):
         if plan.pins:
             assert tool
             tool.unpack(plan.pins, one.new, source=plan.source, show=show)
-            _check_unpacked(one, plan)
+            _check_unpacked(one, plan, leaving)
             pins = [dataclasses.asdict(pin) | {"url": pin.public_url} for pin in plan.pins]
             one.write(pins=pins, startup=journal.startup_files(one))
-        journal.commit(one, plan.leaving)
+        journal.commit(one, leaving)
         listing = look()
-    removed = [change.name for change in plan.changes if not change.new]
-    asked.write_asked(asked.merged(one.record["asked"], plan.asked, removed))
+        asked.write_asked(asked.merged(one.record["asked"], plan.asked, removed))
+        journal.finish(one)
     return one, listing
+
+
+def remember(plan: Plan) -> None:
+    """Write down what a plan without changes asked for, so that `restore` knows it, too."""
+    lines = asked.read_asked()
+    new = asked.merged(lines, plan.asked)
+    if set(new) != set(lines):
+        asked.write_asked(new)
 
 
 def roll_back(one: Transaction) -> list[dict[str, Any]]:
@@ -61,7 +69,9 @@ def look() -> list[dict[str, Any]]:
     """
     switches = ("MMHUB_STRICT_PLUGINS", "MMHUB_DEBUG")
     environment = {key: value for key, value in os.environ.items() if key not in switches}
-    command = [sys.executable, "-m", CORE, "plugins", "ls", "--json"]
+    here = sys.path[:1] == [os.getcwd()]  # `python -m mmhub`; else modules of the user's folder must not be imported
+    alone = ["-I"] if sys.flags.isolated else [] if here else ["-P"]
+    command = [sys.executable, *alone, "-m", CORE, "plugins", "ls", "--json"]
     try:
         done = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_START,
@@ -89,7 +99,7 @@ def _all_or_nothing(one: Transaction) -> Iterator[None]:
         raise
 
 
-def _check_unpacked(one: Transaction, plan: Plan) -> None:
+def _check_unpacked(one: Transaction, plan: Plan, leaving: Sequence[Installed]) -> None:
     """The tool must have unpacked what was planned and nothing else, and every plugin must have what it needs."""
     new = journal.unpacked(one)
     planned = {change.name: change.new for change in plan.changes if change.pin and change.pin.version == change.new}
@@ -97,14 +107,9 @@ def _check_unpacked(one: Transaction, plan: Plan) -> None:
     strange = sorted(({pin.name for pin in plan.pins} ^ set(new)) | set(wrong))
     if strange:
         raise MmhubError(f"the installer unpacked something else than what was planned: {', '.join(strange)}")
-    leaving = {change.name for change in plan.changes}
-    result = {name: dist for name, dist in installed().items() if name not in leaving} | new
-    unmet = unmet_plugins(result, list(new.values()))
+    changing = {change.name for change in plan.changes}
+    result = {name: dist for name, dist in installed().items() if name not in changing} | new
+    unmet = broken_by({name: dist.version for name, dist in result.items()}, new.values())
     if unmet:
         raise PluginError(f"not everything that a plugin needs would be there: {'; '.join(unmet)}")
-    journal.check_files(one, plan.leaving)
-
-
-def unmet_plugins(dists: dict[str, Installed], new: Sequence[Installed]) -> list[str]:
-    """Return the requirements of `new` distributions that `dists` does not meet."""
-    return list(broken_by({name: dist.version for name, dist in dists.items()}, new))
+    journal.check_files(one, leaving)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,9 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from mmhub.errors import UsageError
 from mmhub.files import disk_errors, write_file
-from mmhub.install.environment import prefix
+from mmhub.install.hold import held
+from mmhub.install.pins import without_secret
+from mmhub.install.places import prefix
 from mmhub.records import canonical
 from mmhub.registry import config_folder
 
@@ -32,9 +33,14 @@ def read_asked() -> list[str]:
 
 def write_asked(lines: Sequence[str]) -> None:
     """Replace the lines of this environment; those of others stay."""
+    path = config_folder() / FILE
+    with disk_errors("the record of plugins", path.parent), held(path.with_name(f".{FILE}.lock")):
+        write_file(path, _text(_read() | {str(prefix()): list(lines)}))
+
+
+def _text(table: Mapping[str, Sequence[str]]) -> str:
     import tomlkit
 
-    table = _read() | {str(prefix()): list(lines)}
     document = tomlkit.document()
     document.add("schema", tomlkit.item(1))
     environments = tomlkit.table()
@@ -44,17 +50,14 @@ def write_asked(lines: Sequence[str]) -> None:
         if rows:
             environments.add(root, entry)
     document.add("environments", environments)
-    path = config_folder() / FILE
-    with disk_errors("the record of plugins", path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, _HEAD + tomlkit.dumps(document))
+    return _HEAD + tomlkit.dumps(document)
 
 
 def merged(lines: Sequence[str], new: Mapping[str, str], without: Sequence[str] = ()) -> list[str]:
     """Return `lines` with those of the names in `new` replaced and those in `without` left out."""
     gone = {*new, *without}
     kept = [line for line in lines if name_of(line) not in gone]
-    return kept + [re.sub(r"://[^/@\s]*:[^/@\s]*@", "://", line) for line in new.values()]  # no passwords
+    return kept + [without_secret(line) for line in new.values()]
 
 
 def name_of(line: str) -> str:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import csv
-import errno
 import json
 import os
 import re
 import sys
 import sysconfig
-import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmhub.errors import MmhubError, UsageError
-from mmhub.files import disk_errors
+from mmhub.install.places import Places, is_file, prefix, site_folders
 from mmhub.records import CORE, canonical
 
 if TYPE_CHECKING:
@@ -28,7 +25,6 @@ if TYPE_CHECKING:
 PROTECTED = (
     "torch", "torchvision", "torchaudio", "numpy", "transformers", "timm", "huggingface-hub", "safetensors", CORE,
 )  # fmt: skip
-_WAIT = 600  # seconds for another process that changes this environment
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ class Installed:
         listed = {os.path.normpath(self.info.parent / row) for row in self._rows}
         listed |= {str(path) for path in self.info.rglob("*")}
         places, root = Places(), str(prefix())
-        found = {where for path in listed if (where := places.of(path)) and not is_pythons_own(where)}
+        found = {where for path in listed if (where := places.of(path)) and not places.reserved(where)}
         return sorted(where for where in found if is_file(os.path.join(root, where)))
 
     @property
@@ -125,73 +121,6 @@ class Installed:
         tops = self.read("top_level.txt").split() or [self.name.replace("-", "_")]
         folders = [self.info.parent / top for top in tops if (self.info.parent / top).exists()]
         return [f"'{path}'" for path in (*folders, self.info)]
-
-
-def prefix() -> Path:
-    """Return the root of this environment."""
-    return Path(os.path.realpath(sys.prefix))
-
-
-def site_folders() -> list[Path]:
-    """Return the folders that packages of this environment lie in, as they are called; each once."""
-    found: dict[str, Path] = {}
-    for name in site_names():
-        found.setdefault(os.path.realpath(prefix() / name), prefix() / name)
-    return list(found.values())
-
-
-def site_names() -> list[str]:
-    """Return those folders relative to the environment; `lib64`, a link to `lib` in many, is another name."""
-    return list(dict.fromkeys(os.path.relpath(sysconfig.get_path(key), sys.prefix) for key in ("purelib", "platlib")))
-
-
-def is_file(path: str | Path) -> bool:
-    """Is there something other than a folder? A link is, wherever it leads."""
-    return os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path))
-
-
-class Places:
-    """Where paths lie in this environment: by its one name for each folder, although links may give it several."""
-
-    def __init__(self) -> None:
-        self._roots = [(os.path.realpath(site), os.path.relpath(site, prefix())) for site in site_folders()]
-        self._roots.append((str(prefix()), "."))
-        self._known: dict[str, str | None] = {}  # folder: its name
-
-    def inside(self, path: str | Path) -> str | None:
-        """Return the place of a path relative to the environment, None where it lies outside."""
-        folder, name = os.path.split(path)
-        if folder not in self._known:
-            self._known[folder] = self._name(os.path.realpath(folder))
-        home = self._known[folder]
-        return None if home is None else os.path.normpath(os.path.join(home, name))
-
-    def of(self, path: str) -> str | None:
-        """Return the same, and for what lies behind a link that leads outside, the place of that link."""
-        while (where := self.inside(path)) is None and path != os.path.dirname(path):
-            path = os.path.dirname(path)
-        return where
-
-    def _name(self, folder: str) -> str | None:
-        for root, name in self._roots:
-            if folder == root or folder.startswith(root + os.sep):
-                return os.path.normpath(os.path.join(name, folder[len(root) + 1 :]))
-        return None
-
-
-def is_pythons_own(place: str) -> bool:
-    """Is this a place of the interpreter, of conda, or of mmhub's records, that no package may list or bring?"""
-    folder, name = os.path.split(place)
-    if folder in ("bin", "Scripts") and _INTERPRETER.fullmatch(name):
-        return True
-    if place == "pyvenv.cfg" or place.startswith((f"share{os.sep}mmhub{os.sep}", f"conda-meta{os.sep}")):
-        return True
-    sites = [os.path.relpath(site, prefix()) for site in site_folders()]
-    beside = any(place.startswith(os.path.dirname(site) + os.sep) for site in sites)  # the standard library
-    return beside and not any(place.startswith(site + os.sep) for site in sites)
-
-
-_INTERPRETER = re.compile(r"python[\d.]*w?(\.exe)?|(de)?activate.*", re.IGNORECASE)
 
 
 def installed() -> dict[str, Installed]:
@@ -270,88 +199,3 @@ def broken_by(versions: Mapping[str, str], dists: Iterable[Installed]) -> dict[s
             but = f", and not {name} {version}" if version else ", which is not installed"
             found[f"{one} needs {name}{need.specifier}{but}"] = name
     return found
-
-
-def state_folder() -> Path:
-    """Return the folder of this environment that mmhub keeps its transactions in."""
-    return prefix() / "share" / "mmhub" / "transactions"
-
-
-@contextmanager
-def locked(*, to_change: bool, waiting: Any = None) -> Iterator[bool]:
-    """Hold this environment alone. Waits for another process that does, after calling `waiting()` once.
-
-    Yields False if it is not held: without `to_change`, where nobody has changed it or this user may not.
-
-    Raises:
-        MmhubError: the other one takes more than ten minutes.
-    """
-    file = state_folder() / ".lock"
-    if not to_change and not file.exists():
-        yield False
-        return
-    try:
-        descriptor = _open(file)
-    except OSError:
-        if not to_change:
-            yield False
-            return
-        with disk_errors("this environment", prefix()):
-            raise
-    with _held(descriptor, waiting):
-        yield True
-
-
-@contextmanager
-def held(file: Path) -> Iterator[None]:
-    """Hold a lock file alone, waiting as long as ten minutes for another process that does."""
-    with _held(_open(file), None):
-        yield
-
-
-def _open(file: Path) -> int:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        return os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    except PermissionError:  # of another user who shares this environment: enough to wait for
-        return os.open(file, os.O_RDONLY)
-
-
-@contextmanager
-def _held(descriptor: int, waiting: Any) -> Iterator[None]:
-    until, told = time.monotonic() + _WAIT, False
-    try:
-        while not _try_lock(descriptor):
-            if waiting and not told:
-                waiting()
-            told = True
-            if time.monotonic() > until:
-                raise MmhubError("another mmhub is changing this environment for more than ten minutes", "end it first")
-            time.sleep(0.1)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    """Lock a file; False if another process has.
-
-    Raises:
-        MmhubError: the file system cannot lock.
-    """
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            raise MmhubError(
-                f"the file system of '{prefix()}' cannot lock files ({error.strerror})", "use one that can"
-            ) from None
-        return False
-    return True

@@ -3,19 +3,19 @@
 A transaction is a folder `share/mmhub/transactions/NNNN/` of the environment. The new files are unpacked into its
 `new/` while nothing else changes; then the old ones are renamed into `old/` and the new ones out of `new/`.
 `record.json` lists both beforehand. Taking back renames in the other direction whatever is there, so it may be cut
-short and done again.
+short and done again. It is "finished" only when mmhub was seen to start after it.
 """
 
 from __future__ import annotations
 
 import csv
-import errno
-import importlib.util
+import glob
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,12 +23,13 @@ from typing import Any
 
 from mmhub.errors import MmhubError, NotFoundError, PluginError, TrustError
 from mmhub.files import disk_errors, sha256, write_file
-from mmhub.install import asked
-from mmhub.install.environment import Installed, installed, prefix, read_folder, site_folders, site_names, state_folder
+from mmhub.install import asked, moves
+from mmhub.install.environment import Installed, installed, read_folder
+from mmhub.install.places import Places, is_file, prefix, site_folders, site_names, state_folder
 from mmhub.records import CORE
 
 KEPT = 3  # transactions whose old files are kept
-_OPEN = ("started", "undoing")
+_AT_START = ("sitecustomize.py", "usercustomize.py")  # what Python imports whenever it starts, beside *.pth
 
 
 @dataclass
@@ -58,7 +59,8 @@ class Transaction:
     def write(self, **changes: Any) -> None:
         """Change the record durably."""
         self.record |= changes
-        write_file(self.folder / "record.json", json.dumps(self.record, indent=1) + "\n")
+        with disk_errors("the record of this change", self.folder):
+            write_file(self.folder / "record.json", json.dumps(self.record, indent=1) + "\n")
 
 
 def begin(command: str) -> Transaction:
@@ -69,6 +71,7 @@ def begin(command: str) -> Transaction:
     record = {"schema": 1, "command": command, "state": "started", "when": _now(), "asked": asked.read_asked()}
     with disk_errors("a transaction", folder.parent):
         folder.mkdir(parents=True)
+        shutil.copyfile(moves.__file__, folder.with_name("undo.py"))
         one = Transaction(folder, record | {"before": before, "remove": [], "add": [], "after": {}, "left": {}})
         one.write()
         one.new.mkdir()
@@ -82,84 +85,121 @@ def unpacked(one: Transaction) -> dict[str, Installed]:
 
 
 def startup_files(one: Transaction) -> list[str]:
-    """Return the new files that Python runs whenever it starts (*.pth), but for those of editable plugins."""
+    """Return the new files that Python runs whenever it starts, but for the *.pth of editable plugins."""
     found = []
+    places, sites = Places(), [os.path.relpath(site, prefix()) for site in site_folders()]
     for dist in unpacked(one).values():
-        if not dist.direct_url.get("dir_info", {}).get("editable"):
-            rows = csv.reader(dist.read("RECORD").splitlines())
-            found += [f"{dist}: {row[0]}" for row in rows if row and row[0].endswith(".pth") and "/" not in row[0]]
+        if dist.direct_url.get("dir_info", {}).get("editable"):
+            continue
+        for row in csv.reader(dist.read("RECORD").splitlines()):
+            path = os.path.normpath(dist.info.parent / row[0]) if row else ""
+            folder, name = os.path.split(places.inside(prefix() / os.path.relpath(path, one.new)) or "")
+            if folder in sites and (name.endswith(".pth") or name in _AT_START):
+                found.append(f"{dist}: {name}")
     return found
 
 
 def check_files(one: Transaction, leaving: Iterable[Installed]) -> None:
-    """Refuse new files that would replace files of distributions that stay and are protected.
+    """Refuse new files that would replace those of somebody else: of Python, of mmhub, of what is protected.
 
     Raises:
-        TrustError: names both, and the file.
+        TrustError: names the file, and whose it is.
     """
-    new, gone = set(_files_below(one.new)), {dist.name for dist in leaving}
-    core = tuple(f"{site}{os.sep}{CORE}{os.sep}" for site in site_names())
-    for file in sorted(new):
-        if file.startswith(core) and CORE not in unpacked(one):
-            raise TrustError(f"a package brings the file '{file}', which is a place of mmhub's own", "do not use it")
-    for dist in installed().values():
-        if not dist.own or not dist.protected or dist.name in gone or not (dist.info / "RECORD").is_file():
-            continue
-        taken = new.intersection(dist.files)
-        if taken:
-            raise TrustError(f"a package would replace '{min(taken)}', a file of {dist}", "do not use it")
+    names = {dist.name for dist in leaving}
+    gone = {file for dist in leaving for file in dist.files}
+    staying = [dist for dist in installed().values() if dist.own and dist.name not in names]
+    owners = {file: dist for dist in sorted(staying, key=lambda dist: dist.protected) for file in dist.claims}
+    places, core = Places(), CORE in unpacked(one)
+    for file in _files_below(one.new):
+        place = places.inside(prefix() / file)
+        said = _objection(file, place, places, gone, core)
+        if not said and place in owners and owners[place].protected:
+            said = f"it would replace a file of {owners[place]}"
+        elif not said and place not in owners and place not in gone and _is_strangers(str(place)):
+            said = "it would replace a file that is no package's; if that is a remnant, move it away"
+        if said:
+            raise TrustError(f"a package brings the file '{file}': {said}", "do not use it")
+
+
+def _objection(file: str, place: str | None, places: Places, gone: set[str], core: bool) -> str:
+    """Why may a new file not lie there, whatever lies there now? '' if it may."""
+    if place is None:
+        link = places.of(str(prefix() / file))
+        return "" if link in gone else f"'{link}' is a link that leads out of this environment"
+    sites = [os.path.relpath(site, prefix()) + os.sep for site in site_folders()]
+    tops = [place[len(site) :].split(os.sep)[0] for site in sites if place.startswith(site)]
+    if places.reserved(place) or (not core and any(top.split(".")[0] == CORE for top in tops)):
+        return f"that is a place of Python's or {CORE}'s own"
+    above = [str(path) for path in Path(place).parents if str(path) not in gone and is_file(prefix() / path)]
+    if (prefix() / place).is_dir() and not (prefix() / place).is_symlink():
+        return "a folder is there"
+    return f"'{above[0]}' is a file" if above and not (prefix() / above[0]).is_dir() else ""
+
+
+def _is_strangers(place: str) -> bool:
+    """Is there a file outside the folders of packages, where conda and other programs have theirs?"""
+    sites = tuple(os.path.relpath(site, prefix()) + os.sep for site in site_folders())
+    return not place.startswith(sites) and is_file(prefix() / place)
 
 
 def commit(one: Transaction, leaving: Sequence[Installed]) -> None:
-    """Take the files of `leaving` out and put those of `new/` in. If that fails, everything is as before.
+    """Take the files of `leaving` out and put those of `new/` in. It can be taken back until `finish` and after.
 
     Raises:
         MmhubError: it failed; says why.
     """
     add = _files_below(one.new)
-    remove = {file for dist in leaving for file in dist.files} - _others_files(leaving)
+    remove = {file for dist in leaving for file in dist.files} - _claimed_beside({dist.name for dist in leaving})
     remove |= {file for file in add if os.path.lexists(prefix() / file)}
     after = {dist.name: _fingerprint(dist) for dist in unpacked(one).values()}
     left = {dist.name: _fingerprint(dist) for dist in leaving}
     one.write(remove=sorted(remove), add=add, after=after, left=left)
-    with disk_errors("plugins", prefix()):
+    with disk_errors("plugins", prefix()), _undisturbed():
         for file in sorted(remove):
-            _move(file, prefix(), one.old)
+            moves.move(file, prefix(), one.old)
         _prune(remove)
         for file in add:
-            _move(file, one.new, prefix())
+            moves.move(file, one.new, prefix())
+
+
+def finish(one: Transaction) -> None:
+    """Make a change last, and forget what only older ones need."""
     one.write(state="finished")
     shutil.rmtree(one.new, ignore_errors=True)
-    _forget_old()
+    every = _all()
+    finished = [other for other in every if other.record["state"] == "finished"]
+    for other in finished[:-KEPT]:
+        shutil.rmtree(other.old, ignore_errors=True)
+    for other in every:
+        if other.record["state"] == "undone":  # an installer that outlived mmhub may have gone on unpacking
+            shutil.rmtree(other.new, ignore_errors=True)
 
 
 def undo(one: Transaction) -> None:
     """Put the environment back to what it was before a transaction, however far that got. May be repeated."""
     if one.record["state"] == "finished":
-        one.write(state="undoing")
-    with disk_errors("plugins", prefix()):
-        for file in one.record["add"]:
-            if not os.path.lexists(one.new / file):
-                _move(file, prefix(), one.new)
+        since = _claimed_beside(set(one.record["after"])) - set(one.record["remove"])
+        one.write(state="undoing", add=[file for file in one.record["add"] if file not in since])
+    with disk_errors("plugins", prefix()), _undisturbed():
+        moves.take_out(one.record, one.folder, prefix())
         _prune(one.record["add"])
-        for file in one.record["remove"]:
-            _move(file, one.old, prefix())
-    if asked.read_asked() != one.record["asked"]:
-        asked.write_asked(one.record["asked"])
-    with suppress(OSError):  # on a full disk it stays as it is, and is looked at again next time
-        one.write(state="undone")
-        for folder in (one.new, one.old):
-            shutil.rmtree(folder, ignore_errors=True)
+        moves.put_back(one.record, one.folder, prefix())
+        if asked.read_asked() != one.record["asked"]:
+            asked.write_asked(one.record["asked"])
+        if not one.record["add"]:  # nothing was moved, and what was unpacked may have filled the disk
+            shutil.rmtree(one.new, ignore_errors=True)
+        with suppress(MmhubError):  # on a full disk it stays as it is, and is looked at again next time
+            one.write(state="undone")
+            for folder in (one.new, one.old):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def repair() -> str:
-    """Take back what a killed process left unfinished; return a line that says so, '' if there was nothing."""
-    broken = [one for one in _all() if one.record["state"] in _OPEN]
-    for one in reversed(broken):
+def repair() -> list[Transaction]:
+    """Take back what a killed process left unfinished, and return it, newest first."""
+    broken = [one for one in reversed(_all()) if one.record["state"] in moves.OPEN]
+    for one in broken:
         undo(one)
-    if not broken:
-        return ""
-    return f"an unfinished `mmhub plugins {broken[0].record['command']}` was taken back; plugins are as before it"
+    return broken
 
 
 def last_change() -> Transaction:
@@ -219,23 +259,15 @@ def _folders() -> list[Path]:
     return sorted((path for path in state_folder().glob("*") if path.name.isdigit()), key=lambda path: int(path.name))
 
 
-def _forget_old() -> None:
-    finished = [one for one in _all() if one.record["state"] == "finished"]
-    for one in finished[:-KEPT]:
-        shutil.rmtree(one.old, ignore_errors=True)
-
-
 def _fingerprint(dist: Installed) -> str:
     """What tells whether a distribution was changed: its version and the hash of its list of files."""
     record = dist.info / "RECORD"
     return f"{dist.version} {sha256(record) if record.is_file() else ''}"
 
 
-def _others_files(leaving: Sequence[Installed]) -> set[str]:
-    """The files that distributions which stay claim, too: a RECORD can list what is not its own."""
-    names = {dist.name for dist in leaving}
-    staying = [dist for dist in installed().values() if dist.own and dist.name not in names]
-    return {file for dist in staying if (dist.info / "RECORD").is_file() for file in dist.files} if leaving else set()
+def _claimed_beside(names: set[str]) -> set[str]:
+    """The files that distributions other than these claim: a RECORD can list what others have, too."""
+    return {file for dist in installed().values() if dist.own and dist.name not in names for file in dist.claims}
 
 
 def _files_below(folder: Path) -> list[str]:
@@ -246,37 +278,36 @@ def _files_below(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _move(file: str, source: Path, target: Path) -> None:
-    """Rename a file from one root to the other; nothing happens where it is not there (any more)."""
-    if not os.path.lexists(source / file):
-        return
-    end = target / file
-    end.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.replace(source / file, end)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        shutil.copy2(source / file, end, follow_symlinks=False)  # a link inside the environment leads elsewhere
-        os.unlink(source / file)
-
-
 def _prune(files: Iterable[str]) -> None:
     """Remove what Python compiled from files that are gone, and folders that are empty now."""
     root = prefix()
-    stop = {root, *site_folders(), root / "bin", root / "Scripts", root / "share", root / "lib", root / "Lib"}
-    parents = set()
+    tops = ("bin", "Scripts", "share", "include", "lib", "Lib")
+    stop, parents = {root, *site_folders(), *(root / name for name in tops)}, set()
     for file in files:
         path = root / file
         if path.suffix == ".py":
-            with suppress(OSError, NotImplementedError):
-                os.unlink(importlib.util.cache_from_source(str(path)))
+            for compiled in (path.parent / "__pycache__").glob(f"{glob.escape(path.stem)}.*.pyc"):
+                with suppress(OSError):
+                    compiled.unlink()
             parents.add(path.parent / "__pycache__")
         parents.add(path.parent)
     for folder in sorted({up for one in parents for up in (one, *one.parents)} - stop, reverse=True):
         if folder.is_relative_to(root):
             with suppress(OSError):
                 os.rmdir(folder)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put off the signals that end a process (Ctrl-C, a closed terminal, `kill`) until files have been moved."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _now() -> str:

@@ -14,16 +14,17 @@ from urllib.parse import unquote, urlsplit
 from packaging.requirements import Requirement
 
 from mmhub import __version__
-from mmhub.errors import MmhubError, NotFoundError, PluginError, UsageError
+from mmhub.errors import MmhubError, NotFoundError, PluginError, TrustError, UsageError
 from mmhub.files import disk_errors, sha256, write_file
 from mmhub.install.environment import Installed, installed
 from mmhub.install.journal import pins_of_history
-from mmhub.install.pins import Pin, read_pins
+from mmhub.install.pins import Pin, read_pins, without_secret
 from mmhub.install.plan import Plan, Refused, check_moves, make_changes
 from mmhub.install.tools import Tool
 from mmhub.records import CORE, canonical
 
 FILE = "pylock.mmhub.toml"
+_SOURCE = "add --allow-source if you trust it"
 
 
 def write_lock(path: Path, find_tool: Callable[[], Tool]) -> list[Pin]:
@@ -54,30 +55,33 @@ def read_lock(path: Path) -> tuple[list[Pin], dict[str, str]]:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
         pins = read_pins(document, path.resolve().parent)
+        noted = document.get("tool", {}).get(CORE, {}).get("protected", {})
+        return pins, {str(name): str(version) for name, version in noted.items()}
     except FileNotFoundError:
         raise NotFoundError(f"there is no file '{path}'", "`mmhub plugins lock` writes one") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UsageError(f"'{path}' cannot be read: {error}") from None
     except UsageError as error:
         raise UsageError(f"'{path}': {error.message}", error.hint) from None
-    noted = document.get("tool", {}).get(CORE, {}).get("protected", {})
-    return pins, {str(name): str(version) for name, version in noted.items()}
 
 
-def plan_restore(pins: list[Pin], allowed: Collection[str]) -> Plan:
+def plan_restore(pins: list[Pin], allowed: Collection[str], source: bool = False) -> Plan:
     """Return the plan that installs what a lock lists and this environment lacks or has in another version.
 
     Raises:
         PluginError: something protected that is no plugin would move.
+        TrustError: something would have to be built, and `source` is not set.
     """
     dists = installed()
     missing = [pin for pin in pins if not _there(pin, dists.get(pin.name))]
     leaving = tuple(dists[pin.name] for pin in missing if pin.name in dists and dists[pin.name].own)
     asked = {pin.name: replace(pin, sha256="").line() for pin in pins if _is_plugin(pin, dists)}
-    source = any(pin.kind in ("folder", "vcs") or not _is_wheel(pin) for pin in missing)
+    built = [pin.name for pin in missing if not _is_wheel(pin)]
+    if built and not source:
+        raise TrustError(f"the lock has source code of {', '.join(built)}, and building it runs its code", _SOURCE)
     changes = make_changes(missing, dists)
     names = tuple(pin.name for pin in missing if _is_plugin(pin, dists))
-    plan = Plan(changes=changes, names=names, leaving=leaving, asked=asked, source=source)
+    plan = Plan(changes=changes, names=names, leaving=leaving, asked=asked, source=bool(built))
     try:
         check_moves(plan, allowed, dists, requested=[pin.name for pin in pins])
     except PluginError as error:
@@ -172,7 +176,7 @@ def _package(pin: Pin, beside: Path) -> dict[str, Any]:
     row["version"] = pin.version
     if pin.kind == "vcs":
         kind, _, rest = pin.url.partition("+")
-        address, _, commit = rest.rpartition("@")
+        address, _, commit = without_secret(rest).rpartition("@")
         return row | {"vcs": {"type": kind, "url": address, "commit-id": commit}}
     local = pin.url.startswith("file:")
     file: dict[str, Any] = {"path": _relative(pin.url, beside)} if local else {"url": pin.public_url}
@@ -199,7 +203,7 @@ def _there(pin: Pin, dist: Installed | None) -> bool:
 
 
 def _is_wheel(pin: Pin) -> bool:
-    return urlsplit(pin.url).path.endswith(".whl") or pin.kind == "editable"
+    return pin.kind in ("index", "file") and urlsplit(pin.url).path.endswith(".whl")
 
 
 def _is_plugin(pin: Pin, dists: Mapping[str, Installed]) -> bool:

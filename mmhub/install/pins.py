@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 from packaging.tags import sys_tags
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
@@ -16,6 +17,7 @@ from mmhub.errors import UsageError
 from mmhub.files import sha256
 from mmhub.records import canonical
 
+_WORD = re.compile(r"[^-\s]\S*|")  # neither several words nor an option
 _VCS = ("git", "hg+", "svn", "bzr")
 
 
@@ -34,10 +36,7 @@ class Pin:
     @property
     def public_url(self) -> str:
         """The address without a name and password in it, to show and to write down."""
-        parts = urlsplit(self.url)
-        if "@" not in parts.netloc or parts.scheme.startswith(_VCS):
-            return self.url
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        return without_secret(self.url)
 
     def line(self) -> str:
         """Return the requirement line that means exactly this, with its hash where there is one."""
@@ -45,6 +44,11 @@ class Pin:
             return f"-e {self.url}"
         what = f"{self.name}=={self.version}" if self.kind == "index" else f"{self.name} @ {self.url}"
         return f"{what} --hash=sha256:{self.sha256}" if self.sha256 else what
+
+
+def without_secret(text: str) -> str:
+    """Return a text without the name, password or token in the web addresses in it (`https://TOKEN@host`)."""
+    return re.sub(r"(https?://)[^/@\s]*@", r"\1", text)
 
 
 def pin_of_url(name: str, version: str, url: str) -> Pin:
@@ -85,7 +89,13 @@ def read_pins(document: Mapping[str, Any], beside: Path) -> list[Pin]:
         raise UsageError("it is no lock file of PEP 751 (lock-version 1.x and [[packages]])")
     try:
         applying = [row for row in rows if "marker" not in row or Marker(row["marker"]).evaluate()]
-        return [_locked_pin(row, beside) for row in applying]
+        pins = [_locked_pin(row, beside) for row in applying]
+        odd = [
+            text for pin in pins for text in (pin.name, pin.version, pin.url, pin.sha256) if not _WORD.fullmatch(text)
+        ]
+        if odd:
+            raise ValueError(f"{odd[0]!r} cannot stand in a requirement")
+        return pins
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"its packages cannot be read: {type(error).__name__}: {error}") from None
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mmhub.errors import NotFoundError, PluginError, UsageError, did_you_mean
-from mmhub.install.environment import Installed, installed, prefix
+from mmhub.install.environment import Installed, installed
+from mmhub.install.places import prefix
 from mmhub.install.plan import Change, Plan
 from mmhub.records import CORE, canonical
 

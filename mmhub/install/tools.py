@@ -175,7 +175,7 @@ def find_tool() -> Tool:
     Raises:
         MmhubError: neither is there, or pip is too old to say what it would do.
     """
-    here = [sys.executable, "-m"]
+    here = [sys.executable, "-P", "-m"]  # not from the user's folder
     for command in ([shutil.which("uv") or ""], [*here, "uv"] if find_spec("uv") else [""]):
         version = _version([*command, "--version"]) if command[0] else ()
         if version:
@@ -295,6 +295,10 @@ _NETWORK = re.compile(
     r"|Max retries exceeded|name resolution|Name or service not known|timed out|ProxyError|Failed to fetch",
     re.IGNORECASE,
 )
+_DAMAGED = re.compile(
+    r"zip file|Wheel '.*' located at .* is invalid|BadZipFile|has an invalid wheel|Failed to extract archive",
+    re.IGNORECASE,
+)
 _MISSING = re.compile(
     r"(?:Because |cause: )?([\w.-]+) was not found in the|requirement ([\w.-]+)[^\n]*from versions: none"
 )
@@ -309,6 +313,8 @@ def _failure(tool: str, text: str, code: int) -> Exception:
         return TrustError(f"{what} is not the one that the index or lock promised: its hash differs", "do not use it")
     if re.search(r"no space left on device", text, re.IGNORECASE):
         return MmhubError("no space left on the device", "free some space and try again")
+    if _DAMAGED.search(text):
+        return TrustError(f"a file is damaged: {said}", "nothing was changed; get or build it again")
     if _NETWORK.search(text):
         return NetworkError(
             f"{tool} cannot reach the package index: {said}", "check the network, or UV_*/PIP_* settings"
