@@ -71,7 +71,7 @@ class PackageIndex:
         self.dates: dict[str, datetime] = {}  # file name: when it was uploaded; 30 days ago where nothing is said
         self.forged: dict[str, bytes] = {}  # file name: what is sent instead of it
         self.delays: dict[str, float] = {}  # file name: seconds before it is sent
-        self.dated = True
+        self.dated = self.hashed = True
         self.requests: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
@@ -104,7 +104,8 @@ class PackageIndex:
     def _entry(self, path: Path) -> dict[str, Any]:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         address = f"{self.url.removesuffix('simple/')}files/{path.name}"
-        entry: dict[str, Any] = {"filename": path.name, "url": address, "hashes": {"sha256": digest}}
+        hashes = {"sha256": digest} if self.hashed else {}
+        entry: dict[str, Any] = {"filename": path.name, "url": address, "hashes": hashes}
         entry["size"] = path.stat().st_size
         if self.dated:
             date = self.dates.get(path.name, datetime.now(UTC) - timedelta(days=30))

@@ -101,6 +101,9 @@ def lock(out: Path | None, as_json: bool, quiet: bool) -> None:
     path = out or Path(FILE)
     with _environment(True, quiet):
         pins = write_lock(path, find_tool)
+    local = [pin.name for pin in pins if pin.public_url.startswith("file:")]
+    if local:
+        note(f"note: a path on this machine is where the lock has {', '.join(local)} from", quiet)
     rows = [{"name": pin.name, "version": pin.version, "url": pin.public_url, "sha256": pin.sha256} for pin in pins]
     emit({"file": str(path), "packages": rows}, as_json, f"{path}: {len(pins)} packages")
 
@@ -177,6 +180,8 @@ def _restore_lock(
 
 def _carry_out_request(request: Request, command: str, dry_run: bool, yes: bool, as_json: bool, quiet: bool) -> None:
     tool = find_tool()
+    if sys.stderr.isatty():
+        note(f"asking the package index, with {tool.name} ...", quiet)
     with _diff_of_a_refusal():
         plan = make_plan(request, tool, lambda text: note(text, quiet))
     _carry_out(plan, command, tool, dry_run, yes, as_json, quiet)
@@ -201,11 +206,14 @@ def _carry_out(
     number: int | None = None
     rows: list[dict[str, Any]] = []
     if go:
-        one, rows = apply(plan, command, tool, show=sys.stderr.isatty() and not quiet)
+        fetches = any(pin.kind != "file" or not pin.url.startswith("file:") for pin in plan.pins)
+        one, rows = apply(plan, command, tool, show=fetches and sys.stderr.isatty() and not quiet)
         number = one.number
         changes = [replace(change, new=one.version_after(change.name)) for change in changes]
     data = {"changes": [change.data() for change in changes], "applied": go, "transaction": number}
     text = "\n".join(change.line() for change in changes) or "nothing to do: everything is there"
+    if go and not yes:  # the lines were shown with the question
+        text = "done; `mmhub plugins rollback` takes it back"
     emit(data | {"plugins": _states(rows)}, as_json, text)
     if go and command != "uninstall":
         for file in one.record.get("startup", []):

@@ -38,6 +38,7 @@ class Change:
         if not self.new:
             return f"- {self.name} {self.old}"
         versions = f"{self.old} -> {self.new}" if self.old else self.new
+        versions = f"{self.new} again" if self.old == self.new else versions
         pin = self.pin
         uploaded = f"uploaded {pin.uploaded}" if pin and pin.uploaded else ""
         origin = f"from {pin.public_url}" if pin and pin.kind != "index" else ""
@@ -81,9 +82,9 @@ def make_plan(request: Request, tool: Tool, note: Note) -> Plan:
     for name, line in request.names.items():
         if " @ " not in line and name not in dists:
             check_name(name, known_plugins(registries))
-    if not request.fresh and not tool.cools():
+    pins = [pin for pin in _resolve(request, tool, dists, note) if not _in_place(pin, dists)]
+    if not request.fresh and not tool.cools() and any(pin.kind == "index" for pin in pins):
         note(f"{tool.name} {'.'.join(map(str, tool.version))} cannot hold back uploads of the last 7 days (pip 26 can)")
-    pins = [pin for pin in _resolve(request, tool, dists) if not _in_place(pin, dists)]
     plan = _plan(pins, request, dists)
     check_moves(plan, request.allowed, dists, requested=request.names)
     _check_pins(pins, dists)
@@ -149,14 +150,16 @@ def _plan(pins: Sequence[Pin], request: Request, dists: Mapping[str, Installed])
     return Plan(changes=changes, names=tuple(asked), leaving=leaving, asked=asked, source=request.source)
 
 
-def _resolve(request: Request, tool: Tool, dists: Mapping[str, Installed]) -> list[Pin]:
+def _resolve(request: Request, tool: Tool, dists: Mapping[str, Installed], note: Note) -> list[Pin]:
     before = "" if request.fresh else (datetime.now(UTC) - COOL_DOWN).strftime("%Y-%m-%dT%H:%M:%SZ")
     limits = constraints(dists, request)
     try:
         return tool.resolve(request, limits, before)
     except (Unsolvable, NotFoundError, TrustError) as error:
-        if before and tool.cools():
-            _check_cool_down(request, tool, limits, error)
+        undated = _without_dates(request, tool, limits, before, error) if before and tool.cools() else None
+        if undated is not None:
+            note("this index gives no upload dates, so that very new uploads could not be held back")
+            return undated
         if not isinstance(error, Unsolvable):
             raise
         said = str(error)
@@ -184,18 +187,29 @@ def _refusal(pins: list[Pin], request: Request, dists: Mapping[str, Installed], 
     return PluginError(f"no set of versions fits beside what is installed: {said}", "nothing was changed")
 
 
-def _check_cool_down(request: Request, tool: Tool, limits: Sequence[str], error: Exception) -> None:
+def _without_dates(
+    request: Request, tool: Tool, limits: Sequence[str], before: str, error: Exception
+) -> list[Pin] | None:
+    """Resolve without a cool-down what failed with it: an index without dates is no reason to refuse.
+
+    Returns None where that fails, too.
+
+    Raises:
+        TrustError: what would be installed is too new.
+    """
     try:
         pins = tool.resolve(request, limits, "")
     except (Unsolvable, MmhubError):
-        return
-    text = f"{error} {error.__cause__}"
-    young = [f"{pin.name} {pin.version}" for pin in pins if pin.name in request.names or not request.names]
-    dated = any(pin.uploaded for pin in pins) or (tool.name == "pip" and "upload-time" not in text)
-    reason = "was uploaded less than 7 days ago" if dated else "has no upload date in this index"
+        return None
+    day = before.partition("T")[0]
+    young = [f"{pin.name} {pin.version}" for pin in pins if pin.uploaded > day]
+    says_so = tool.name == "uv" or "upload-time" in f"{error} {error.__cause__}"  # pip reports no dates, but their lack
+    if not young and says_so:
+        return pins
+    young = young or [f"{pin.name} {pin.version}" for pin in pins if pin.name in request.names]
     raise TrustError(
-        f"{', '.join(young) or 'a dependency'} (or what it needs) {reason}",
-        "very new uploads are held back, as most malicious ones are found within days; --fresh takes it",
+        f"uploaded less than 7 days ago: {', '.join(young) or 'what it needs'}",
+        "very new uploads are held back, as most malicious ones are found within days; --fresh takes them",
     )
 
 

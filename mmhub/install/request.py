@@ -90,8 +90,8 @@ def check_name(name: str, known: Iterable[str]) -> None:
     for other in sorted(known):
         if other != full and _distance(full, other) <= tolerance:
             raise TrustError(
-                f"'{name}' is no plugin that a registry knows, and looks like '{other}'; did you mean '{other}'?",
-                f"if it is what you want, add [plugins.{name}] to registry.toml",
+                f"'{name}' is no plugin that a registry knows, and looks like '{other}'",
+                f"did you mean `mmhub plugins install {other}`? if not, add [plugins.{name}] to registry.toml",
             )
 
 

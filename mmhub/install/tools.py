@@ -33,6 +33,16 @@ _ELSEWHERE = (
 )  # fmt: skip
 
 
+_UV_INDEXES = ("UV_INDEX", "UV_DEFAULT_INDEX", "UV_EXTRA_INDEX", "UV_FIND_LINKS", "UV_NO_INDEX", "UV_CONFIG_FILE")
+_SAME = (  # pip's variable, uv's, and what separates several values there
+    ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", " "),
+    ("PIP_EXTRA_INDEX_URL", "UV_INDEX", " "),
+    ("PIP_FIND_LINKS", "UV_FIND_LINKS", ","),
+    ("PIP_NO_INDEX", "UV_NO_INDEX", " "),
+    ("PIP_TRUSTED_HOST", "UV_INSECURE_HOST", " "),
+)
+
+
 class Unsolvable(Exception):
     """No set of versions fits; the text is the tool's own explanation."""
 
@@ -73,11 +83,15 @@ class Tool(ABC):
             TrustError: a file has another hash. NetworkError, MmhubError.
         """
 
+    def environment(self) -> dict[str, str]:
+        """Return the variables the tool gets."""
+        return scrubbed(os.environ)
+
     def _run(self, args: Sequence[str], show: bool = False) -> str:
         """Run it and return what it printed; a failure becomes an error that names the cause."""
         command, lines = [*self.command, *args], []
         with subprocess.Popen(
-            command, env=scrubbed(os.environ), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            command, env=self.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, errors="replace",
         ) as process:  # fmt: skip
             assert process.stdout
@@ -102,6 +116,15 @@ class Uv(Tool):
 
     def cools(self) -> bool:
         return True
+
+    def environment(self) -> dict[str, str]:
+        """Return its variables; who has told only pip where packages are means uv as well."""
+        variables = scrubbed(os.environ)
+        if not any(value and name.startswith(_UV_INDEXES) for name, value in variables.items()):
+            for pip, uv, separator in _SAME:
+                if variables.get(pip):
+                    variables[uv] = separator.join(variables[pip].split())
+        return variables
 
     def resolve(self, request: Request, constraints: Sequence[str], before: str) -> list[Pin]:
         with _files(requirements=request.lines, constraints=constraints) as (wanted, limits):
@@ -324,7 +347,8 @@ def _failure(tool: str, text: str, code: int) -> Exception:
     missing = _MISSING.search(text)
     if missing:
         package = str(missing[1] or missing[2])
-        hint = near_names(canonical(package)) or "see `mmhub plugins ls`; one without wheels needs --allow-source"
+        where = "check the name, and that your index has it (UV_INDEX, PIP_INDEX_URL); a wheel is installed by its path"
+        hint = near_names(canonical(package)) or f"{where}; what has no wheel needs --allow-source"
         return NotFoundError(f"no package index has a package '{package}' that can be used here", hint)
     if "No solution found" in text or "ResolutionImpossible" in text or "No matching distribution" in text:
         return Unsolvable(said)
