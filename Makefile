@@ -24,7 +24,7 @@ lint: install
 	$(BIN)/ruff check .
 
 types: install
-	$(BIN)/mypy mmhub $(wildcard plugins/*/mmhub_*)
+	$(BIN)/mypy mmhub $(wildcard plugins/*/mmhub_* examples/plugins/*/mmhub_*)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
