@@ -13,7 +13,7 @@ from torch import Tensor
 from mmhub.batch import Bundle, Features
 from mmhub.errors import UsageError
 from mmhub.interfaces import Stream, encode_config
-from mmhub_lowrank.fusion import LowRank, drop_modalities
+from mmhub_lowrank.fusion import LowRank
 
 STREAMS = {"image": Stream(5), "audio": Stream(3, pooled=4), "text": Stream(2)}
 
@@ -83,16 +83,6 @@ def test_every_parameter_learns_from_a_batch_with_missing_modalities() -> None:
     part = fusion()
     part(bundle(EVERY))["fused"].tokens.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
-
-
-def test_modalities_are_dropped_in_training_at_the_given_rate_but_never_the_last() -> None:
-    torch.manual_seed(0)
-    present = EVERY.repeat(2000, 1)
-    kept = drop_modalities(present, 0.5)
-    assert not (kept & ~present).any()
-    assert torch.equal(kept.any(1), present.any(1))
-    full = kept[present.all(1)].float().mean()
-    assert 0.5 < full < 0.58  # half, and 1/24 for the rows that would have lost all three
 
 
 def test_evaluation_is_not_random_and_training_is() -> None:
