@@ -454,7 +454,7 @@ def _decode(component: Component, cls: Any, record: ComponentRecord) -> Any:
     if record.schema > known:
         raise PluginError(
             f"{component.id} {component.version} reads configurations up to schema {known}, not {record.schema}",
-            f"upgrade it: pip install -U {component.distribution}",
+            f"upgrade it: mmhub plugins install -U {component.distribution}",
         )
     if record.schema < known:
         return _migrated(component, cls, record)

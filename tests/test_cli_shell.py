@@ -16,6 +16,7 @@ import pytest
 
 from mmhub import __version__
 from mmhub.cli import main as shell
+from mmhub.cli import output
 from mmhub.cli.output import emit, table
 from mmhub.errors import ExitCode, NetworkError
 from tests.fake_plugins import Site, fresh_process, make_site, run
@@ -35,11 +36,11 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def callback() -> None:
         raise error
 
-    monkeypatch.setattr(shell, "_import", lambda target: click.Command("version", callback=callback))
+    monkeypatch.setattr(output, "_import", lambda target: click.Command("version", callback=callback))
 
 
 def test_help_shows_every_command_and_imports_none(capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(shell, "_import", lambda target: pytest.fail(f"imported {target}"))
+    monkeypatch.setattr(output, "_import", lambda target: pytest.fail(f"imported {target}"))
     code, out, err = run(capsys, "--help")
     assert (code, err) == (0, "")
     for name, (_, summary) in shell.COMMANDS.items():
@@ -147,10 +148,10 @@ def test_a_bug_is_one_line_and_a_traceback_only_when_asked_for(capsys: Any, monk
 
 
 def test_what_a_command_returns_is_no_exit_code_but_ctx_exit_is(capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(shell, "_import", lambda target: click.Command("version", callback=lambda: 7))
+    monkeypatch.setattr(output, "_import", lambda target: click.Command("version", callback=lambda: 7))
     assert run(capsys, "version")[0] == 0
     leave = click.Command("version", callback=lambda: click.get_current_context().exit(3))
-    monkeypatch.setattr(shell, "_import", lambda target: leave)
+    monkeypatch.setattr(output, "_import", lambda target: leave)
     assert run(capsys, "version")[0] == 3
 
 

@@ -36,7 +36,7 @@ print(*sys.modules, file=sys.stderr)
 
 # From the bottom up; modules of one line know nothing of each other. `mmhub` itself (the version) is below them all.
 LAYERS = """
-errors
+errors lazy
 files stdout
 spec hookspecs
 records

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from mmhub import __version__
+from mmhub.cli.output import LazyCommands
 from mmhub.discovery import command_table, problem_lines
 from mmhub.errors import ExitCode, MmhubError, PluginError
 
@@ -31,16 +32,17 @@ COMMANDS = {
 }
 
 
-class LazyGroup(click.Group):
-    """A group that knows its commands by name and summary, and imports only the one that runs."""
+class Commands(LazyCommands):
+    """The built-in commands and those of plugins, each imported only when it runs."""
+
+    lazy = COMMANDS
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*COMMANDS, *(name for name in sorted(command_table()) if name not in COMMANDS)]
+        return [*super().list_commands(ctx), *(name for name in sorted(command_table()) if name not in COMMANDS)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in COMMANDS:
-            return _import(COMMANDS[cmd_name][0])
-        return _plugin_command(cmd_name) if cmd_name in command_table() else None
+        found = super().get_command(ctx, cmd_name)
+        return _plugin_command(cmd_name) if found is None and cmd_name in command_table() else found
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -52,10 +54,9 @@ class LazyGroup(click.Group):
         return name, command, args[1:]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_commands(ctx, formatter)
         table = command_table()
         added = [(name, table[name][1]) for name in sorted(table) if name not in COMMANDS]
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
         if added:
             with formatter.section("Commands of plugins"):
                 formatter.write_dl(added)
@@ -67,7 +68,7 @@ class LazyGroup(click.Group):
             raise click.Abort from error
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mmhub", message="%(prog)s %(version)s")
 def cli() -> None:
     """Put models together from parts, train them, and share them by name."""
@@ -164,15 +165,6 @@ def _one_line(text: str) -> str:
 def _interrupted() -> int:
     print("interrupted", file=sys.stderr)
     return ExitCode.INTERRUPTED
-
-
-def _import(target: str) -> click.Command:
-    from importlib import import_module
-
-    module, _, attribute = target.partition(":")
-    command = getattr(import_module(module), attribute)
-    assert isinstance(command, click.Command), target
-    return command
 
 
 def _plugin_command(name: str) -> click.Command:

@@ -5,7 +5,9 @@ Names load on first use: what a recipe or a configuration may hold is checked wi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mmhub.lazy import lazy
 
 if TYPE_CHECKING:
     from mmhub.interfaces.classifier import Classifier
@@ -61,15 +63,4 @@ _HOMES = {
     "raw_bytes": "raw",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    value = globals()[name] = getattr(import_module(f"mmhub.interfaces.{_HOMES[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -14,7 +14,9 @@ wherever mmhub is installed; none of them imports torch or pytest.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mmhub.lazy import lazy
 
 if TYPE_CHECKING:
     from mmhub.testing.catalogue import Check, checks_of, find_checks
@@ -32,11 +34,4 @@ _HOMES = {
     "parametrize_checks": "parametrize",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    value = globals()[name] = getattr(import_module(f"mmhub.testing.{_HOMES[name]}"), name)
-    return value
+__getattr__, __dir__ = lazy(__name__, _HOMES)

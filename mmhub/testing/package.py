@@ -15,7 +15,7 @@ from mmhub.plugins import Component, Plugin, load_target
 from mmhub.records import canonical
 from mmhub.testing.catalogue import Check, role_of
 from mmhub.testing.contract import ContractError, NotApplicableError, expect
-from mmhub.testing.guard import watched
+from mmhub.testing.watch import watched
 
 HEAVY = ("torch", "torchvision", "torchaudio", "transformers", "timm", "tensorflow", "jax")
 SECONDS = 0.15  # of CPU time, beyond what mmhub.spec and pluggy take

@@ -11,9 +11,9 @@ import torch
 import mmhub
 from mmhub.testing.catalogue import Check
 from mmhub.testing.contract import expect
-from mmhub.testing.guard import Watch, watched
 from mmhub.testing.isolation import home_folder, work_folder
 from mmhub.testing.subject import Subject, difference, subject_of
+from mmhub.testing.watch import Watch, watched
 
 _RULE = "checkpoint"
 
