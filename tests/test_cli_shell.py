@@ -310,3 +310,13 @@ def test_quiet_is_taken_by_commands_that_only_print_a_result(
         main([*command, "-q", "--json"])
     assert caught.value.code == 0
     assert json.loads(capsys.readouterr().out)
+
+
+def test_the_demo_says_how_to_have_the_command_where_its_environment_is_not_active(monkeypatch: Any) -> None:
+    from mmhub.cli.demo import _next_steps
+
+    samples = [{}, {"image": Path("out/3.png"), "audio": Path("out/3.flac")}]
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "/bin/activate" in _next_steps(Path("out"), samples, 9.0)
+    monkeypatch.setenv("PATH", f"{sys.prefix}/bin")
+    assert "activate" not in _next_steps(Path("out"), samples, 9.0)

@@ -271,6 +271,19 @@ def test_a_broken_plugin_is_installed_named_and_can_be_removed(uv_env: Environme
     assert uv_env.state() == before
 
 
+def test_among_200_plugins_the_broken_one_is_removed_and_the_others_stay(
+    uv_env: Environment, index: PackageIndex
+) -> None:
+    for number in range(200):
+        uv_env.put(f"mmhub-many-{number}", "1.0", plugin=True)
+    uv_env.put("mmhub-corrupt", "0.5", plugin=True, manifest="api = ")
+    states = {row["distribution"]: row["status"] for row in uv_env.json("ls")["plugins"]}
+    assert states.pop("mmhub-corrupt") == "broken" and list(states.values()).count("ok") == 201
+    done = uv_env("uninstall", "mmhub-corrupt", "--yes")
+    assert (done.returncode, done.stdout) == (0, "- mmhub-corrupt 0.5\n"), done.stderr
+    assert {row["distribution"]: row["status"] for row in uv_env.json("ls")["plugins"]} == states
+
+
 def test_uninstall_removes_plugins_and_only_those_that_nobody_needs(uv_env: Environment, index: PackageIndex) -> None:
     index.wheel("mmhub-more", plugin=True, requires=["mmhub-good"])
     uv_env.ok("install", "mmhub-more", "--yes")

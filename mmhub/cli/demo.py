@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -210,20 +211,27 @@ def _write_registry(out: Path, commit: str) -> None:
 
 
 def _next_steps(out: Path, samples: list[dict[str, Path]], seconds: float) -> str:
-    here = _short(out)
     image, audio = (samples[1][key].relative_to(out) for key in ("image", "audio"))
-    return f"""
-Done in {seconds:.0f} s. Try next:
+    steps = [
+        *_activation(),
+        (f"cd {_short(out)}", ""),
+        (f"mmhub predict ./run/model --image {image}", "the drawing alone"),
+        (f"mmhub predict ./run/model --audio {audio}", "the voice alone"),
+        ("mmhub eval ./run/model --data data/test.parquet", "the table above"),
+        ("mmhub train data/recipe.toml --out again --set train.epochs=3", ""),
+        ("mmhub hub serve --data hub", "start the Hub again, to push and pull by name"),
+    ]
+    lines = "\n".join(f"  {command:<50}{what}".rstrip() for command, what in steps)
+    card = _short(out / "run" / "model" / "README.md")
+    return f"\nDone in {seconds:.0f} s. Try next:\n\n{lines}\n\nThe model's card is {card}.\n"
 
-  cd {here}
-  mmhub predict ./run/model --image {image}         the drawing alone
-  mmhub predict ./run/model --audio {audio}        the voice alone
-  mmhub eval ./run/model --data data/test.parquet   the table above
-  mmhub train data/recipe.toml --out again --set train.epochs=3
-  mmhub hub serve --data hub                        start the Hub again, to push and pull by name
 
-The model's card is {_short(out / "run" / "model" / "README.md")}.
-"""
+def _activation() -> list[tuple[str, str]]:
+    """The step that makes `mmhub` a command where this environment is not active, as after `make demo`."""
+    script = Path(sys.prefix) / "bin" / "activate"
+    found = shutil.which("mmhub")
+    there = found is not None and Path(found).parent == script.parent
+    return [] if there or not script.is_file() else [(f". {_short(script)}", "so that `mmhub` is found")]
 
 
 def _short(path: Path) -> str:
