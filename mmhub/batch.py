@@ -6,7 +6,8 @@ batch, N items, S raw positions, T tokens, D width, V classes or vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -60,6 +61,16 @@ class Features:
     def present(self) -> Tensor:
         """Rows that hold at least one real token, (B,) bool."""
         return self.mask.any(1)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Features:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Features:
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Features:
+        parts = (self.tokens, self.mask, self.ids, self.loss, self.pooled)
+        return Features(*(None if part is None else change(part) for part in parts))  # type: ignore[arg-type]
 
     def to_rows(self, rows: Tensor, batch: int) -> Features:
         """Gather items into batch rows: tokens of one row's items follow each other, summaries are averaged.
@@ -122,26 +133,84 @@ class Output:
 
 
 @dataclass
+class Encoded:
+    """Items of one modality that their encoder has seen already, packed as in `Items`."""
+
+    features: Features  # (N, ...)
+    rows: Tensor  # (N,) long, the batch row of each item, ascending
+
+    def __len__(self) -> int:
+        return int(self.rows.shape[0])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Encoded:
+        return Encoded(self.features.to(device, non_blocking), self.rows.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Encoded:
+        return Encoded(self.features.pin_memory(), self.rows.pin_memory())
+
+
+@dataclass
 class Batch:
-    """One collated batch: items by modality, encoded targets, and where the rows came from."""
+    """One collated batch: items by modality, encoded targets, and where the rows came from.
+
+    A modality is either in `items` or, where a frozen encoder has run before, in `features`.
+    """
 
     items: dict[str, Items]
     size: int
     targets: Any = None  # what Decoder.encode_targets returned
     raw_targets: list[Any] = field(default_factory=list)
     index: list[int] = field(default_factory=list)  # row numbers in the data source
+    features: dict[str, Encoded] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         items = {name: part.to(device, non_blocking) for name, part in self.items.items()}
+        features = {name: part.to(device, non_blocking) for name, part in self.features.items()}
         targets = self.targets
         if isinstance(targets, Tensor):
             targets = targets.to(device, non_blocking=non_blocking)
-        return replace(self, items=items, targets=targets)
+        return replace(self, items=items, targets=targets, features=features)
 
     def pin_memory(self) -> Batch:
         items = {name: part.pin_memory() for name, part in self.items.items()}
+        features = {name: part.pin_memory() for name, part in self.features.items()}
         targets = self.targets.pin_memory() if isinstance(self.targets, Tensor) else self.targets
-        return replace(self, items=items, targets=targets)
+        return replace(self, items=items, targets=targets, features=features)
+
+    def split(self, pieces: int) -> list[Batch]:
+        """Cut the rows into at most `pieces` batches of nearly equal size."""
+        step = math.ceil(self.size / pieces)
+        return [self._rows(start, min(start + step, self.size)) for start in range(0, self.size, step)]
+
+    def _rows(self, start: int, end: int) -> Batch:
+        rows = slice(start, end)
+        return Batch(
+            items={name: _items_of(part, start, end) for name, part in self.items.items()},
+            size=end - start,
+            targets=self.targets[rows] if self.targets is not None else None,
+            raw_targets=self.raw_targets[rows],
+            index=self.index[rows],
+            features={name: _encoded_of(part, start, end) for name, part in self.features.items()},
+        )
+
+
+def _items_of(items: Items, start: int, end: int) -> Items:
+    """The items of the rows from `start` to `end`, without padding that none of them needs."""
+    keep = (items.rows >= start) & (items.rows < end)
+    data, mask = items.data[keep], items.mask[keep]
+    width = max(int(mask.sum(1).max()), 1) if len(mask) and mask.shape[1] else mask.shape[1]
+    data = data[:, :width] if data.ndim > 1 and data.shape[1] == mask.shape[1] else data
+    return Items(data, mask[:, :width], items.rows[keep] - start, end - start)
+
+
+def _encoded_of(encoded: Encoded, start: int, end: int) -> Encoded:
+    keep = (encoded.rows >= start) & (encoded.rows < end)
+    features = encoded.features
+    pooled = None if features.pooled is None else features.pooled[keep]
+    return Encoded(
+        replace(features, tokens=features.tokens[keep], mask=features.mask[keep], pooled=pooled),
+        encoded.rows[keep] - start,
+    )
 
 
 def pad_sequences(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -14,12 +14,13 @@ import shutil
 import stat
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from packaging.version import Version
-from torch import nn
+from torch import Tensor, nn
 
 from mmhub import __version__
 from mmhub.errors import MmhubError, NotFoundError, PluginError, TrustError, UsageError, did_you_mean
@@ -36,8 +37,10 @@ from mmhub.weights import (
     all_finite,
     fill,
     meta_parameters,
+    named_tensors,
     no_constant,
     state_of,
+    tie,
     weight_files,
     write_weights,
 )
@@ -106,8 +109,8 @@ class CheckpointConfig(msgspec.Struct):
 # -- saving -----------------------------------------------------------------------------------------------------
 
 
-def save(model: Model, folder: Path) -> Path:
-    """Write `model` to `folder` as a checkpoint.
+def save(model: Model, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
+    """Write `model` to `folder` as a checkpoint; `tensors` are its weights where it does not hold them itself, whole.
 
     A card, a licence and files of other kinds stay when an older checkpoint is replaced; measured results and
     provenance go, for they describe the old weights. What the model was loaded from is recorded.
@@ -121,7 +124,7 @@ def save(model: Model, folder: Path) -> Path:
     if folder.exists() and folder.samefile(Path.cwd()):
         raise UsageError(f"'{folder}' is the current folder, which cannot be replaced", "name another folder")
     with disk_errors("the checkpoint", folder), new_folder(folder) as aside:
-        facts = _write_checkpoint(model, aside)
+        facts = _write_checkpoint(model, aside, tensors)
         if model.parents:
             write_file(aside / "provenance.json", json.dumps({"parents": model.parents}, indent=2) + "\n")
         _keep_others(folder, aside)
@@ -142,29 +145,53 @@ def _keep_others(old: Path, new: Path) -> None:
             shutil.copy2(path, new / path.name, follow_symlinks=False)
 
 
-def _write_checkpoint(model: Model, folder: Path) -> dict[str, Facts]:
+def _write_checkpoint(model: Model, folder: Path, tensors: Mapping[str, Tensor] | None) -> dict[str, Facts]:
     """Write all files, and return what is known of them."""
-    state, tied = state_of(model.parts())
-    weights = write_weights(state, folder)
-    records = {role: _record(model, role, part, weights, folder) for role, part in model.parts().items()}
-    config = CheckpointConfig(
-        mmhub_format=FORMAT,
-        task=model.task.name,
-        components=records,
-        library_version=__version__,
-        tied=tied,
-        requires=_requires(model),
-        data=DataRecord(
-            inputs=dict(model.columns.inputs), target=model.columns.target, columns=list(model.columns.names)
-        ),
-    )
-    config.files = _file_records(folder)
-    write_file(folder / "config.json", json.dumps(msgspec.to_builtins(config), indent=2, ensure_ascii=False) + "\n")
+    state, tied = state_of(model.parts()) if tensors is None else (tensors, named_tensors(model.parts())[1])
+    config = write_structure(structure_of(model, tied), folder, state)
     finite: Facts = {"finite": True} if all_finite(state.values()) else {}
     return {
         name: {"sha256": record.sha256} | (finite if name.endswith(".safetensors") else {})
         for name, record in config.files.items()
     }
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A checkpoint without weights: what builds the model, and its processors' files by name."""
+
+    config: CheckpointConfig
+    files: Mapping[str, bytes]
+
+
+def structure_of(model: Model, tied: Mapping[str, str]) -> Structure:
+    """Describe a model, some of whose tensors are `tied` {alias: first}."""
+    files: dict[str, bytes] = {}
+    config = CheckpointConfig(
+        mmhub_format=FORMAT,
+        task=model.task.name,
+        components={role: _record(model, role, part, files) for role, part in model.parts().items()},
+        library_version=__version__,
+        tied=dict(tied),
+        requires=_requires(model),
+        data=DataRecord(
+            inputs=dict(model.columns.inputs), target=model.columns.target, columns=list(model.columns.names)
+        ),
+    )
+    return Structure(config, files)
+
+
+def write_structure(structure: Structure, folder: Path, state: Mapping[str, Tensor]) -> CheckpointConfig:
+    """Write a checkpoint with the weights in `state`, without any if it is empty; return its config.json."""
+    weights = write_weights(state, folder) if state else {}
+    for name, content in structure.files.items():
+        (folder / name).write_bytes(content)
+    replace = msgspec.structs.replace
+    records = structure.config.components.items()
+    components = {role: replace(record, weights=weights.get(role, "")) for role, record in records}
+    config = replace(structure.config, components=components, files=_file_records(folder))
+    write_file(folder / "config.json", json.dumps(msgspec.to_builtins(config), indent=2, ensure_ascii=False) + "\n")
+    return config
 
 
 def _file_records(folder: Path) -> dict[str, FileRecord]:
@@ -173,7 +200,8 @@ def _file_records(folder: Path) -> dict[str, FileRecord]:
     return {path.name: FileRecord(sha256(path), path.stat().st_size) for path in files}
 
 
-def _record(model: Model, role: str, part: nn.Module, weights: Mapping[str, str], folder: Path) -> ComponentRecord:
+def _record(model: Model, role: str, part: nn.Module, shared: dict[str, bytes]) -> ComponentRecord:
+    """Describe one part, and add its processor's files to those of the parts before."""
     component = model.sources[role]
     processor = None
     if isinstance(part, Encoder):
@@ -184,24 +212,23 @@ def _record(model: Model, role: str, part: nn.Module, weights: Mapping[str, str]
                     f"{component.id} {component.version} wants to save the file {name!r}, which no checkpoint may hold",
                     "report it to the plugin's authors",
                 )
-            files[name] = _write_shared(folder, name, content, role)
+            files[name] = _add_shared(shared, name, content, role)
         processor = ProcessorRecord(state=part.processor.state(), files=files)
     return ComponentRecord(
         use=component.id,
         schema=component.spec.schema,
         config=encode_config(part.config),
-        weights=weights.get(role, ""),
         processor=processor,
     )
 
 
-def _write_shared(folder: Path, name: str, content: bytes, role: str) -> str:
-    """Write a processor's file; where another part has a different one of that name, under a name of its own."""
-    path = folder / name
-    if path.exists() and path.read_bytes() != content:
-        path = path.with_stem(f"{path.stem}-{role}")
-    path.write_bytes(content)
-    return path.name
+def _add_shared(shared: dict[str, bytes], name: str, content: bytes, role: str) -> str:
+    """Add a processor's file; where another part has a different one of that name, under a name of its own."""
+    if shared.setdefault(name, content) != content:
+        path = Path(name)
+        name = path.with_stem(f"{path.stem}-{role}").name
+        shared[name] = content
+    return name
 
 
 def _requires(model: Model) -> list[dict[str, Any]]:
@@ -378,6 +405,24 @@ def load(folder: Path, *, allow_partial: bool = False, name: str = "", verified:
     model = _build_model(config, folder, nullcontext if allow_partial else meta_parameters)
     model.name = name or str(folder)
     fill(model.parts(), stored_weights(folder, config), allow_partial=allow_partial)
+    return model.eval()
+
+
+def load_structure(folder: Path) -> Model:
+    """Build the model in `folder` without weights: its parameters are on the meta device, tied as they were saved.
+
+    The files are taken as they are; their hashes must have been compared.
+
+    Raises:
+        NotFoundError, PluginError, TrustError: no checkpoint, a plugin is missing, or config.json makes no sense.
+    """
+    config = read_config(folder)
+    check_requirements(str(folder), config)
+    model = _build_model(config, folder, meta_parameters)
+    model.name = str(folder)
+    parts = model.parts()
+    for alias, source in config.tied.items():
+        tie(parts, alias, source)
     return model.eval()
 
 

@@ -40,13 +40,24 @@ class ModelRecipe(_Table):
 Source = str | list[str] | dict[str, str]
 
 
+class MixRecipe(_Table):
+    """One of several streamed sources; rows are drawn from it in proportion to `weight`."""
+
+    source: Source
+    weight: float = 1.0
+
+
 class DataRecipe(_Table):
     """Where rows come from and which column feeds which modality.
 
-    `valid_fraction` splits a validation set off the training rows when `valid` is not given.
+    `valid_fraction` splits a validation set off the training rows when `valid` is not given. `stream` reads the
+    training rows in passing instead of by position, shuffled among `shuffle_rows` neighbours; `mix` streams several.
     """
 
     train: Source = ""
+    mix: list[MixRecipe] = []
+    stream: bool = False
+    shuffle_rows: int = 10_000
     valid: Source = ""
     valid_fraction: float = 0.0
     inputs: dict[str, str] = {}
@@ -58,12 +69,19 @@ class DataRecipe(_Table):
 
 
 class TrainRecipe(_Table):
-    """The training loop. Steps are optimizer steps; `warmup` below 1 is a share of them, else their number."""
+    """The training loop. Steps are optimizer steps; `warmup` below 1 is a share of them, else their number.
+
+    Batches are global: with several processes each gets its share of every batch, so that their number changes no
+    result. `batch_size = "auto"` is 64 rows, computed in as many pieces as the memory asks for.
+    """
 
     epochs: int = 5
     max_steps: int = 0  # 0 = no limit besides epochs
-    batch_size: int = 32
+    batch_size: int | Literal["auto"] = 32  # rows; with batch_tokens their largest number
+    batch_tokens: int = 0  # padded tokens of all modalities per batch, 0 = batches of batch_size rows
+    group_by_length: bool = True  # batch rows of like length together
     accumulate: int = 1  # batches per optimizer step
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     min_learning_rate: float = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -71,8 +89,15 @@ class TrainRecipe(_Table):
     weight_decay: float = 0.01
     clip_norm: float = 1.0  # 0 = off
     unimodal_loss: float = 0.5  # share of a mixing fusion's loss that comes from each modality alone
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "bf16-pure"] = "auto"
     device: str = "auto"
+    compile: Literal["off", "blocks", "model"] = "off"
+    activation_checkpointing: bool = False
+    fp8: bool = False  # matrix products of large layers in 8 bits, through torchao
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # how several processes share the work; auto = ddp
+    cache_features: bool = True  # compute a frozen encoder's features once
+    cache_gb: float = 20.0  # GB on disk that all cached features together may take
+    profile: int = 0  # optimizer steps to trace, 0 = off
     eval_every: int = 0  # optimizer steps, 0 = once an epoch
     patience: int = 0  # evaluations without improvement before stopping, 0 = never
     checkpoint_every: int = 500  # optimizer steps between resumable checkpoints
@@ -141,17 +166,21 @@ def check_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
     return recipe
 
 
+_AT_LEAST_ONE = ("epochs", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every")
 _NOT_NEGATIVE = (
     "learning_rate", "min_learning_rate", "warmup", "weight_decay", "clip_norm", "max_steps", "patience", "eval_every",
+    "batch_tokens", "cache_gb", "profile",
 )  # fmt: skip
 
 
 def _check_ranges(recipe: Recipe, where: str) -> None:
     train, data = recipe.train, recipe.data
-    at_least_one = ("epochs", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every")
-    for key in at_least_one:
-        if getattr(train, key) < 1:
-            raise UsageError(f"{where}: train.{key} is {getattr(train, key)}", "it must be at least 1")
+    at_least_one = {f"train.{key}": getattr(train, key) for key in _AT_LEAST_ONE} | {
+        "data.shuffle_rows": data.shuffle_rows
+    }
+    for key, value in at_least_one.items():
+        if value != "auto" and value < 1:
+            raise UsageError(f"{where}: {key} is {value}", "it must be at least 1")
     not_negative = {f"train.{key}": getattr(train, key) for key in _NOT_NEGATIVE} | {"seed": recipe.seed}
     not_negative |= {f"model.encoders.{m}.lr_multiplier": p.lr_multiplier for m, p in recipe.model.encoders.items()}
     if data.workers != "auto":
@@ -163,6 +192,13 @@ def _check_ranges(recipe: Recipe, where: str) -> None:
         raise UsageError(f"{where}: data.valid_fraction is {data.valid_fraction}", "it must be in [0, 1)")
     if not 0 <= train.unimodal_loss < 1:
         raise UsageError(f"{where}: train.unimodal_loss is {train.unimodal_loss}", "it must be in [0, 1)")
+    if data.mix and data.train:
+        raise UsageError(f"{where}: data.train and data.mix are both given", "keep one")
+    for number, part in enumerate(data.mix, 1):
+        if not 0 < part.weight < math.inf:
+            raise UsageError(f"{where}: the weight of data.mix {number} is {part.weight}", "it must be above 0")
+    if train.batch_tokens and train.batch_size == "auto":
+        raise UsageError(f'{where}: train.batch_tokens and batch_size = "auto" are both given', "keep one")
     if data.valid and data.valid_fraction:
         raise UsageError(f"{where}: data.valid and data.valid_fraction are both given", "keep one")
 

@@ -29,8 +29,15 @@ def find_precision(choice: str, device: torch.device) -> torch.dtype:
     """Return the dtype to compute in: 'auto' is bfloat16 on a GPU that has it, else float32.
 
     On CPUs without native bfloat16 arithmetic autocast is many times slower than float32, so auto never picks it.
+    'bf16' and 'bf16-pure' compute alike; they differ in what the parameters are stored in.
     """
     if choice == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[choice]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-pure": torch.bfloat16}[choice]
+
+
+def use_fast_matmul(device: torch.device) -> None:
+    """Let a GPU multiply fp32 matrices in TF32: 10 bits of mantissa, several times as fast. Other devices: nothing."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")

@@ -1,51 +1,74 @@
-"""Measure a model on held-out rows: its task's metrics on all rows and on every subset of the modalities."""
+"""Measure a model on held-out rows: its task's metrics on all rows and on every subset of the modalities.
+
+Rows of like length are measured together, and shared out where several processes evaluate; neither changes a result.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mmhub.batch import only, rows_with
-from mmhub.data.loader import Collate, batches_of, load_batches, worker_count
+from mmhub.batch import Batch, only, rows_with
+from mmhub.data.lengths import Lengths, measure_rows
+from mmhub.data.loader import Collate, Kept, Loaded, load_batches, on_device, worker_count
+from mmhub.data.plan import plan_in_order
 from mmhub.data.sources import Rows, open_rows, require_columns
 from mmhub.errors import InputError, MmhubError, UsageError
 from mmhub.interfaces import Policy
 from mmhub.metrics import measure
 from mmhub.model import Model
 
+if TYPE_CHECKING:
+    from mmhub.engine.ranks import Ranks
+
+
+class EvaluationStopped(Exception):
+    """`EvalOptions.stop` said so; nothing was measured."""
+
 
 @dataclass
 class Tally:
-    """Predictions and references of one subset of modalities, and its summed loss."""
+    """Of one subset of modalities: (row, prediction, reference) of every row in any order, and the loss of batches."""
 
-    predictions: list[dict[str, Any]] = field(default_factory=list)
-    references: list[Any] = field(default_factory=list)
-    loss: float | None = None
+    answers: list[tuple[int, dict[str, Any], Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # each the sum over a batch's rows
 
     def report(self, metrics: Sequence[str]) -> dict[str, float]:
-        count = len(self.references)
-        loss = {} if self.loss is None else {"loss": self.loss / count}
-        return measure(metrics, self.predictions, self.references) | loss
+        answers = sorted(self.answers, key=lambda answer: answer[0])
+        loss = {"loss": math.fsum(self.losses) / len(answers)} if self.losses else {}
+        return measure(metrics, [one for _, one, _ in answers], [one for _, _, one in answers]) | loss
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How to run an evaluation; none of these changes a result."""
+    """How to run an evaluation; none of these changes a result.
+
+    A batch has at most `batch_size` rows and `batch_tokens` padded tokens, 0 for no limit. `lengths` are those of the
+    rows, if they are known. `stop` is asked between batches whether to end with `EvaluationStopped`. Where `ranks` are
+    several, all of them call `evaluate`, and each measures its share.
+    """
 
     batch_size: int = 64
+    batch_tokens: int = 0
+    lengths: Lengths | None = None
     workers: int | str = "auto"
     subsets: bool = True
     skip: bool = False
     policy: Policy = field(default_factory=Policy)
     precision: torch.dtype = torch.float32
+    features: Mapping[str, Kept] = field(default_factory=dict)  # of these very rows, by the model's frozen encoders
     progress: Callable[[Iterator[Any], int], Iterator[Any]] | None = None
+    stop: Callable[[], bool] | None = None
+    ranks: Ranks | None = None
 
 
 def evaluate(
@@ -66,6 +89,7 @@ def evaluate(
 
     Raises:
         UsageError: a column is missing. InputError: a row cannot be read (unless `options.skip`).
+        EvaluationStopped: `options.stop` said so.
     """
     if isinstance(model, (str, os.PathLike)):
         from mmhub.hub import load
@@ -79,18 +103,18 @@ def evaluate(
     require_columns(rows, [target], "name the column with --target-column")
     tallies, skipped = _run(model, rows, wanted, target, options or EvalOptions())
     everything = tallies.pop(())
-    if not everything.references:
+    if not everything.answers:
         raise InputError(f"none of the {len(rows)} rows could be evaluated", "check the data")
     return {
         "name": model.name,
         "task": model.task.name,
-        "rows": len(everything.references),
+        "rows": len(everything.answers),
         "skipped": skipped,
         "metrics": everything.report(model.task.metrics),
         "subsets": {
-            "+".join(subset): tally.report(model.task.metrics) | {"rows": len(tally.references)}
+            "+".join(subset): tally.report(model.task.metrics) | {"rows": len(tally.answers)}
             for subset, tally in tallies.items()
-            if tally.references
+            if tally.answers
         },
     }
 
@@ -112,48 +136,131 @@ def input_columns(model: Model, rows: Rows, inputs: Mapping[str, str] | None) ->
     return present
 
 
-def _run(
-    model: Model, rows: Rows, inputs: Mapping[str, str], target: str, options: EvalOptions
-) -> tuple[dict[tuple[str, ...], Tally], int]:
+Tallies = dict[tuple[str, ...], Tally]
+
+
+def _run(model: Model, rows: Rows, inputs: Mapping[str, str], target: str, options: EvalOptions) -> tuple[Tallies, int]:
     subsets = _subsets(tuple(m for m in model.modalities if m in inputs)) if options.subsets else []
-    tallies: dict[tuple[str, ...], Tally] = {subset: Tally() for subset in [(), *subsets]}
-    skipped = 0
+    tallies: Tallies = {subset: Tally() for subset in [(), *subsets]}
     processors = {name: model.processors[name] for name in inputs}
-    collate = Collate(rows, processors, inputs, model.decoder, target, options.policy, options.skip)
-    order = batches_of(range(len(rows)), options.batch_size)
+    unread = {name: column for name, column in inputs.items() if name not in options.features}
+    lengths = options.lengths or measure_rows(rows, processors, model.encoders, unread, options.policy)
+    collate = Collate(
+        rows=rows,
+        processors=processors,
+        inputs=inputs,
+        decoder=model.decoder,
+        target=target,
+        policy=options.policy,
+        skip=options.skip,
+        features={name: kept for name, kept in options.features.items() if name in inputs},
+        read=lengths.read,
+    )
+    order = plan_in_order(len(rows), lengths, batch_size=options.batch_size, batch_tokens=options.batch_tokens)
+    share = _Share(order, options.ranks)
     was_training = model.training
     model.eval()
-    loaded = load_batches(collate, order, worker_count(options.workers, model.device))
     try:
-        for part in options.progress(loaded, len(order)) if options.progress else loaded:
-            skipped += len(part.skipped)
-            if part.error:
-                raise part.error
-            if part.batch is not None:
-                _measure_batch(model, part.batch, tallies, options.precision)
+        skipped = _measure_all(model, share, share.load(collate, model.device, options), tallies, options)
     finally:
         model.train(was_training)
-    return tallies, skipped
+    return share.gather(tallies, skipped)
+
+
+def _measure_all(model: Model, share: _Share, parts: Iterator[Loaded], tallies: Tallies, options: EvalOptions) -> int:
+    """Measure this process's batches; return how many rows were skipped."""
+    skipped, latest = 0, Batch(items={}, size=1)  # the latest stands in where there is none
+    for turn, part in enumerate(options.progress(parts, share.turns) if options.progress else parts):
+        share.check(part.error, options.stop is not None and options.stop())
+        own = turn < share.own
+        skipped += len(part.skipped) if own else 0
+        latest = part.batch or latest
+        if part.batch is not None and own:
+            _measure_batch(model, part.batch, tallies, options.precision, share.several)
+        elif share.several:
+            unused = {subset: Tally() for subset in tallies}
+            _measure_batch(model, latest, unused, options.precision, share.several)
+    return skipped
+
+
+class _Share:
+    """The batches one process measures among all of them, and how the processes keep in step.
+
+    Each makes the same number of model calls, on which sharded weights insist; one without a batch left measures its
+    last one again for nothing.
+    """
+
+    def __init__(self, order: Sequence[Sequence[int]], ranks: Ranks | None) -> None:
+        self.ranks, self.several = ranks, ranks is not None and ranks.several
+        first, step = (ranks.rank, ranks.world) if ranks is not None else (0, 1)
+        self.batches = list(order[first::step])
+        self.own = len(self.batches)
+        self.turns = math.ceil(len(order) / step)
+        if self.own < self.turns:
+            self.batches.append((self.batches or order)[-1])
+
+    def load(self, collate: Collate, device: torch.device, options: EvalOptions) -> Iterator[Loaded]:
+        workers = worker_count(options.workers, device)
+        cuda = device.type == "cuda"
+        return on_device(load_batches(collate, self.batches, workers, pin_memory=cuda), device)
+
+    def check(self, error: InputError | None, stop: bool) -> None:
+        """Raise on every process what one of them has met."""
+        if self.several:
+            assert self.ranks is not None
+            stops, errors = self.ranks.sum(float(stop), float(error is not None))
+            stop = bool(stops)
+            if errors and not stop:
+                found = self.ranks.gather([error.message, error.hint] if error else None)
+                error = error or InputError(*next(one for one in found if one))
+        if stop:
+            raise EvaluationStopped
+        if error is not None:
+            raise error
+
+    def gather(self, tallies: Tallies, skipped: int) -> tuple[Tallies, int]:
+        """Join what all processes have measured."""
+        if not self.several:
+            return tallies, skipped
+        assert self.ranks is not None
+        own = [skipped, [[tally.answers, tally.losses] for tally in tallies.values()]]
+        parts = [json.loads(text) for text in self.ranks.gather(json.dumps(own))]  # unlike msgspec's, with NaN
+        joined = {
+            subset: Tally(
+                [(row, answer, reference) for _, found in parts for row, answer, reference in found[i][0]],
+                [loss for _, found in parts for loss in found[i][1]],
+            )
+            for i, subset in enumerate(tallies)
+        }
+        return joined, sum(count for count, _ in parts)
 
 
 @torch.inference_mode()
-def _measure_batch(model: Model, batch: Any, tallies: Mapping[tuple[str, ...], Tally], precision: torch.dtype) -> None:
-    batch = batch.to(model.device)
+def _measure_batch(
+    model: Model, batch: Batch, tallies: Mapping[tuple[str, ...], Tally], precision: torch.dtype, always: bool
+) -> None:
+    """Add a batch to the tallies. `always` decodes a subset that no row has as well, and forgets the result."""
     with torch.autocast(model.device.type, precision, enabled=precision != torch.float32):
-        bundle = model.encode(batch.items, batch.size)
+        bundle = model.encode(batch.items, batch.size, batch.features)
         references = model.decoder.references(batch.raw_targets)
         for subset, tally in tallies.items():
             keep = rows_with(bundle, subset)
             if not len(keep):
+                if always:
+                    model.decode(bundle)
                 continue
             whole = not subset or (set(subset) == set(bundle) and len(keep) == batch.size)
             part = bundle if whole else only(bundle, subset, keep)
             targets = batch.targets if whole else _pick(batch.targets, keep)
             output = model.decode(part, targets)
-            tally.predictions += model.decoder.predict(output, details=False)
-            tally.references += [references[i] for i in keep.tolist()]
+            answers = model.decoder.predict(output, details=False)
+            rows = keep.tolist()
+            if batch.index:
+                tally.answers += [
+                    (batch.index[i], answer, references[i]) for i, answer in zip(rows, answers, strict=True)
+                ]
             if output.loss is not None:
-                tally.loss = (tally.loss or 0.0) + float(output.loss) * len(keep)
+                tally.losses.append(float(output.loss) * len(rows))
 
 
 def _subsets(modalities: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -161,8 +268,8 @@ def _subsets(modalities: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 def _pick(targets: Any, keep: Tensor) -> Any:
-    if isinstance(targets, Tensor):
-        return targets[keep]
+    if targets is None or isinstance(targets, Tensor):
+        return None if targets is None else targets[keep]
     raise MmhubError(f"cannot take rows of targets of type {type(targets).__name__}")
 
 

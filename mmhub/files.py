@@ -61,10 +61,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         aside.mkdir()
         yield aside
-        for path in (*sorted(aside.rglob("*")), aside):
-            if not path.is_symlink():
-                sync(path)
-        _publish(aside, target)
+        publish(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -73,11 +70,12 @@ def _sweep(target: Path) -> None:
     """Remove the unfinished folders of processes that are no more."""
     for path in target.parent.iterdir():
         match = re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", path.name)
-        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+        if match and (int(match[1]) == os.getpid() or not alive(int(match[1]))):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
+    """Say whether a process of this machine is running."""
     if os.name != "posix":  # elsewhere asking means killing
         return True
     try:
@@ -89,7 +87,14 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _publish(new: Path, target: Path) -> None:
+def publish(new: Path, target: Path) -> None:
+    """Sync a folder and all in it, and give it the name `target`; an older one there ends up under the first name.
+
+    Where the file system cannot swap two names, the older one is removed.
+    """
+    for path in (*sorted(new.rglob("*")), new):
+        if not path.is_symlink():
+            sync(path)
     if not target.exists():
         os.rename(new, target)
     elif not _exchange(new, target):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from mmhub.batch import Batch, Bundle, Features, Items, Output, only, pad_sequences, rows_with
+from mmhub.batch import Batch, Bundle, Encoded, Features, Items, Output, only, pad_sequences, rows_with
 from mmhub.errors import InputError, UsageError, did_you_mean
 from mmhub.guard import Guards
 from mmhub.interfaces import Decoder, Encoder, Fusion, Policy, Task
@@ -56,6 +56,7 @@ class Model(nn.Module):
         self.sources = dict(sources)
         self.columns = columns or Columns()
         self.frozen: set[str] = set()
+        self.stand_ins: dict[str, Items] = {}  # an item of each modality for ranks that have none; see `_absent`
         self.unimodal_loss = 0.0  # share of the training loss that comes from each modality alone
         self.name = ""
         self._guards: Guards | None = None  # found when it is first asked to predict
@@ -95,7 +96,7 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         """Return logits, and the loss where the batch has targets."""
-        bundle = self.encode(batch.items, batch.size)
+        bundle = self.encode(batch.items, batch.size, batch.features)
         output = self.decode(bundle, batch.targets)
         mixes = len(bundle) > 1 and "fused" in self.fusion.outputs
         if self.training and self.unimodal_loss and mixes and output.loss is not None:
@@ -115,27 +116,42 @@ class Model(nn.Module):
                 losses.append(self.decode(only(bundle, [name], rows), targets[rows]).loss)
         return torch.stack([loss for loss in losses if loss is not None]).mean()
 
-    def encode(self, items: Mapping[str, Items], size: int) -> Bundle:
-        """Run every encoder on its items and gather the features by row; rows without an item are fully masked."""
-        return {name: self._encode_one(name, items.get(name), size) for name in self.encoders}
+    def encode(self, items: Mapping[str, Items], size: int, features: Mapping[str, Encoded] | None = None) -> Bundle:
+        """Run every encoder on its items and gather the features by row; rows without an item are fully masked.
+
+        A modality in `features` is not run again.
+        """
+        known = features or {}
+        return {name: self._by_row(name, known.get(name, items.get(name)), size) for name in self.encoders}
+
+    def encode_items(self, name: str, items: Items) -> Features:
+        """Run one encoder on its N >= 1 items, without gradients where it is frozen: (N, T, D)."""
+        encoder: Any = self.encoders[name]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
+            if not encoder.padding_invariant:
+                return _by_length(encoder, items)
+            features: Features = encoder(items.data, items.mask)
+            return features
 
     def decode(self, bundle: Bundle, targets: Any = None) -> Output:
         output: Output = self.decoder(self.fusion(bundle), targets)
         return output
 
-    def _encode_one(self, name: str, items: Items | None, size: int) -> Features:
-        encoder: Any = self.encoders[name]
+    def _by_row(self, name: str, items: Items | Encoded | None, size: int) -> Features:
         if items is None or not len(items):
-            return self._absent(encoder, size)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
-            features = encoder(items.data, items.mask) if encoder.padding_invariant else _by_length(encoder, items)
-        rows: Features = features.to_rows(items.rows, size)
-        return rows
+            return self._absent(name, size, None if isinstance(items, Encoded) else self.stand_ins.get(name))
+        features = items.features if isinstance(items, Encoded) else self.encode_items(name, items)
+        return features.to_rows(items.rows, size)
 
-    def _absent(self, encoder: Encoder, size: int) -> Features:
+    def _absent(self, name: str, size: int, stand_in: Items | None) -> Features:
+        encoder: Any = self.encoders[name]
         device = self.device
         pooled = torch.zeros(size, encoder.pooled_dim, device=device) if encoder.pooled_dim else None
         tokens = torch.zeros(size, 1, encoder.dim, device=device)
+        if stand_in is not None:  # the other ranks wait for this one's part in the encoder's pass and its gradient
+            features = self.encode_items(name, stand_in)
+            tokens = tokens + 0 * features.tokens.sum()
+            pooled = pooled + 0 * features.pooled.sum() if pooled is not None and features.pooled is not None else None
         return Features(tokens, torch.zeros(size, 1, dtype=torch.bool, device=device), pooled=pooled)
 
     # -- from raw samples ---------------------------------------------------------------------------------------

@@ -22,39 +22,53 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from mmhub.errors import TrustError
+from mmhub.errors import MmhubError, TrustError
 from mmhub.files import write_file
 from mmhub.hashes import facts_of, remember
 
 SINGLE_FILE_BYTES = 64 * 2**20  # larger models are split by component, so that parts can be fetched alone
 SHARD_BYTES = 5 * 10**9
 ALIGNMENT = 64  # bytes, as torch's own memory
+HEADER_BYTES, HEADER_TENSORS = 10_000_000, 100_000  # what a safetensors header may have
 
 # -- writing ----------------------------------------------------------------------------------------------------
 
 
 def state_of(parts: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return all tensors by `role.name`; of those that share memory the first, the others as `tied` {alias: first}."""
+    state, tied = named_tensors(parts)
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}, tied
+
+
+def named_tensors(parts: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `state_of`, but the parameters and buffers themselves: on their device, sharded ones as they are."""
     state: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
-    states = {role: part.state_dict() for role, part in parts.items()}  # all alive: no address is used twice
+    states = {role: part.state_dict(keep_vars=True) for role, part in parts.items()}  # all alive: no address is reused
     for role, tensors in states.items():
         for key, tensor in tensors.items():
             name = f"{role}.{key}"
-            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            place = _memory(tensor)
             if tensor.numel() and place in seen:
                 tied[name] = seen[place]
             else:
                 seen[place] = name
-                state[name] = tensor.detach().to("cpu").contiguous()
+                state[name] = tensor
     return state, tied
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies; what has no address, being sharded or on the meta device, is what it is."""
+    if tensor.is_meta or hasattr(tensor, "device_mesh"):
+        return (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def write_weights(state: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
     """Write tensors named `role.name`; return the weights entry (file or index) of each role."""
     total = sum(t.nbytes for t in state.values())
-    _check_space(folder, total)
+    check_space(folder, total)
     shards = _shards(state)
     for file, names in shards.items():
         _write_aligned({name: state[name] for name in names}, folder / file)
@@ -65,6 +79,12 @@ def write_weights(state: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return dict.fromkeys(roles, "model.safetensors.index.json")
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write contiguous tensors in CPU memory to one safetensors file."""
+    check_space(path.parent, sum(t.nbytes for t in tensors.values()))
+    _write_aligned(tensors, path)
 
 
 def _write_aligned(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -83,6 +103,8 @@ def _write_aligned(tensors: Mapping[str, Tensor], path: Path) -> None:
         header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    if len(text) > HEADER_BYTES or len(names) > HEADER_TENSORS:
+        raise MmhubError(f"{len(names):,} tensors are too many for one safetensors file", "join some into larger ones")
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
@@ -90,7 +112,8 @@ def _write_aligned(tensors: Mapping[str, Tensor], path: Path) -> None:
                 file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int) -> None:
+    """Raise OSError where that many bytes do not fit on the disk."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free", str(folder))
@@ -250,7 +273,7 @@ def fill(parts: Mapping[str, nn.Module], stored: Stored, *, allow_partial: bool)
     names = {f"{role}.{key}" for role, part in parts.items() for key in part.state_dict()} if tied else set()
     for alias, source in tied.items():
         if {alias, source} <= names:
-            _tie(parts, alias, source)
+            tie(parts, alias, source)
 
 
 def _read_parts(
@@ -390,7 +413,9 @@ def _misfit(tensor: Tensor | None, wanted: Tensor) -> str | None:
     return None
 
 
-def _tie(parts: Mapping[str, nn.Module], alias: str, source: str) -> None:
+def tie(parts: Mapping[str, nn.Module], alias: str, source: str) -> None:
+    """Let the tensor `alias` be the tensor `source`, both by full name."""
+
     def owner(name: str) -> tuple[nn.Module, str]:
         role, key = name.split(".", 1)
         path, _, leaf = key.rpartition(".")
@@ -487,7 +512,7 @@ def _checked_header(path: Path) -> tuple[int, dict[str, Any]]:
 
 def _read_header(file: BinaryIO, size: int) -> dict[str, Any] | str:
     """The header of `size` bytes, or what is wrong with it."""
-    if size > 10_000_000:
+    if size > HEADER_BYTES:
         return f"its header claims {size} bytes"
     head = file.read(size)
     if len(head) < size or size < 2:
@@ -500,7 +525,7 @@ def _read_header(file: BinaryIO, size: int) -> dict[str, Any] | str:
         return "its header is not JSON"
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
         return "its header is not a table of tensors"
-    if len(table) > 100_000:
+    if len(table) > HEADER_TENSORS:
         return f"it holds {len(table)} tensors"
     if not all(name.isprintable() for name in table):
         return "a tensor's name is not printable"

@@ -16,8 +16,9 @@ SHARED = Path(os.environ.get("MMHUB_SHARED", Path(__file__).parents[2] / "shared
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Tests run in parallel processes: more threads than that only wait for each other."""
+def _one_thread(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests run in parallel processes: more threads than that only wait for each other. Their cache is their own."""
+    os.environ["MMHUB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of them would compile thousands of modules again
     import torch

@@ -326,6 +326,20 @@ class Strict(Words):
         return super().__call__([str(item) for item in raw], *args, **kwargs)
 
 
+class Miscounting(Clean):
+    def token_count(self, positions: int) -> int:
+        return positions // 2
+
+
+class Hasty(Words):
+    def length(self, raw: Any, policy: Policy) -> int:
+        return len(raw)
+
+
+class WrongLength(Clean):
+    make = Hasty
+
+
 class NothingMissing(Clean):
     make = Strict
 
@@ -536,6 +550,8 @@ FAULTS: dict[type[Any], tuple[str, ...]] = {
     RudeProcessor: ("processor-refuses",),
     LeftPackingProcessor: ("processor-packs",),
     NothingMissing: ("missing-rows",),
+    Miscounting: ("token-count",),
+    WrongLength: ("token-count",),
     MissingLeak: ("missing-leak",),
     NothingValid: ("missing",),
     NotANumber: ("missing",),

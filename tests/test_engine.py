@@ -13,7 +13,7 @@ import torch
 
 from mmhub.checkpoint import load, read_config, verify_files
 from mmhub.config import check_recipe
-from mmhub.engine import loop, report, train
+from mmhub.engine import loop, report, state, train
 from mmhub.errors import InputError, MmhubError, UsageError
 from mmhub.optim import learning_rate_factor
 from tests.conftest import make_table, png, recipe
@@ -33,6 +33,11 @@ def image_only(tables: Path, **options: Any) -> dict[str, Any]:
 
 def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoints(out: Path) -> list[str]:
+    """Everything but links in the folder of checkpoints."""
+    return sorted(path.name for path in (out / "checkpoints").iterdir() if not path.is_symlink())
 
 
 def test_training_learns_the_task_and_leaves_a_described_checkpoint(tables: Path, tmp_path: Path) -> None:
@@ -73,7 +78,8 @@ def test_metrics_hold_step_epoch_loss_rate_norm_and_validation(tables: Path, tmp
     steps = [line for line in found if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert [line["epoch"] for line in steps] == [0.5, 1.0, 1.5, 2.0]
-    assert set(steps[0]) == {"step", "epoch", "loss", "learning_rate", "gradient_norm", "seconds"}
+    assert set(steps[0]) == {"step", "epoch", "loss", "learning_rate", "gradient_norm", "seconds", "speed"}
+    assert steps[0]["speed"]["samples_per_second"] > 0
     assert [line["step"] for line in found if "valid" in line] == [2, 4]
     assert set(found[-1]["valid"]) == {"accuracy", "f1", "loss"}
 
@@ -177,8 +183,8 @@ def test_a_fraction_that_leaves_nothing_to_train_on_is_refused(tables: Path, tmp
 
 def test_only_the_newest_checkpoints_are_kept(tables: Path, tmp_path: Path) -> None:
     train(image_only(tables, epochs=3, checkpoint_every=1, keep=3), tmp_path / "run")
-    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["step-00000004", "step-00000005", "step-00000006"]
+    assert checkpoints(tmp_path / "run") == ["step-00000004", "step-00000005", "step-00000006"]
+    assert (tmp_path / "run" / "checkpoints" / "last").resolve().name == "step-00000006"
 
 
 # -- NaN --------------------------------------------------------------------------------------------------------
@@ -347,7 +353,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_intact(tables: Pat
 def test_a_full_disk_while_saving_keeps_the_older_checkpoint(
     tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, count = loop.save_state.__globals__["write_file"], 0
+    real, count = state.write_file, 0
 
     def fill(path: Path, content: Any) -> None:
         nonlocal count
@@ -356,10 +362,10 @@ def test_a_full_disk_while_saving_keeps_the_older_checkpoint(
             raise OSError(28, "No space left on device", str(path))
         real(path, content)
 
-    monkeypatch.setitem(loop.save_state.__globals__, "write_file", fill)
+    monkeypatch.setattr(state, "write_file", fill)
     with pytest.raises(MmhubError, match="no space left"):
         train(image_only(tables, checkpoint_every=1, epochs=2), tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+    assert checkpoints(tmp_path / "run") == ["step-00000001"]
 
 
 # -- trackers ---------------------------------------------------------------------------------------------------
@@ -424,12 +430,6 @@ def test_tensorboard_curves_can_be_read_back(tables: Path, tmp_path: Path) -> No
 
 def test_overrides_apply_to_a_table_as_to_a_file(tables: Path, tmp_path: Path) -> None:
     assert train(image_only(tables), tmp_path / "run", overrides=["train.max_steps=1"]).steps == 1
-
-
-def test_several_processes_are_refused(tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="torchrun"):
-        train(image_only(tables), tmp_path / "run")
 
 
 def test_a_frozen_encoder_does_not_move(tables: Path, tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
+import math
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from mmhub.config import check_recipe
 from mmhub.data.sources import open_rows
 from mmhub.engine import train
 from mmhub.errors import InputError, UsageError
-from mmhub.evaluation import EvalOptions, data_name, evaluate
+from mmhub.evaluation import EvalOptions, EvaluationStopped, data_name, evaluate
 from mmhub.model import Model
 from tests.conftest import make_table
 
@@ -72,6 +76,133 @@ def test_the_batch_size_changes_no_number(model: Model, table: Path) -> None:
     assert one["metrics"] == pytest.approx(many["metrics"], abs=1e-5)
     for name, values in one["subsets"].items():
         assert values == pytest.approx(many["subsets"][name], abs=1e-5)
+
+
+def test_batches_up_to_a_number_of_tokens_change_no_number(model: Model, table: Path) -> None:
+    sizes: list[int] = []
+    note = model.decoder.register_forward_pre_hook(lambda decoder, args: sizes.append(len(args[0]["fused"].mask)))
+    one = evaluate(model, str(table), options=EvalOptions(batch_size=0, batch_tokens=60, subsets=False))
+    note.remove()
+    assert sum(sizes) == 24
+    assert len(set(sizes)) > 1, "a batch holds as many rows as fit"
+    many = evaluate(model, str(table), options=EvalOptions(batch_size=24, subsets=False))
+    assert one["metrics"] == pytest.approx(many["metrics"], abs=1e-5)
+
+
+def test_answers_are_compared_in_the_order_of_the_rows(
+    model: Model, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+
+    def note(names: Any, predictions: Any, references: Any) -> dict[str, float]:
+        found.append((predictions, references))
+        return {}
+
+    monkeypatch.setattr("mmhub.evaluation.measure", note)
+    evaluate(model, str(table), options=EvalOptions(batch_size=5, subsets=False))
+    rows = list(open_rows(str(table)))
+    answers = model.predict([{"image": row["image"], "audio": row["audio"]} for row in rows], details=False)
+    ((predictions, references),) = found
+    assert references == [row["label"] for row in rows]
+    assert [one["label"] for one in predictions] == [one["label"] for one in answers]
+
+
+class Group:
+    """Ranks as threads of this process that wait for each other."""
+
+    several = True
+
+    def __init__(self, rank: int, barrier: threading.Barrier, board: list[Any]) -> None:
+        self.rank, self.world, self._barrier, self._board = rank, barrier.parties, barrier, board
+
+    def gather(self, data: Any) -> list[Any]:
+        self._board[self.rank] = data
+        self._barrier.wait(30)
+        found = list(self._board)
+        self._barrier.wait(30)
+        return found
+
+    def sum(self, *values: float) -> list[float]:
+        return [sum(part) for part in zip(*self.gather(values), strict=True)]
+
+
+def on_ranks(world: int, work: Callable[[Any], Any]) -> list[Any]:
+    """What `work` returns or raises on every rank."""
+    barrier, board = threading.Barrier(world), [None] * world
+    results: list[Any] = [None] * world
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(Group(rank, barrier, board))
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+@pytest.mark.parametrize(("world", "rows"), [(2, 24), (3, 24), (4, 2)])
+def test_every_rank_gets_the_report_of_a_single_process(
+    model: Model, table: Path, tmp_path: Path, world: int, rows: int
+) -> None:
+    part = rewrite(table, tmp_path / "part.parquet", lambda all_rows: all_rows[:rows])
+    alone = evaluate(model, str(part), options=EvalOptions(batch_size=5))
+    calls = [0] * world
+
+    def work(group: Any) -> Any:
+        own = copy.deepcopy(model)
+
+        def count(*args: Any) -> None:
+            calls[group.rank] += 1
+
+        own.decoder.register_forward_hook(count)
+        return evaluate(own, str(part), options=EvalOptions(batch_size=5, ranks=group))
+
+    reports = on_ranks(world, work)
+    assert reports == [alone] * world
+    assert len(set(calls)) == 1, "sharded weights need the same number of calls everywhere"
+
+
+def test_what_one_rank_cannot_read_ends_all(model: Model, table: Path, tmp_path: Path) -> None:
+    bad = rewrite(table, tmp_path / "bad.parquet", lambda rows: [*rows[:-1], {**rows[-1], "label": "c9"}])
+
+    def work(group: Any, skip: bool = False) -> Any:
+        options = EvalOptions(batch_size=5, ranks=group, skip=skip)
+        return evaluate(copy.deepcopy(model), str(bad), options=options)
+
+    errors = on_ranks(3, work)
+    assert len({str(error) for error in errors}) == 1
+    assert "bad.parquet row 24, column 'label': label 'c9'" in errors[0].message
+    reports = on_ranks(3, lambda group: work(group, skip=True))
+    assert [(report["rows"], report["skipped"]) for report in reports] == [(23, 1)] * 3
+
+
+def test_an_evaluation_can_be_stopped_between_batches(model: Model, table: Path) -> None:
+    asked = iter([False, False, True])
+    with pytest.raises(EvaluationStopped):
+        evaluate(model, str(table), options=EvalOptions(batch_size=5, stop=lambda: next(asked)))
+    assert next(asked, None) is None
+
+    def work(group: Any) -> Any:
+        turns = iter(range(9))
+        stop = EvalOptions(batch_size=5, ranks=group, stop=lambda: group.rank == 1 and next(turns) == 1)
+        return evaluate(copy.deepcopy(model), str(table), options=stop)
+
+    assert [type(result) for result in on_ranks(2, work)] == [EvaluationStopped] * 2
+
+
+def test_a_loss_that_is_no_number_is_told_by_every_rank(model: Model, table: Path) -> None:
+    def work(group: Any) -> Any:
+        own = copy.deepcopy(model)
+        with torch.no_grad():
+            next(own.decoder.parameters()).fill_(math.nan)
+        return evaluate(own, str(table), options=EvalOptions(batch_size=5, ranks=group, subsets=False))
+
+    assert all(math.isnan(report["metrics"]["loss"]) for report in on_ranks(2, work))
 
 
 def test_the_loss_is_the_mean_over_rows(model: Model, table: Path) -> None:

@@ -43,7 +43,7 @@ records
 manifests
 distributions
 discovery
-hashes
+hashes feature_cache
 plugins
 registry guard requirements
 names

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 
+from mmhub.batch import Batch
+from mmhub.data import loader
 from mmhub.data.loader import (
     Collate,
     Loaded,
     batches_of,
     epoch_order,
     load_batches,
+    on_device,
     row_seed,
     usable,
     worker_count,
 )
+from mmhub.data.parts import pack, values_of
 from mmhub.data.sources import Rows, open_rows
+from mmhub.errors import MmhubError
 from tests.conftest import png
 from tests.fake_parts import Numbers, fake_model
 
@@ -191,3 +204,214 @@ def test_workers_are_for_gpus_unless_asked_for() -> None:
     assert worker_count("auto", torch.device("cpu")) == 0
     assert worker_count("auto", torch.device("cuda")) >= 1
     assert worker_count(3, torch.device("cpu")) == 3
+
+
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    counts = []
+    for processes in ("1", "4", "16"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        counts.append(worker_count("auto", torch.device("cuda")))
+    assert counts == [8, 3, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_can_come_with_their_content_and_one_by_one(tmp_path: Path, workers: int) -> None:
+    given = collate(table(tmp_path, GOOD), seed=3)
+    taken: list[int] = []
+
+    def stream() -> Iterator[list[tuple[int, dict[str, Any]]]]:
+        for start in (0, 4, 8):
+            taken.append(start)
+            yield [(i, GOOD[i]) for i in range(start, min(start + 4, 10))]
+
+    streamed = load_batches(given, stream(), workers)
+    by_number = load(given, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]])
+    for one, other in zip(streamed, by_number, strict=True):
+        assert workers or taken[-1] == (one.batch.index[0] if one.batch else None), "no row is read too early"
+        assert one.batch is not None
+        assert other.batch is not None
+        assert one.batch.index == other.batch.index
+        assert torch.equal(one.batch.items["numbers"].data, other.batch.items["numbers"].data)
+
+
+class Deadly(Numbers):
+    """Kills or stops the process that reads the number 5."""
+
+    how: Any = None
+
+    def read(self, raw: Any, *args: Any) -> Any:
+        if str(raw).startswith("5 "):
+            self.how()
+        return super().read(raw, *args)
+
+
+def deadly(folder: Path) -> Collate:
+    given = collate(table(folder, GOOD))
+    given.processors = {"numbers": Deadly()}
+    return given
+
+
+def killed() -> None:
+    time.sleep(0.2)  # until what was decoded before is on its way
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line_and_never_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_POLL", 0.3)
+    monkeypatch.setattr(Deadly, "how", staticmethod(killed))
+    batches = load_batches(deadly(tmp_path), [[0], [5], [1]], workers=1)
+    assert next(batches).batch
+    with pytest.raises(MmhubError) as caught:
+        next(batches)
+    assert str(caught.value) == (
+        "a process that decodes the data was killed or crashed; "
+        "if it was killed for want of memory, lower data.workers or the batch size"
+    )
+
+
+def test_a_worker_that_dies_interrupts_nothing_but_the_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(Deadly, "how", staticmethod(killed))
+    batches = load_batches(deadly(tmp_path), [[0], [5], [1]], workers=1)
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) == before, "torch's handler raises in the middle of a step"
+    until = time.monotonic() + 0.6  # the worker dies in the meantime
+    while time.monotonic() < until:
+        sum(range(1000))
+
+
+def test_workers_that_hang_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_POLL", 0.2)
+    monkeypatch.setattr(loader, "_PATIENCE", 0.5)
+    monkeypatch.setattr(Deadly, "how", staticmethod(lambda: time.sleep(1)))
+    with pytest.raises(MmhubError, match=r"no batch was decoded for 0\.6\d* seconds"):
+        load(deadly(tmp_path), [[0], [5]], workers=1)
+
+
+def test_a_slow_worker_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_POLL", 0.1)
+    monkeypatch.setattr(Deadly, "how", staticmethod(lambda: time.sleep(0.5)))
+    parts = load(deadly(tmp_path), [[0], [5], [1]], workers=1)
+    assert [part.batch.index if part.batch else None for part in parts] == [[0], [5], [1]]
+
+
+def test_ctrl_c_reaches_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = os.getpgrp()
+
+    def interrupted() -> None:
+        assert os.getpgrp() != group, "a terminal interrupts the whole group"
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Deadly, "how", staticmethod(interrupted))
+    (part,) = load(deadly(tmp_path), [[5]], workers=1)
+    assert part.batch is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # Python 3.12 says so of any fork
+def test_batches_are_loaded_from_any_thread(tmp_path: Path) -> None:
+    given, found = collate(table(tmp_path, GOOD)), []
+    thread = threading.Thread(target=lambda: found.extend(load(given, [[0], [1]], workers=1)))
+    thread.start()
+    thread.join(60)
+    assert len(found) == 2
+
+
+class Told:
+    """A copier that writes down what it is asked for."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def begin(self, part: Loaded) -> Loaded:
+        self.events.append(f"begin {part.skipped[0]}")
+        return part
+
+    def ready(self, begun: Loaded) -> Loaded:
+        self.events.append(f"ready {begun.skipped[0]}")
+        return begun
+
+
+def test_the_next_batch_is_copied_before_this_one_is_computed() -> None:
+    told = Told()
+    parts = (Loaded(skipped=[name]) for name in "abc")
+    for part in on_device(parts, torch.device("cpu"), told):
+        told.events.append(f"compute {part.skipped[0]}")
+    assert told.events == [
+        "begin a", "begin b", "ready a", "compute a", "begin c", "ready b", "compute b", "ready c", "compute c",
+    ]  # fmt: skip
+
+
+def test_on_a_cpu_nothing_is_read_ahead() -> None:
+    taken: list[int] = []
+
+    def parts() -> Iterator[Loaded]:
+        for number in range(3):
+            taken.append(number)
+            yield Loaded(Batch(items={}, size=1, index=[number]))
+
+    for part in on_device(parts(), torch.device("cpu")):
+        assert part.batch is not None
+        assert taken[-1] == part.batch.index[0]
+    assert taken == [0, 1, 2]
+
+
+def test_all_tensors_of_a_batch_are_found(tmp_path: Path) -> None:
+    (part,) = load(collate(table(tmp_path, GOOD)), [[0, 1]])
+    assert part.batch is not None
+    found = list(loader._tensors(part.batch))
+    items = part.batch.items["numbers"]
+    wanted = [items.data, items.mask, items.rows, part.batch.targets]
+    assert {id(tensor) for tensor in found} == {id(tensor) for tensor in wanted}
+
+
+NO_PANDAS = """
+import sys
+class Watch:
+    def find_spec(self, name, *rest):
+        assert name != "pandas", "pandas takes a second to import"
+sys.meta_path.insert(0, Watch())
+from pathlib import Path
+from mmhub.data.sources import open_rows
+for name in ("t.csv", "t.jsonl"):
+    rows = open_rows(name, base=Path(sys.argv[1]))
+    assert [row["x"] for row in rows] == list(rows.column("x")) and len(rows) == 3, list(rows)
+"""
+
+
+def test_reading_a_table_does_not_import_pandas(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("x,label\na,1\nb,2\n,3\n")
+    table(tmp_path, [{"x": "a", "label": 0}, {"x": None, "label": 1}, {"x": "c", "label": 2.5}])
+    subprocess.run([sys.executable, "-c", NO_PANDAS, str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize(
+    "values", [["a", None, "é日"], [1, None, -(2**63)], [0.5, None, -0.0], [True, None, False], [None]]
+)
+def test_packed_values_come_back(values: list[Any]) -> None:
+    for column in (values, values * 20):
+        packed = pack(column)
+        assert isinstance(packed, pa.ChunkedArray)
+        packed.validate(full=True)
+        assert list(map(repr, values_of(packed))) == list(map(repr, column))
+        assert packed.type == pa.array(column, pa.large_string() if isinstance(values[0], str) else None).type
+
+
+@pytest.mark.parametrize("values", [[2**64], ["\ud800"], [1, "a"], [[1]], [1, 1.5]])
+def test_what_fits_no_type_stays_as_it_is(values: list[Any]) -> None:
+    assert pack(values) == values
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_arrive_whole_on_a_gpu(tmp_path: Path, workers: int) -> None:
+    given, order = collate(table(tmp_path, GOOD), seed=3), [[0, 1, 2], [3, 4], [5], [6, 7, 8, 9]] * 20
+    device = torch.device("cuda")
+    sums = []
+    for part in on_device(load_batches(given, order, workers, pin_memory=True), device):
+        assert part.batch is not None
+        data = part.batch.items["numbers"].data
+        assert data.device.type == "cuda"
+        sums.append((torch.ones(2000, 2000, device=device) @ torch.ones(2000, 1, device=device))[0] * 0 + data.sum())
+    plain = [part.batch.items["numbers"].data.sum() for part in load(given, order) if part.batch]
+    assert torch.allclose(torch.cat(sums).cpu(), torch.stack(plain))

@@ -33,6 +33,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
 def test_the_shipped_registry_is_valid_and_knows_the_official_plugins() -> None:
     shipped = read_registry(shipped_file(), "shipped")
     official = {"mmhub-text", "mmhub-image", "mmhub-audio", "mmhub-heads", "mmhub-hubserver", "mmhub-tensorboard"}
+    official.add("mmhub-trackers")
     assert official <= set(shipped.plugins)
     assert {entry.trust for entry in shipped.plugins.values()} == {"official"}
     registries = read_registries(Path("/"))

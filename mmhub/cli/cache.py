@@ -19,9 +19,9 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 
 @click.group()
 def cache() -> None:
-    """Look after the files of models that were pulled.
+    """Look after the files of models that were pulled, and the features that training keeps.
 
-    They are in the Hugging Face cache, which other programs use, too.
+    The files are in the Hugging Face cache, which other programs use, too.
     """
 
 
@@ -264,6 +264,33 @@ def _ask(lines: list[str], freed: int) -> None:
     for line in lines:
         click.echo(line, err=True)
     click.confirm(f"remove this and free {size_text(freed)}?", abort=True, err=True)
+
+
+# --- features
+
+
+@cache.command()
+@click.option("--clear", is_flag=True, help="Remove all that no run reads now; they are computed again when needed.")
+@quiet_option
+@_json
+def features(clear: bool, quiet: bool, as_json: bool) -> None:
+    """List what training keeps of frozen encoders, the least recently used first; or remove it."""
+    from mmhub.feature_cache import feature_sets, features_folder, remove_set
+
+    found = feature_sets()
+    removed = [one for one in found if clear and remove_set(one.path)]
+    if clear and len(removed) < len(found):
+        note(f"left out: {counted(len(found) - len(removed), 'set')} in use", quiet)
+    shown = removed if clear else found
+    rows = [{"path": str(one.path), "of": one.title, "size": one.size, "used": one.used} for one in shown]
+    total = sum(one.size for one in shown)
+    if clear:
+        text = f"freed {size_text(total)} in {counted(len(shown), 'set')}"
+    else:
+        cells = [(short(printable(one.title), 90), size_text(one.size), ago_text(one.used)) for one in shown]
+        empty = f"no features are kept in {features_folder()}"
+        text = fit(table(["features of", "size", "used"], cells)) if cells else empty
+    emit({"folder": str(features_folder()), "size": total, "sets": rows, "cleared": clear}, as_json, text)
 
 
 # --- where

@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": ("mmhub.cli.demo:demo", "Train a small image + audio model and use it, offline"),
     "train": ("mmhub.cli.train:train", "Train a model from a recipe"),
     "eval": ("mmhub.cli.evaluate:evaluate", "Measure a model on a data set"),
+    "bench": ("mmhub.cli.bench:bench", "Measure how fast this machine trains"),
     "predict": ("mmhub.cli.predict:predict", "Run a model on text, images and audio"),
     "push": ("mmhub.cli.push:push", "Publish a model to the Hub"),
     "pull": ("mmhub.cli.pull:pull", "Fetch a model from the Hub and check it"),

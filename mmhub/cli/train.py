@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from mmhub.cli.output import emit, json_option, quiet_option
+from mmhub.errors import MmhubError
 from mmhub.registry import find_component
 
 if TYPE_CHECKING:
@@ -26,13 +30,18 @@ def train(recipe: Path, out: Path | None, overrides: tuple[str, ...], resume: bo
 
     The run folder gets metrics.jsonl, resumable checkpoints/, and model/, a checkpoint folder ready for
     `mmhub eval`, `predict` and `push`. Ctrl-C saves, and --resume goes on from there.
+
+    On several GPUs: torchrun --nproc-per-node N -m mmhub train RECIPE
     """
     from mmhub.config import read_recipe
 
-    _check_parts(read_recipe(recipe, overrides))  # a wrong recipe is reported before torch loads
-    from mmhub.engine import train as run
+    with _one_voice():
+        _check_parts(read_recipe(recipe, overrides))  # a wrong recipe is reported before torch loads
+        from mmhub.engine import train as run
 
-    result = run(recipe, out, resume=resume, quiet=quiet, overrides=overrides)
+        result = run(recipe, out, resume=resume, quiet=quiet, overrides=overrides)
+    if os.environ.get("RANK", "0") != "0":
+        return
     shown = "  ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
     model = _as_name(result.model)
     data = {
@@ -43,6 +52,17 @@ def train(recipe: Path, out: Path | None, overrides: tuple[str, ...], resume: bo
         "seconds": result.seconds,
     }
     emit(data, as_json, f"{model}  {shown}")
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Of the processes that `torchrun` started on this machine, let only the first say what went wrong."""
+    try:
+        yield
+    except MmhubError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        raise click.exceptions.Exit(error.exit_code) from None
 
 
 def _check_parts(recipe: Recipe) -> None:

@@ -1,21 +1,36 @@
-"""From rows to batches: decode, pack and order, deterministically by seed, epoch and row, whatever the worker count."""
+"""From rows to batches on the device: decode, pack and copy, deterministically by seed and row, whatever the workers.
+
+Which rows make a batch is decided in `mmhub.data.plan`.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmhub.batch import Batch
-from mmhub.data.sources import Rows
-from mmhub.errors import InputError
+from mmhub.batch import Batch, Encoded
+from mmhub.errors import InputError, MmhubError
 from mmhub.interfaces import Decoder, Policy
+
+Numbered: TypeAlias = "int | tuple[int, Mapping[str, Any]]"  # a row by its number, or with its content
+
+_POLL = 5  # seconds between looks at whether the decoding processes are alive
+_GRACE = 10  # seconds for which a decoding process outlives SIGTERM
+_PATIENCE = 900  # seconds without a batch after which they are taken to hang
 
 
 @dataclass
@@ -30,25 +45,67 @@ class Loaded:
         return replace(self, batch=self.batch.pin_memory() if self.batch else None)
 
 
-class _Indexed(Dataset[tuple[int, dict[str, Any]]]):
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
+class _Indexed(Dataset[tuple[int, Mapping[str, Any]]]):
+    def __init__(self, rows: Any, columns: Sequence[str] | None) -> None:
+        self.rows, self.columns = rows, columns
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __getitem__(self, index: Numbered) -> tuple[int, Mapping[str, Any]]:
+        if not isinstance(index, int):
+            return index
+        if self.columns is None:
+            return index, self.rows[index]
+        row = self.rows.select([index])
+        return index, {name: next(iter(row.column(name))) for name in self.columns}
 
-    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
-        return index, self.rows[index]
+
+@dataclass(frozen=True)
+class ReadItems:
+    """What a processor has read from the rows of a table, so that no row is read twice; flat, to be shared by workers.
+
+    `numbers` are all items back to back; item k ends at `ends[k]`, and the items of row i at `items[i]`.
+    """
+
+    numbers: NDArray[np.int32]
+    ends: NDArray[np.int64]
+    items: NDArray[np.int64]
+    known: NDArray[np.bool_]  # False for a row that could not be read, or that did not fit into memory
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.nbytes for part in (self.numbers, self.ends, self.items, self.known))
+
+    def row(self, number: int) -> list[Tensor] | None:
+        """Return the items of a row as `Processor.read_row` does, None if they are not known."""
+        if not self.known[number]:
+            return None
+        first, last = (int(self.items[number - 1]) if number else 0), int(self.items[number])
+        starts = [int(self.ends[k - 1]) if k else 0 for k in range(first, last + 1)]
+        return [torch.from_numpy(self.numbers[a:b].astype(np.int64)) for a, b in pairwise(starts)]
+
+
+class Kept(Protocol):
+    """The features of one modality, computed before and kept by row; `mmhub.engine.features` has them."""
+
+    def has(self, row: int) -> bool:
+        """Say whether the row has an input, readable or not."""
+
+    def take(self, rows: Sequence[int]) -> Encoded:
+        """Return the features of these rows.
+
+        Raises:
+            InputError: one was unreadable; `row` is its position in `rows`.
+        """
 
 
 @dataclass
 class Collate:
     """Turn table rows into a batch.
 
-    `seed` switches training-time augmentation on; it and the row number alone decide what happens to a row.
+    `seed` switches training-time augmentation on; it and the row number alone decide what happens to a row. `read`
+    holds by modality what is read already (see `mmhub.data.lengths`).
     """
 
-    rows: Rows
+    rows: Any  # Rows, or another source with its `folder` and `where`
     processors: Mapping[str, Any]
     inputs: Mapping[str, str]  # modality -> column
     decoder: Decoder | None = None
@@ -56,6 +113,16 @@ class Collate:
     policy: Policy = field(default_factory=Policy)
     skip: bool = False
     seed: int | None = None
+    features: Mapping[str, Kept] = field(default_factory=dict)  # of frozen encoders; these need no processor
+    read: Mapping[str, ReadItems] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[str] | None:
+        """The columns that are read, None for all: those of kept features may be large, and are not."""
+        if not self.features:
+            return None
+        read = [column for modality, column in self.inputs.items() if modality not in self.features]
+        return list(dict.fromkeys([*read, *([self.target] if self.target else [])]))
 
     def __call__(self, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> Loaded:
         kept = list(samples)
@@ -71,21 +138,32 @@ class Collate:
         return Loaded(skipped=skipped)
 
     def _batch(self, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> Batch:
-        alone = len(self.inputs) == 1
-        raw = {
-            modality: [usable(modality, row.get(column), self.rows.folder(i), alone) for i, row in samples]
-            for modality, column in self.inputs.items()
-        }
+        raw = {modality: self._raw(modality, column, samples) for modality, column in self.inputs.items()}
         for position in range(len(samples)):
             if all(values[position] is None for values in raw.values()):
                 raise _EmptyRow(f"none of {', '.join(self.inputs.values())} is given", position)
         seeds = None if self.seed is None else [row_seed(self.seed, i) for i, _ in samples]
-        items = {name: self.processors[name](values, self.policy, seeds) for name, values in raw.items()}
-        batch = Batch(items=items, size=len(samples), index=[i for i, _ in samples])
+        batch = Batch(items={}, size=len(samples), index=[i for i, _ in samples])
+        for name, values in raw.items():
+            if name in self.features:
+                batch.features[name] = self.features[name].take(batch.index)
+            else:
+                batch.items[name] = self.processors[name](values, self.policy, seeds, self._known(name, batch.index))
         if self.decoder is not None and self.target:
             batch.raw_targets = [row.get(self.target) for _, row in samples]
             batch.targets = self.decoder.encode_targets(batch.raw_targets)
         return batch
+
+    def _raw(self, modality: str, column: str, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> list[Any]:
+        """One raw input a row, None where there is none; of features that are kept, whether there are any."""
+        kept, alone = self.features.get(modality), len(self.inputs) == 1
+        if kept is not None:
+            return [True if kept.has(i) else None for i, _ in samples]
+        return [usable(modality, row.get(column), self.rows.folder(i), alone) for i, row in samples]
+
+    def _known(self, modality: str, numbers: Sequence[int]) -> list[list[Tensor] | None] | None:
+        known = self.read.get(modality)
+        return None if known is None else [known.row(number) for number in numbers]
 
     def _explain(self, error: InputError, samples: Sequence[tuple[int, Any]]) -> InputError:
         if error.row is None:
@@ -149,22 +227,148 @@ def batches_of(order: Sequence[int], size: int) -> list[list[int]]:
 
 
 def load_batches(
-    collate: Collate, order: Sequence[Sequence[int]], workers: int = 0, pin_memory: bool = False
+    collate: Collate, order: Iterable[Sequence[Numbered]], workers: int = 0, pin_memory: bool = False
 ) -> Iterator[Loaded]:
-    """Yield what `collate` makes of each list of row numbers, in order, decoding in `workers` processes."""
+    """Yield what `collate` makes of each list of rows, in order, decoding in `workers` processes.
+
+    A row is given by its number, or as a pair of number and content where only this process can read it.
+
+    Raises:
+        MmhubError: a decoding process was killed, or none of them answers.
+    """
     loader = DataLoader(
-        _Indexed(collate.rows),
+        _Indexed(collate.rows, collate.columns),
         batch_sampler=order,  # type: ignore[arg-type]
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,
+        timeout=_POLL if workers else 0,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # the loader draws a seed, which must not come from the run's random state
     )
-    yield from loader
+    with _own_child_handler():
+        batches = iter(loader)
+    waited = 0
+    while True:
+        problem = None
+        try:
+            part = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            waited += _POLL
+            problem = _worker_problem(error, waited)
+            if problem is error:
+                raise
+        else:
+            waited = 0
+            yield part
+        if problem is not None:
+            raise problem
+
+
+def _begin_worker(number: int) -> None:
+    """Leave Ctrl-C to the main process, which finishes its step and saves: the batches for that come from here.
+
+    SIGTERM, which a cluster sends to all processes at once, is obeyed after the time that saving takes.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+    with suppress(OSError, AttributeError):  # a group of its own: a terminal and `timeout` stop whole groups
+        os.setpgid(0, 0)
+
+
+@contextmanager
+def _own_child_handler() -> Iterator[None]:
+    """Undo the signal handler with which torch raises in the middle of anything when a worker dies.
+
+    It might be the optimizer or a checkpoint that is torn; `load_batches` finds out within `_POLL` seconds as well.
+    """
+    main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    before = signal.getsignal(signal.SIGCHLD) if main else None
+    yield
+    if main and before is not None:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _worker_problem(error: RuntimeError, waited: int) -> Exception | None:
+    """Return what to raise for an error of the loader, None to wait longer."""
+    text = str(error)
+    if text.startswith("DataLoader worker (pid"):
+        hint = "if it was killed for want of memory, lower data.workers or the batch size"
+        return MmhubError("a process that decodes the data was killed or crashed", hint)
+    if not text.startswith("DataLoader timed out"):
+        return error
+    hint = "see whether a file or address answers; data.workers = 0 decodes in the main process"
+    return MmhubError(f"no batch was decoded for {waited} seconds", hint) if waited >= _PATIENCE else None
+
+
+class Copier(Protocol):
+    """How batches get to a device: `begin` starts a copy, `ready` lets what follows use it."""
+
+    def begin(self, part: Loaded) -> Any: ...
+
+    def ready(self, begun: Any) -> Loaded: ...
+
+
+def on_device(loaded: Iterable[Loaded], device: torch.device, copier: Copier | None = None) -> Iterator[Loaded]:
+    """Yield batches on `device`. On a GPU the next one is copied on a stream of its own while this one is computed."""
+    if copier is None and device.type == "cuda":
+        copier = SideStream(device)
+    if copier is None:
+        yield from (_moved(part, device) for part in loaded)
+        return
+    ahead = None
+    for part in loaded:
+        begun = copier.begin(part)
+        if ahead is not None:
+            yield copier.ready(ahead)
+        ahead = begun
+    if ahead is not None:
+        yield copier.ready(ahead)
+
+
+class SideStream:
+    """Copies from pinned memory on a CUDA stream beside the one that computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def begin(self, part: Loaded) -> tuple[Loaded, Any]:
+        with torch.cuda.stream(self.stream):
+            return _moved(part, self.device), self.stream.record_event()
+
+    def ready(self, begun: tuple[Loaded, Any]) -> Loaded:
+        part, copied = begun
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_event(copied)
+        for tensor in _tensors(part.batch):
+            tensor.record_stream(computing)  # or its memory might be given away while it is still read
+        return part
+
+
+def _moved(part: Loaded, device: torch.device) -> Loaded:
+    return replace(part, batch=part.batch.to(device, non_blocking=device.type == "cuda") if part.batch else None)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a batch, whatever holds them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (tensor for part in value.values() for tensor in _tensors(part))
+    elif hasattr(value, "__dataclass_fields__"):
+        yield from (tensor for part in vars(value).values() for tensor in _tensors(part))
 
 
 def worker_count(choice: int | str, device: torch.device) -> int:
-    """'auto' decodes in worker processes only beside a GPU: on a CPU they would take the cores from training."""
+    """'auto' decodes in worker processes only beside a GPU: on a CPU they would take the cores from training.
+
+    The cores of a machine are shared among the processes that train on it.
+    """
     if choice != "auto":
         return int(choice)
-    return min(8, max(1, (os.cpu_count() or 2) - 1)) if device.type == "cuda" else 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    share = cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(8, max(1, share - 1)) if device.type == "cuda" else 0

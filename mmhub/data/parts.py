@@ -7,12 +7,13 @@ import hashlib
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 
 from mmhub.errors import InputError, NotFoundError, did_you_mean
@@ -56,12 +57,46 @@ def _sha256(path: Path) -> str:
 def pack(values: Sequence[Any]) -> Column:
     """Pack values of one plain type into Arrow; nested and mixed ones stay the Python objects they are."""
     kinds = {type(value) for value in values if value is not None}
-    if not kinds or (len(kinds) == 1 and kinds <= {str, int, float, bool}):
+    if not kinds:
+        return pa.chunked_array([pa.nulls(len(values))])
+    if len(kinds) == 1 and kinds <= _PACKERS.keys():
         try:
-            return pa.chunked_array([pa.array(values, pa.large_string() if kinds == {str} else None)])
+            return pa.chunked_array([_array(values, kinds.pop())])
         except (OverflowError, ValueError):  # an integer beyond 64 bits, or half of a surrogate pair
             pass
     return list(values)
+
+
+def _array(values: Sequence[Any], kind: type) -> pa.Array:
+    """Make an array from its buffers: `pa.array` imports pandas, if there is one, which takes a second."""
+    there = np.fromiter((value is not None for value in values), bool, len(values))
+    gaps = None if there.all() else pa.py_buffer(np.packbits(there, bitorder="little"))
+    arrow, buffers = _PACKERS[kind](values)
+    return pa.Array.from_buffers(arrow, len(values), [gaps, *map(pa.py_buffer, buffers)])
+
+
+def _pack_texts(values: Sequence[str | None]) -> tuple[pa.DataType, list[Any]]:
+    encoded = [b"" if value is None else value.encode() for value in values]
+    ends = np.zeros(len(values) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, encoded), np.int64, len(values)), out=ends[1:])
+    return pa.large_string(), [ends, b"".join(encoded)]
+
+
+def _pack_bools(values: Sequence[bool | None]) -> tuple[pa.DataType, list[Any]]:
+    return pa.bool_(), [np.packbits(np.fromiter(map(bool, values), bool, len(values)), bitorder="little")]
+
+
+def _pack_ints(values: Sequence[int | None]) -> tuple[pa.DataType, list[Any]]:
+    return pa.int64(), [np.fromiter((value or 0 for value in values), np.int64, len(values))]
+
+
+def _pack_floats(values: Sequence[float | None]) -> tuple[pa.DataType, list[Any]]:
+    return pa.float64(), [np.fromiter((0.0 if value is None else value for value in values), np.float64, len(values))]
+
+
+_PACKERS: dict[type, Callable[[Sequence[Any]], tuple[pa.DataType, list[Any]]]] = {
+    str: _pack_texts, bool: _pack_bools, int: _pack_ints, float: _pack_floats,
+}  # fmt: skip
 
 
 def values_of(column: Column) -> Iterator[Any]:

@@ -99,6 +99,11 @@ class Rows:
         view._index = array("q", (self._at(int(i)) for i in indices))
         return view
 
+    @property
+    def bytes(self) -> int:
+        """The size of all files the rows are read from."""
+        return sum(path.stat().st_size for part in self._parts for path in part.files.values())
+
     def fingerprint(self) -> dict[str, Any]:
         """Say what the rows were read from, for provenance: source, rows, bytes, and the sha256 of every file.
 

@@ -8,37 +8,46 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import torch
 
-from mmhub.batch import Batch
-from mmhub.build import build_model, local_name
-from mmhub.checkpoint import load, read_config
+from mmhub.build import build_model
+from mmhub.checkpoint import load, read_config, save
 from mmhub.config import Recipe, dump_recipe, override_recipe, read_recipe
-from mmhub.data.loader import Collate, batches_of, epoch_order, load_batches, row_seed, usable, worker_count
-from mmhub.data.sources import Rows, open_rows, require_columns
+from mmhub.data.lengths import Lengths, measure_rows
+from mmhub.data.loader import Collate
+from mmhub.data.sources import Rows
+from mmhub.data.stream import join_states
 from mmhub.device import find_device, find_precision
+from mmhub.engine.compute import prepare_model
+from mmhub.engine.data import TrainingData, resolved, with_base_columns
+from mmhub.engine.data import replace as with_values
+from mmhub.engine.features import open_features
+from mmhub.engine.feed import AUTO_ROWS, Feed, Turn, stand_in, stand_in_items
+from mmhub.engine.meter import Meter
+from mmhub.engine.optimizer import make_optimizer
+from mmhub.engine.parallel import Parallel
+from mmhub.engine.profiler import Profiler
 from mmhub.engine.provenance import provenance
-from mmhub.engine.report import Reporter, TrainRun
-from mmhub.engine.state import Position, find_state, load_model, load_state, save_state, step_name
+from mmhub.engine.ranks import Ranks, is_lost, join, leave
+from mmhub.engine.report import Reporter, TrainRun, run_facts
+from mmhub.engine.signals import StopSignal
+from mmhub.engine.state import Checkpoints, Position
+from mmhub.engine.step import Stepper
 from mmhub.errors import InputError, Interrupted, MmhubError, UsageError
-from mmhub.evaluation import EvalOptions, data_name, evaluate
+from mmhub.evaluation import EvalOptions, EvaluationStopped, data_name, evaluate
 from mmhub.files import disk_errors, write_file
 from mmhub.hub.card import merge_card
-from mmhub.hub.pull import pull
 from mmhub.interfaces import Policy, find_task
 from mmhub.lineage import code_state
-from mmhub.model import Columns, Model
-from mmhub.optim import learning_rate_factor, learning_rate_groups, seed_step
+from mmhub.model import Model
 from mmhub.weights import copy_parameters
 
 
@@ -70,6 +79,8 @@ def train(
     `out` defaults to `runs/` and the recipe file's name, or the task's for a table.
     `resume` goes on from the newest valid checkpoint in `out`, from the beginning if there is none.
 
+    In processes launched by `torchrun` each trains its share of every batch; the first one writes and reports.
+
     Raises:
         UsageError: the recipe or folder is wrong. InputError: a row cannot be read. Interrupted: Ctrl-C; resumable.
         MmhubError: the loss is not finite; the last good checkpoint is kept.
@@ -80,41 +91,66 @@ def train(
         recipe = read_recipe(Path(recipe), overrides)
     else:
         recipe = override_recipe(recipe, overrides)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("several processes were launched, but this version trains in one", "start it without torchrun")
     out = Path(out) if out is not None else Path("runs") / (name or recipe.task)
-    return _Run(recipe, out, folder, resume=resume, quiet=quiet).train()
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun, with the same arguments
+    ranks = join(find_device(recipe.train.device))
+    try:
+        return _Run(recipe, out, folder, ranks, resume=resume or restarted, quiet=quiet).train()
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise MmhubError("another process of this run has ended", "what it said itself tells why") from None
+    finally:
+        leave()
 
 
 class _Run:
     """One run: everything between reading the recipe and the finished model folder."""
 
-    def __init__(self, recipe: Recipe, out: Path, folder: Path | None, *, resume: bool, quiet: bool) -> None:
-        self.recipe, self.out, self.folder = _with_base_columns(recipe, out, folder, resume=resume), out, folder
+    def __init__(
+        self, recipe: Recipe, out: Path, folder: Path | None, ranks: Ranks, *, resume: bool, quiet: bool
+    ) -> None:
+        self.recipe, self.out, self.folder = with_base_columns(recipe, out, folder, resume=resume), out, folder
+        self.ranks, self.device, self.quiet = ranks, ranks.device, quiet or not ranks.first
         self.task = find_task(recipe.task)
         self.options = recipe.train
-        self.device = find_device(recipe.train.device)
+        if ranks.several and self.options.batch_size == "auto":
+            raise UsageError('train.batch_size = "auto" is for one process', "give a number of rows")
         self.precision = find_precision(recipe.train.precision, self.device)
         self.code = code_state(folder or Path.cwd())
-        self.stop_signal = 0
-        self._check_out(resume)
-        self.rows, self.valid = self._open_data()
-        state = find_state(out / "checkpoints", _warn) if resume else None
-        self.model = self._model(state).to(self.device)
-        self.model.unimodal_loss = recipe.train.unimodal_loss
-        self.optimizer = torch.optim.AdamW(
-            learning_rate_groups(self.model, recipe.model, self.options.learning_rate, self.options.weight_decay),
-            fused=self.device.type in ("cpu", "cuda"),
-        )
-        self.position = load_state(state, self.optimizer) if state else self._start()
+        if ranks.first:
+            self._check_out(resume)
+        ranks.barrier()
+        self.data = TrainingData(self.recipe, self.task, folder)
+        self.rows, self.valid = self.data.rows, self.data.valid
+        self.fingerprint = self.data.fingerprint()
+        self.checkpoints = Checkpoints(out / "checkpoints", self.options.keep, ranks)
+        state = self.checkpoints.newest(_warn) if resume else None
+        self.position = self.checkpoints.load_position(state) if state else self._start()
+        self.place = self.position.stream  # where the run was resumed, for ranks that have had no batch since
         self._check_rows()
-        self.batches_per_epoch = math.ceil(len(self.rows) / self.options.batch_size)
-        steps = math.ceil(self.batches_per_epoch / self.options.accumulate) * self.options.epochs
-        self.total_steps = min(steps, self.options.max_steps or steps)
-        self._prepare_out()
-        run = TrainRun(out, msgspec.to_builtins(self._resolved()), self.total_steps)
+        self._build(state)
+        self.feed = self._feed()
+        self.planned = self.feed.steps()
+        self.batches_per_epoch = self.feed.batches()
+        if ranks.first:
+            self._prepare_out()
+        ranks.barrier()
+        run = TrainRun(out, msgspec.to_builtins(self._resolved()), self.planned)
         with disk_errors("the run", out):
-            self.reporter = Reporter(run, quiet=quiet, step=self.position.step, lines=self.position.lines)
+            self.reporter = Reporter(
+                run,
+                quiet=self.quiet,
+                step=self.position.step,
+                lines=self.position.lines,
+                ranks=ranks,
+                facts=run_facts(self.model, self.device, self.precision, ranks),
+            )
+        self.stop = StopSignal(self.reporter.say_from_signal)
+        self.profiler = Profiler(out, self.options.profile, self.device, ranks.rank)
+        self.stepper = self._stepper()
+        self.saved_step = self.position.step if state else -1
+        self.told = False  # whether the meter's problem was
         self._announce(state)
 
     # -- setting up ---------------------------------------------------------------------------------------------
@@ -131,137 +167,174 @@ class _Run:
         elif self.out.is_dir() and any(self.out.iterdir()):
             raise UsageError(f"'{self.out}' is no run folder, it has no recipe.toml", "name another with --out")
 
-    def _start(self) -> Position:
-        return Position(rows=len(self.rows), parents=self.model.parents)
-
-    def _check_rows(self) -> None:
-        """A resumed run must read the same table; a different length is what can be seen at no cost."""
-        if self.position.rows != len(self.rows):
-            raise UsageError(
-                f"the training data has {len(self.rows)} rows, and {self.position.rows} when this run was started",
-                "restore the data, or start a new run with another --out",
-            )
-
     def _check_same(self, stored: Recipe) -> None:
         """A resumed run must be the same run: only what changes no result may differ."""
         for part in ("task", "seed", "model", "data", "train"):
             old, new = getattr(stored, part), getattr(self._resolved(), part)
             if part == "train":
-                free = {"checkpoint_every": 1, "keep": 1, "log_every": 1, "device": ""}
-                old, new = (_with(x, free) for x in (old, new))
+                old, new = (with_values(x, _FREE) for x in (old, new))
             if part == "data":
-                old, new = (_with(x, {"workers": 0}) for x in (old, new))
+                old, new = (with_values(x, {"workers": 0}) for x in (old, new))
             if old != new:
                 raise UsageError(
                     f"[{part}] differs from the recipe this run in '{self.out}' was started with",
                     "resume with the same recipe, or start a new run with another --out",
                 )
 
+    def _start(self) -> Position:
+        return Position(rows=self.data.count or 0, fingerprint=self.fingerprint)
+
+    def _check_rows(self) -> None:
+        """A resumed run must read the same data."""
+        hint = "restore the data, or start a new run with another --out"
+        if self.position.rows != (self.data.count or 0):
+            raise UsageError(
+                f"the training data has {self.data.count} rows, and {self.position.rows} when this run was started",
+                hint,
+            )
+        if self.position.fingerprint != self.fingerprint:
+            raise UsageError(f"'{self.rows.source}' has changed since this run was started", hint)
+
     def _resolved(self) -> Recipe:
-        """The recipe with data paths made absolute, so that the copy in the run folder can be run again."""
-        data = self.recipe.data
-        sources = {key: _absolute(getattr(data, key), self.folder) for key in ("train", "valid")}
-        return _with(self.recipe, {"data": _with(data, sources)})
-
-    def _open_data(self) -> tuple[Rows, Rows | None]:
-        data = self.recipe.data
-        if not data.train:
-            raise UsageError("the recipe names no training data", 'add train = "FILE" under [data]')
-        names = data.columns or None
-        rows = open_rows(data.train, columns=names, base=self.folder)
-        wanted = [*self._inputs().values(), *([data.target] if data.target else [])]
-        hint = "see inputs and target under [data]"
-        require_columns(rows, wanted, hint)
-        valid = None
-        if data.valid:
-            valid = open_rows(data.valid, columns=names, base=self.folder, split="validation")
-            require_columns(valid, wanted, hint)
-        elif data.valid_fraction:
-            rows, valid = _split(rows, data.valid_fraction, self.recipe.seed)
-        return rows, valid
-
-    def _inputs(self) -> dict[str, str]:
-        """Modality to column; a modality named like a column needs no entry."""
-        given = dict(self.recipe.data.inputs)
-        if self.recipe.model.base:  # its encoders' tables only say what to freeze
-            return given
-        modalities = list(self.recipe.model.encoders) or list(given)
-        extra = [m for m in given if m not in modalities]
-        if extra:
-            raise UsageError(f"data.inputs feeds {extra[0]!r}, but the model has no such encoder", "remove it")
-        return {m: given.get(m, m) for m in modalities}
+        return resolved(self.recipe, self.folder)
 
     def _prepare_out(self) -> None:
         with disk_errors("the run", self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             write_file(self.out / "recipe.toml", dump_recipe(self._resolved()))
 
+    def _build(self, state: Path | None) -> None:
+        """Build or restore the model, put it on its device and on all ranks, and make its optimizer."""
+        self.model = self._model(state)
+        if not state:
+            self.position.parents = self.model.parents
+        self.model.unimodal_loss = self.options.unimodal_loss
+        self.model.to(self.device)
+        prepare_model(self.model, self.options, self.device, self.precision)
+        self.features, self.valid_features = self._frozen(self.rows, True), self._frozen(self.valid, False)
+        self.lengths = self._measure_rows(self.rows) if isinstance(self.rows, Rows) else None
+        self.valid_lengths = self._measure_rows(self.valid) if self.valid is not None else None
+        if self.ranks.several:
+            examples = stand_in_items(self._collate(), self._some_rows())
+            self.model.stand_ins = {name: items.to(self.device) for name, items in examples.items()}
+        self.meter = Meter(self.model, self.device, self.ranks, self.precision)
+        if self.ranks.several and (example := stand_in(self._collate(), self._some_rows())):
+            self.meter.measure(example.to(self.device))
+        self.parallel = Parallel(self.model, self.options, self.ranks, self.precision)
+        self.optimizer = make_optimizer(self.model, self.recipe, self.device)
+        if state:
+            self.checkpoints.load_tensors(state, self.model, self.optimizer)
+
     def _model(self, state: Path | None) -> Model:
-        data = self.recipe.data
-        columns = Columns(self._inputs(), data.target, tuple(data.columns))
         if state is not None:
-            model = load_model(state)
+            model = self.checkpoints.load_model(state)
             for modality, part in self.recipe.model.encoders.items():
                 if part.freeze:
                     model.freeze(modality)
             return model
-        self._check_target()
         try:
             model = build_model(
-                self.task, self.recipe.model, self._values, columns=columns, folder=self.folder, seed=self.recipe.seed
+                self.task,
+                self.recipe.model,
+                self.data.values,
+                columns=self.data.columns,
+                folder=self.folder,
+                seed=self.recipe.seed,
             )
         except InputError as error:
             if error.row is None or error.modality:
                 raise
-            raise self._at_target(self.rows, error.row, error) from None
+            raise self.data.at_target(error.row, error) from None
         copy_parameters(model)
-        self._check_targets(model)
+        self.data.check_targets(model)
         return model
 
-    def _check_target(self) -> None:
-        if self.task.decoder in ("classification", "multilabel", "regression") and not self.recipe.data.target:
-            raise UsageError(f"{self.task.name} needs a target column", 'add target = "COLUMN" under [data]')
+    def _collate(self) -> Collate:
+        return Collate(
+            rows=self.rows,
+            processors=self.model.processors,
+            inputs=dict(self.model.columns.inputs),
+            decoder=self.model.decoder,
+            target=self.recipe.data.target,
+            policy=self._policy(),
+            skip=self.recipe.data.on_error == "skip",
+        )
 
-    def _check_targets(self, model: Model) -> None:
-        """Try the targets now: a label unseen in training must not end a run after its first epoch."""
-        target = self.recipe.data.target
-        if not target or self.recipe.data.on_error == "skip":
-            return
-        kept_decoder = self.recipe.model.base and not self.recipe.model.decoder
-        for rows in (self.rows if kept_decoder else None, self.valid):
-            values = rows.column(target) if rows is not None else iter(())
-            for start in range(0, len(rows) if rows is not None else 0, 1024):
-                try:
-                    model.decoder.encode_targets(list(islice(values, 1024)))
-                except InputError as error:
-                    assert rows is not None
-                    raise self._at_target(rows, start + (error.row or 0), error) from None
+    def _policy(self) -> Policy:
+        return Policy(urls=self.recipe.data.allow_urls)
 
-    def _at_target(self, rows: Rows, row: int, error: InputError) -> InputError:
-        """Say which target is wrong, and what can be done."""
-        hint = error.hint or 'fix the row, or set data.on_error = "skip"'
-        if self.recipe.model.base and not self.recipe.model.decoder:
-            hint = f'to learn other targets, give the model a new head: [model.decoder] use = "{self.task.decoder}"'
-        return InputError(f"{rows.where(row)}, column '{self.recipe.data.target}': {error.message}", hint)
+    def _feed(self) -> Feed:
+        """What this rank trains on."""
+        collate = replace(self._collate(), features=self.features)
+        if self.lengths is not None:
+            collate = replace(collate, read=self.lengths.read)
+        return Feed(self.recipe, self.rows, collate, self._measure_rows, self.lengths, self.ranks)
 
-    def _values(self, name: str) -> Iterable[Any]:
-        if name != "target":
-            inputs = self._inputs()
-            cells = enumerate(self.rows.column(inputs[name]))
-            return (usable(name, cell, self.rows.folder(i), len(inputs) == 1) for i, cell in cells)
-        values = self.rows.column(self.recipe.data.target)
-        if self.recipe.data.on_error == "stop":
-            return values
-        return (v for v in values if v is not None and v != "" and v == v)  # rows without a target will be skipped
+    def _measure_rows(self, rows: Any) -> Lengths:
+        """Measure rows, and read once what is small; of all inputs, so that no cache decides what a batch is."""
+        model = self.model
+        return measure_rows(rows, model.processors, model.encoders, dict(model.columns.inputs), self._policy())
+
+    def _frozen(self, rows: Any, training: bool) -> dict[str, Any]:
+        if not isinstance(rows, Rows) or not self.model.frozen or not self.options.cache_features:
+            return {}
+        if training and self._seen_rows() < len(rows):
+            return {}
+        return open_features(
+            self.model,
+            rows,
+            dict(self.model.columns.inputs),
+            policy=self._policy(),
+            skip=self.recipe.data.on_error == "skip",
+            training=training,
+            precision=self.precision,
+            limit_gb=self.options.cache_gb,
+            workers=self.recipe.data.workers,
+            ranks=self.ranks,
+            say=self._say_early,
+        )
+
+    def _seen_rows(self) -> float:
+        """How many rows a run with `max_steps` looks at, at most."""
+        options = self.options
+        rows = math.inf if options.batch_tokens else AUTO_ROWS if options.batch_size == "auto" else options.batch_size
+        return options.max_steps * rows * options.accumulate if options.max_steps else math.inf
+
+    def _stepper(self) -> Stepper:
+        spare = stand_in(self.feed.collate, self._some_rows()) if self.ranks.several else None
+        return Stepper(
+            self.recipe,
+            self.model,
+            self.optimizer,
+            self.parallel,
+            self.ranks,
+            self.precision,
+            self.meter,
+            self.planned,
+            spare.to(self.device) if spare else None,
+            self.rows.where,
+            self.reporter.say,
+        )
+
+    def _some_rows(self) -> Any:
+        if isinstance(self.rows, Rows):
+            return iter(self.rows)
+        return iter(self.rows)
+
+    def _say_early(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr)
 
     def _announce(self, state: Path | None) -> None:
         parts = self.model.parts().values()
         count = sum(p.numel() for part in parts for p in part.parameters())
         trained = sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
         dtype = "bf16" if self.precision == torch.bfloat16 else "fp32"
+        rows = f"{self.data.count} rows" if self.data.count is not None else f"streaming '{self.rows.source}'"
+        several = f" x {self.ranks.world} ({self.options.parallel})" if self.ranks.several else ""
         self.reporter.say(
-            f"{self.task.name}: {len(self.rows)} rows, {count:,} parameters ({trained:,} trained), "
-            f"{self.total_steps} steps on {self.device} in {dtype}"
+            f"{self.task.name}: {rows}, {count:,} parameters ({trained:,} trained), "
+            f"{self.planned} steps on {self.device.type}{several} in {dtype}"
         )
         if state:
             self.reporter.say(f"resuming from step {self.position.step}")
@@ -270,132 +343,115 @@ class _Run:
 
     def train(self) -> TrainResult:
         """Run to the end, or to the first stop signal."""
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
         self.clock = time.perf_counter()
         try:
-            with self._signals():
+            with self.stop.watched():
                 self._epochs()
                 return self._finish()
-        except torch.OutOfMemoryError:
-            raise MmhubError(
-                f"out of memory at step {self.position.step + 1} with batches of {self.options.batch_size}",
-                "lower train.batch_size and raise train.accumulate by as much",
-            ) from None
         finally:
+            self.profiler.close()
             self.reporter.close()
-            self._forget_if_empty()
+            self.checkpoints.close()
+            if self.ranks.first:
+                self._forget_if_empty()
 
     def _forget_if_empty(self) -> None:
         """A run that failed before its first step leaves nothing, so that the mended recipe can be run as it is."""
         if self.position.step or any((self.out / name).exists() for name in ("checkpoints", "model")):
             return
-        for name in ("recipe.toml", "metrics.jsonl"):
+        for name in ("recipe.toml", "metrics.jsonl", "sessions.jsonl"):
             (self.out / name).unlink(missing_ok=True)
         shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
         with suppress(OSError):
             self.out.rmdir()  # whatever else is there stays
 
     def _epochs(self) -> None:
+        self._evaluate_if_due()
         while self.position.epoch < self.options.epochs and not self._done():
-            for group in self._groups():
-                if group:
-                    self._step(group)
-                self._after_step()
-                if self._done():
-                    return
-            self.position.epoch, self.position.batches = self.position.epoch + 1, 0
+            self._epoch()
+            if self._done():
+                return
             if not self.position.step:
-                raise InputError(f"none of the {len(self.rows)} training rows could be read", "check the data")
-            if not self.options.eval_every:
-                self._evaluate()
+                count = "" if self.data.count is None else f"{self.data.count} "
+                raise InputError(f"none of the {count}training rows could be read", "check the data")
+            self.position.epoch, self.position.batches, self.position.stream = self.position.epoch + 1, 0, None
+            self._evaluate_if_due()
+
+    def _epoch(self) -> None:
+        turns = self.feed.turns(self.position)
+        while not self._done():
+            with self.meter.waiting():
+                turn = next(turns, None)
+            rows = sum(batch.size for batch in turn.batches if batch) if turn else 0
+            facts = (turn is not None, bool(turn and turn.error), len(turn.skipped) if turn else 0, bool(self.stop))
+            total, going, failed, skipped, stopped = self.ranks.sum(rows, *facts)
+            if failed:
+                raise self._shared_error(turn)
+            if stopped:
+                self._save_and_stop()
+            if not going:
+                return
+            if skipped:
+                self._tell_skipped(turn)
+            if total:
+                self._step(turn or Turn(), total)
+            self._advance(turn)
+            self._after_step()
+
+    def _advance(self, turn: Turn | None) -> None:
+        if turn:
+            self.position.batches, self.position.stream = turn.count, turn.stream
+
+    def _last_step(self) -> float:
+        return self.options.max_steps or math.inf
 
     def _done(self) -> bool:
         patience = self.options.patience
         tired = patience > 0 and self.position.evaluations_without_gain >= patience
-        return self.position.step >= self.total_steps or tired
+        return self.position.step >= self._last_step() or tired
 
-    def _groups(self) -> Iterator[list[Batch]]:
-        """The batches of each optimizer step in the rest of this epoch; counts and reports skipped rows."""
-        position, accumulate = self.position, self.options.accumulate
-        order = batches_of(epoch_order(len(self.rows), self.recipe.seed, position.epoch), self.options.batch_size)
-        order = order[position.batches :]
-        collate = Collate(
-            rows=self.rows,
-            processors=self.model.processors,
-            inputs=dict(self.model.columns.inputs),
-            decoder=self.model.decoder,
-            target=self.recipe.data.target,
-            policy=Policy(urls=self.recipe.data.allow_urls),
-            skip=self.recipe.data.on_error == "skip",
-            seed=row_seed(self.recipe.seed, position.epoch),
-        )
-        cuda = self.device.type == "cuda"
-        loaded = load_batches(collate, order, worker_count(self.recipe.data.workers, self.device), pin_memory=False)
-        group: list[Batch] = []
-        for count, part in enumerate(loaded, 1):
-            if part.error:
-                raise part.error
-            for text in part.skipped:
+    def _shared_error(self, turn: Turn | None) -> InputError:
+        """The first rank's error that has one, on all ranks alike."""
+        own = turn.error if turn else None
+        found = self.ranks.gather([own.message, own.hint] if own else None)
+        message, hint = next(error for error in found if error)
+        return own if own and not self.ranks.several else InputError(message, hint)
+
+    def _tell_skipped(self, turn: Turn | None) -> None:
+        for texts in self.ranks.gather(turn.skipped if turn else []):
+            for text in texts:
                 self.position.skipped += 1
                 self.reporter.say(f"skipped: {text}")
-            position.batches += 1
-            if part.batch is not None:
-                group.append(part.batch.to(self.device, non_blocking=cuda))
-            if count % accumulate == 0 or count == len(order):
-                yield group
-                group = []
 
-    def _step(self, group: list[Batch]) -> None:
-        self.model.train()
-        seed_step(self.recipe.seed, self.position.step)
-        rate = learning_rate_factor(self.position.step, self.total_steps, self.recipe)
-        for params in self.optimizer.param_groups:
-            params["lr"] = params["base_lr"] * rate
-        total, loss = sum(batch.size for batch in group), 0.0
-        for batch in group:
-            with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-                output = self.model(batch)
-            assert output.loss is not None
-            part = output.loss * (batch.size / total)
-            loss += float(part.detach())
-            self._check_finite(loss, "loss", group)
-            part.backward()
-        trained = [p for params in self.optimizer.param_groups for p in params["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, self.options.clip_norm or math.inf))
-        self._check_finite(norm, "gradient norm", group)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def _step(self, turn: Turn, rows: float) -> None:
+        rate = self.stepper.rate(self.position.step)
+        loss, norm = self.stepper.take(turn, rows, self.position)
+        self._advance(turn if turn.batches else None)
         self.position.step += 1
         self.position.loss_sum += loss
         self.position.loss_steps += 1
+        self.meter.step()
+        self.profiler.step()
         self.reporter.step(loss)
         if self.position.step % self.options.log_every == 0:
-            self._log(norm, rate, total)
+            self._log(norm, rate)
 
-    def _check_finite(self, value: float, what: str, group: list[Batch]) -> None:
-        if math.isfinite(value):
-            return
-        rows = [i for batch in group for i in batch.index]
-        shown = ", ".join(self.rows.where(i) for i in rows[:4]) + (
-            f" and {len(rows) - 4} more" if len(rows) > 4 else ""
-        )
-        raise MmhubError(
-            f"the {what} is {value} at step {self.position.step + 1} (epoch {self.position.epoch + 1}, batch: {shown})",
-            "what was saved before is kept; look at these rows, or lower train.learning_rate",
-        )
-
-    def _log(self, norm: float, rate: float, rows: int) -> None:
+    def _log(self, norm: float, rate: float) -> None:
         position = self.position
+        done = position.batches / self.batches_per_epoch if self.batches_per_epoch else 0.0
         self._write_line(
             {
-                "epoch": position.epoch + position.batches / self.batches_per_epoch,
+                "epoch": position.epoch + done,
                 "loss": position.loss_sum / position.loss_steps,
                 "learning_rate": self.options.learning_rate * rate,
                 "gradient_norm": norm,
                 "seconds": round(self._seconds(), 3),
+                "speed": self.meter.values(),
             }
         )
+        if self.meter.problem and not self.told:
+            self.told = True
+            self.reporter.say(self.meter.problem)
         position.loss_sum, position.loss_steps = 0.0, 0
 
     def _write_line(self, values: dict[str, Any]) -> None:
@@ -407,30 +463,50 @@ class _Run:
 
     def _after_step(self) -> None:
         step = self.position.step
-        every = self.options.eval_every
-        if every and step % every == 0 and step != self.position.evaluated_step:
-            self._evaluate()
-        if self.stop_signal:
-            self._save()
-            name = "interrupted" if self.stop_signal == signal.SIGINT else "terminated"
-            code = 128 + self.stop_signal
-            raise Interrupted(f"{name} at step {step}; saved", "go on with the same command and --resume", code)
-        if step % self.options.checkpoint_every == 0 and step:
+        if self.options.eval_every:
+            self._evaluate_if_due()
+        if self.stop and not self.ranks.several:  # several agree on it before the next step
+            self._save_and_stop()
+        if step % self.options.checkpoint_every == 0 and step != self.saved_step:
             self._save()
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool = False) -> None:
         position = self.position
         position.seconds, self.clock = self._seconds(), time.perf_counter()
-        position.lines = self.reporter.lines
-        save_state(self.out / "checkpoints", self.model, self.optimizer, position, self.options.keep)
+        position.lines, position.world = self.reporter.lines, self.ranks.world
+        whole = with_all_places(position, self.place, self.ranks)
+        with self.meter.pausing():
+            self.checkpoints.save(self.model, self.optimizer, whole, wait=wait)
+        self.saved_step = position.step
+
+    def _save_and_stop(self) -> NoReturn:
+        self._save(wait=True)
+        number = int(max(self.ranks.gather(self.stop.number)))
+        name = "interrupted" if number == signal.SIGINT else "terminated"
+        raise Interrupted(
+            f"{name} at step {self.position.step}; saved", "go on with the same command and --resume", 128 + number
+        )
 
     # -- evaluating ---------------------------------------------------------------------------------------------
 
+    def _evaluate_if_due(self) -> None:
+        """Evaluate after every `eval_every` steps, else when an epoch has just ended; once a step."""
+        position, every = self.position, self.options.eval_every
+        at_end = position.batches == 0 and position.stream is None
+        due = position.step % every == 0 if every else at_end
+        if due and position.step and position.step != position.evaluated_step:
+            self._evaluate()
+
     def _evaluate(self) -> None:
-        self.position.evaluated_step = self.position.step
+        before, self.position.evaluated_step = self.position.evaluated_step, self.position.step
         if self.valid is None:
             return
-        report = self._measure(self.model, subsets=False)
+        try:
+            with self.meter.pausing():
+                report = self._measure(self.model, subsets=False, ranks=self.ranks)
+        except EvaluationStopped:  # after a stop signal; it is done again on resuming
+            self.position.evaluated_step = before
+            self._save_and_stop()
         value = report["metrics"][self.task.monitor]
         if not math.isfinite(report["metrics"].get("loss", 0.0)):
             raise MmhubError(
@@ -443,16 +519,22 @@ class _Run:
             gained = value != self.position.best  # a lower loss at the same value does not renew the patience
             self.position.evaluations_without_gain = 0 if gained else self.position.evaluations_without_gain + 1
             self.position.best, self.position.best_loss, self.position.best_step = value, loss, self.position.step
-            with disk_errors("the model", self.out):
-                self.model.save(self.out / "model")
+            self._save_model()
         else:
             self.position.evaluations_without_gain += 1
         self._write_line({"valid": report["metrics"]})
         shown = " ".join(f"{key} {number:.4f}" for key, number in report["metrics"].items())
         self.reporter.say(
-            f"step {self.position.step}/{self.total_steps} {self._seconds():.0f} s: "
+            f"step {self.position.step}/{self.planned} {self._seconds():.0f} s: "
             f"valid {shown}{' (best)' if better else ''}"
         )
+
+    def _save_model(self) -> None:
+        """Write the model to where people look for it."""
+        tensors = self.parallel.tensors()
+        if self.ranks.first:
+            with disk_errors("the model", self.out):
+                save(self.model, self.out / "model", tensors)
 
     def _is_better(self, value: float, loss: float) -> bool:
         """Compare the task's main metric, and where that is equal, as on small validation sets, the loss."""
@@ -461,34 +543,55 @@ class _Run:
             return best is None or loss < self.position.best_loss
         return value > best if self.task.higher_is_better else value < best
 
-    def _measure(self, model: Model, *, subsets: bool) -> dict[str, Any]:
+    def _measure(self, model: Model, *, subsets: bool, ranks: Ranks) -> dict[str, Any]:
         data = self.recipe.data
         options = EvalOptions(
-            batch_size=max(self.options.batch_size, 64),
+            batch_size=max(self.feed.batch_size, 64),
             workers=data.workers,
             subsets=subsets,
             skip=data.on_error == "skip",
-            policy=Policy(urls=data.allow_urls),
+            policy=self._policy(),
             precision=self.precision,
             progress=self.reporter.watch,
+            batch_tokens=self.options.batch_tokens,
+            lengths=self.valid_lengths,
+            features=self.valid_features,
+            ranks=ranks if ranks.several else None,
+            stop=self._stopping if model is self.model else None,
         )
-        return evaluate(model, self.valid, inputs=model.columns.inputs, target=data.target, options=options)
+        with self.parallel.whole() if model is self.model else nullcontext():
+            return evaluate(model, self.valid, inputs=model.columns.inputs, target=data.target, options=options)
+
+    def _stopping(self) -> bool:
+        return self.ranks.sum(bool(self.stop))[0] > 0
+
+    # -- the end ------------------------------------------------------------------------------------------------
 
     def _finish(self) -> TrainResult:
         """Keep the last state beside the best model, and describe that: results by subset, provenance and card."""
         position, folder = self.position, self.out / "model"
         if self.valid is None:
-            self.model.save(folder)
+            self._save_model()
         elif position.evaluated_step != position.step:
             self._evaluate()
-        if not (self.out / "checkpoints" / step_name(position.step)).exists():
+        if self.saved_step != position.step:
             self._save()
-        metrics: dict[str, Any] = {}
+        self.checkpoints.wait()
         seconds = self._seconds()
+        metrics = self._describe(folder, seconds) if self.ranks.first else {}
+        self.reporter.say(f"done in {seconds:.0f} s, best at step {position.best_step or position.step}: {folder}")
+        if position.skipped:
+            self.reporter.say(f"{position.skipped} unreadable rows were skipped")
+        return TrainResult(self.out, folder, metrics, position.step, round(seconds, 3))
+
+    def _describe(self, folder: Path, seconds: float) -> dict[str, Any]:
+        """Measure the best model by subset of modalities, and write results, provenance and card beside it."""
+        metrics: dict[str, Any] = {}
         if self.valid is not None:
             best = load(folder)
             copy_parameters(best)
-            report = self._measure(best.to(self.device), subsets=True) | {"data": data_name(self.valid)}
+            alone = Ranks(device=self.device)
+            report = self._measure(best.to(self.device), subsets=True, ranks=alone) | {"data": data_name(self.valid)}
             report.pop("name")
             metrics = report["metrics"]
             with disk_errors("the model", folder):
@@ -499,93 +602,32 @@ class _Run:
             self.model,
             self.rows,
             self.valid,
-            steps=position.step,
+            steps=self.position.step,
             seconds=seconds,
-            parents=position.parents,
+            parents=self.position.parents,
             code=self.code,
         )
         with disk_errors("the model", folder):
             write_file(folder / "provenance.json", json.dumps(facts, indent=2) + "\n")
             write_file(folder / "README.md", self._card(folder))
-        self.reporter.say(f"done in {seconds:.0f} s, best at step {position.best_step or position.step}: {folder}")
-        if position.skipped:
-            self.reporter.say(f"{position.skipped} unreadable rows were skipped")
-        return TrainResult(self.out, folder, metrics, position.step, round(seconds, 3))
+        return metrics
 
     def _card(self, folder: Path) -> str:
         card = self.recipe.card
         known = {"license": card.license, "language": card.language, "datasets": card.datasets}
         return merge_card(folder, read_config(folder), name=self.out.name, metadata=known, summary=card.summary)
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Let the first Ctrl-C or SIGTERM finish the step and save; a second one stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
-        main = os.getpid()
-
-        def on_signal(number: int, frame: Any) -> None:
-            if os.getpid() != main:  # a decoding worker, which Ctrl-C reaches too; the main process ends it
-                return
-            if self.stop_signal:
-                raise KeyboardInterrupt
-            self.stop_signal = number
-            self.reporter.say_from_signal("stopping after this step; once more to stop at once")
-
-        old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-
-def _with_base_columns(recipe: Recipe, out: Path, folder: Path | None, *, resume: bool) -> Recipe:
-    """Fill in the columns that a recipe with `model.base` does not name: those the base was trained with.
-
-    A resumed run has them in its own recipe.toml, and needs the base no more.
-    """
-    data, stored = recipe.data, out / "recipe.toml"
-    if not recipe.model.base or (data.inputs and data.target):
-        return recipe
-    known: Any
-    if resume and stored.exists():
-        known = read_recipe(stored).data
-        inputs = known.inputs
-    else:
-        config = read_config(pull(local_name(recipe.model.base, folder)))
-        known = config.data
-        encoders = (role.removesuffix("_encoder") for role in config.components if role.endswith("_encoder"))
-        inputs = {m: known.inputs.get(m, m) for m in encoders if not known.inputs or m in known.inputs}
-    names = known.columns if not (data.inputs or data.target or data.columns) else data.columns
-    changes = {"inputs": data.inputs or inputs, "target": data.target or known.target, "columns": names}
-    return _with(recipe, {"data": _with(data, changes)})
-
-
-def _split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
-    order = epoch_order(len(rows), seed, -1)
-    count = max(1, round(len(rows) * fraction))
-    if count >= len(rows):
-        raise UsageError(f"data.valid_fraction = {fraction} leaves no training rows of {len(rows)}", "lower it")
-    return rows.select(sorted(order[count:])), rows.select(sorted(order[:count]))
-
-
-def _absolute(source: Any, folder: Path | None) -> Any:
-    if isinstance(source, dict):
-        return {key: _absolute(value, folder) for key, value in source.items()}
-    if isinstance(source, list):
-        return [_absolute(value, folder) for value in source]
-    for base in (folder, Path.cwd()):
-        if base is not None and source and (base / source).exists():
-            return str((base / source).resolve())
-    return source
-
-
-def _with(struct: Any, changes: Mapping[str, Any]) -> Any:
-    return msgspec.structs.replace(struct, **changes)
+def with_all_places(position: Position, start: Any, ranks: Ranks) -> Position:
+    """The position with the places of all ranks in a stream, which is what a checkpoint holds."""
+    return with_values(position, {"stream": join_states([start, *ranks.gather(position.stream)])})
 
 
 def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
+
+
+# What a resumed run may change, for it changes no result.
+_FREE = {
+    "checkpoint_every": 1, "keep": 1, "log_every": 1, "device": "", "parallel": "auto", "cache_gb": 1.0, "profile": 0
+}  # fmt: skip

@@ -16,13 +16,14 @@ import torch
 
 from mmhub.config import Recipe
 from mmhub.data.sources import Rows
+from mmhub.data.stream import Stream
 from mmhub.model import Model
 
 
 def provenance(
     recipe: Recipe,
     model: Model,
-    train: Rows,
+    train: Rows | Stream,
     valid: Rows | None,
     *,
     steps: int,
@@ -53,7 +54,7 @@ def provenance(
     }
 
 
-def _data(rows: Rows) -> dict[str, Any]:
+def _data(rows: Rows | Stream) -> dict[str, Any]:
     facts = dict(rows.fingerprint())
     for file in facts.get("files", []):
         file["name"] = Path(str(file["name"])).name

@@ -56,6 +56,8 @@ class Attention(Fusion):
         self.query = _vector(dim)
         self.encoder = TransformerEncoder(dim, config.depth, config.heads, dropout=config.dropout)
         self.outputs = {"fused": Stream(dim, pooled=dim)}
+        # without a summary of its own a modality's tokens are projected, and averaged only then
+        self.reads = "summary" if not config.tokens and len(pooled) == len(inputs) else "tokens"
 
     def forward(self, bundle: Bundle, plan: Any = None, embed: Any = None) -> Bundle:
         present = torch.stack([bundle[name].present for name in self.inputs], dim=1)

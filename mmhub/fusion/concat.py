@@ -23,6 +23,8 @@ class Concat(Fusion):
         dropout: Rate = 0.1
         modality_dropout: Rate = 0.3
 
+    reads = "summary"
+
     def __init__(self, config: Config, inputs: Mapping[str, Stream]) -> None:
         super().__init__(config, inputs)
         self.summaries = Summaries(inputs, config.dim, config.modality_dropout)

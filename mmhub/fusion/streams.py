@@ -15,6 +15,8 @@ class Streams(Fusion):
     class Config(ComponentConfig):
         """Nothing to configure."""
 
+    reads = "nothing"
+
     def __init__(self, config: Config, inputs: Mapping[str, Stream]) -> None:
         super().__init__(config, inputs)
         self.outputs = dict(inputs)

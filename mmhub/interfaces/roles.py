@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class Processor(ABC):
     modality: ClassVar[str]
     needs_fit: bool = False  # must `fit` be called on training data before use?
     augments: bool = False  # does `read` use the generator that training passes?
+    fixed_length: bool = False  # has every input the same length? Then batches are not grouped by it
+    keeps_read: bool = False  # is what `read` gives small, 1-D integers? Then training reads each input only once
 
     @abstractmethod
     def read(self, raw: Any, policy: Policy, rng: torch.Generator | None = None) -> Tensor:
@@ -58,6 +60,16 @@ class Processor(ABC):
     def pack(self, items: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Join at least one item into (data, mask); right-pads the first dimension. Override for fixed-size items."""
         return pad_sequences(items)
+
+    def length(self, raw: Any, policy: Policy) -> int:
+        """Return how many real positions one raw input has once it is packed. Override where that is known sooner.
+
+        Batches are grouped by it before anything is decoded, so a header should do.
+
+        Raises:
+            InputError: `raw` is not a usable input of this modality.
+        """
+        return len(self.read(raw, policy))
 
     def is_item(self, raw: Sequence[Any]) -> bool:
         """Say whether a list or tuple is one raw input. Override where it may be; else it holds several items."""
@@ -79,29 +91,47 @@ class Processor(ABC):
     def from_state(cls, state: Mapping[str, Any], files: Mapping[str, bytes]) -> Self:
         """Rebuild a processor from what `state` and `files` returned."""
 
-    def __call__(self, raw: Sequence[Any | None], policy: Policy, seeds: Sequence[int] | None = None) -> Items:
+    def __call__(
+        self,
+        raw: Sequence[Any | None],
+        policy: Policy,
+        seeds: Sequence[int] | None = None,
+        known: Sequence[Sequence[Tensor] | None] | None = None,
+    ) -> Items:
         """Turn one raw input, list of raw inputs or None for each batch row into packed items.
 
-        `seeds`, one a row, switches training-time augmentation on.
+        `seeds`, one a row, switches training-time augmentation on. `known` holds what `read_row` gave before for a row,
+        None for one that is still to be read.
         """
-        read: list[Tensor] = []
-        rows: list[int] = []
+        read: list[Sequence[Tensor]] = []
         for row, value in enumerate(raw):
-            rng = torch.Generator().manual_seed(seeds[row]) if seeds is not None and self.augments else None
-            for item in self._items(value):
-                try:
-                    read.append(self.read(item, policy, rng))
-                except InputError as error:
-                    error.row, error.modality = row, self.modality
-                    raise
-                rows.append(row)
-        if read:
-            data, mask = self.pack(read)
-        else:
-            data, mask = torch.zeros(0), torch.zeros(0, 0, dtype=torch.bool)
-        return Items(data=data, mask=mask, rows=torch.tensor(rows, dtype=torch.long), batch=len(raw))
+            found = known[row] if known is not None else None
+            try:
+                seed = None if seeds is None else seeds[row]
+                read.append(self.read_row(value, policy, seed) if found is None else found)
+            except InputError as error:
+                error.row = row
+                raise
+        return self.pack_rows(read)
 
-    def _items(self, value: Any) -> list[Any]:
+    def read_row(self, value: Any, policy: Policy, seed: int | None = None) -> list[Tensor]:
+        """Read the raw inputs of one batch row: one, a list of several, or None for none."""
+        rng = torch.Generator().manual_seed(seed) if seed is not None and self.augments else None
+        try:
+            return [self.read(item, policy, rng) for item in self.items_of(value)]
+        except InputError as error:
+            error.modality = self.modality
+            raise
+
+    def pack_rows(self, read: Sequence[Sequence[Tensor]]) -> Items:
+        """Pack what `read_row` gave for each batch row."""
+        items = [item for row in read for item in row]
+        rows = torch.tensor([number for number, row in enumerate(read) for _ in row], dtype=torch.long)
+        data, mask = self.pack(items) if items else (torch.zeros(0), torch.zeros(0, 0, dtype=torch.bool))
+        return Items(data=data, mask=mask, rows=rows, batch=len(read))
+
+    def items_of(self, value: Any) -> list[Any]:
+        """Return the raw inputs of one batch row as a list."""
         if value is None or (isinstance(value, (list, tuple)) and not value):
             return []
         return list(value) if isinstance(value, (list, tuple)) and not self.is_item(value) else [value]
@@ -145,6 +175,13 @@ class Encoder(nn.Module, ABC):
     def forward(self, data: Tensor, mask: Tensor) -> Features:
         """Encode N >= 1 items: data (N, ...), mask (N, S) -> tokens (N, T, D), mask (N, T)[, pooled (N, P)]."""
 
+    def token_count(self, positions: int) -> int:
+        """Return how many real tokens an item of so many real positions becomes. Override where it is not as many.
+
+        Batches that are filled up to a number of tokens, and counts of operations, rely on it.
+        """
+        return positions
+
     @classmethod
     def from_library(cls, config: Any, path: Path, tokenizer: Mapping[str, Any] | None = None) -> Self:
         """Build with the weights of the wrapped library's own checkpoint, a file or folder. Override where one exists.
@@ -174,9 +211,12 @@ class Fusion(nn.Module, ABC):
 
     Attributes:
         inputs: the streams it was built for. outputs: the streams it returns.
+        reads: what it reads of its inputs: their "tokens", no more than their `mmhub.layers.summary`, or "nothing",
+            if it only passes them on. A frozen encoder's features are kept in much less space for a "summary".
     """
 
     Config: ClassVar[type[ComponentConfig]]
+    reads: Literal["tokens", "summary", "nothing"] = "tokens"
     inputs: dict[str, Stream]
     outputs: dict[str, Stream]
     config: Any
@@ -200,9 +240,11 @@ class Decoder(nn.Module, ABC):
 
     Attributes:
         tasks: names of the tasks it serves. needs: streams it reads; () means `fused`, or the only stream there is.
+        reads: what it reads of them: their "tokens", or no more than their `mmhub.layers.summary`.
     """
 
     Config: ClassVar[type[ComponentConfig]]
+    reads: Literal["tokens", "summary"] = "tokens"
     tasks: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]] = ()
     config: Any

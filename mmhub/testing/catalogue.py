@@ -31,7 +31,18 @@ CHECKS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ),
     ),
     "encoder": (
-        ("encoders", ("shapes", "mask", "padding-invariance", "padding-garbage", "batch-invariance", "missing-rows")),
+        (
+            "encoders",
+            (
+                "shapes",
+                "mask",
+                "token-count",
+                "padding-invariance",
+                "padding-garbage",
+                "batch-invariance",
+                "missing-rows",
+            ),
+        ),
         ("processors", ("processor-state", "processor-refuses", "processor-packs")),
     ),
     "fusion": (("fusions", ("shapes", "missing", "missing-leak", "batch-invariance", "padding-invariance")),),

@@ -19,6 +19,7 @@ from mmhub.testing.subject import EncoderSubject, core, difference, first_stray,
 _FEATURES = "Features"
 _MASK = "one mask rule"
 _BATCH = "batching never changes a result"
+_COUNTS = "length and token_count"
 
 
 def shapes(check: Check) -> None:
@@ -54,6 +55,22 @@ def mask(check: Check) -> None:
     padded = features.tokens[~features.mask]
     stray = first_stray(features) if padded.any() else ""
     expect(not stray, f"masked tokens are not zero: {stray}", "zeros", _MASK)
+
+
+def token_count(check: Check) -> None:
+    """`Processor.length` says how many real positions an input has, `token_count` how many real tokens it becomes;
+    mmhub batches by both before it reads anything."""
+    subject: EncoderSubject = subject_of(check)
+    encoder = subject.part()
+    processor = encoder.processor
+    for row, (raw, item) in enumerate(zip(subject.raws(), subject.items(processor), strict=True)):
+        data, real = processor.pack([item])
+        length, positions = processor.length(raw, Policy()), int(real.sum())
+        expect(length == positions, f"length of input {row} is {length}", f"{positions}, as packed", _COUNTS)
+        with torch.no_grad():
+            tokens = int(encoder(data, real).mask.sum())
+        counted = encoder.token_count(positions)
+        expect(counted == tokens, f"token_count({positions}) is {counted}", f"{tokens}, as encoded", _COUNTS)
 
 
 def padding_invariance(check: Check) -> None:

@@ -32,6 +32,7 @@ class CNN(ScratchEncoder):
         super().__init__(config, processor)
         inputs = (1, *config.channels[:-1])
         strides = [2 if stage < 2 else 1 for stage in range(len(config.channels))]
+        self.stride = 2 ** strides.count(2)
         self.stages = nn.ModuleList(map(Stage, inputs, config.channels, strides))
         bands = -(-config.n_mels // 2 ** len(config.channels))
         self.drop = nn.Dropout(config.dropout)

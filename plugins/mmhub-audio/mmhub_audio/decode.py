@@ -7,10 +7,12 @@ policy. libsndfile reads a cut-off file without complaint in several formats, so
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,45 @@ def decode(raw: Any, policy: Policy) -> Waveform:
     if not bool(torch.isfinite(waveform.samples).all()):
         raise InputError(f"{_name(raw)} holds samples that are not finite (NaN or infinity)")
     return waveform
+
+
+def measure(raw: Any, policy: Policy) -> tuple[int, int]:
+    """Return frames and rate in Hz of what `decode` takes, from the header alone where there is one.
+
+    Raises:
+        InputError: it has no usable header, or is not permitted; damage further on goes unnoticed.
+    """
+    if isinstance(raw, Mapping) and raw.get("array") is not None:
+        return _frames(raw), _whole_rate(raw.get("sampling_rate"), _name(raw))
+    if isinstance(raw, Mapping) and raw.get("bytes") is None and raw.get("path"):
+        return measure(raw["path"], policy)
+    path = _local_path(raw, policy)
+    content = raw_bytes(raw, policy) if path is None else None
+    if path is None and content is None:
+        raise _not_audio(raw)
+    try:
+        info = soundfile.info(io.BytesIO(content) if content is not None else str(path))
+    except (soundfile.SoundFileError, TypeError, ValueError, OSError) as error:
+        raise InputError(f"cannot read the header of {describe_raw(raw)}: {error}") from None
+    _check_header(describe_raw(raw), info.frames, info.samplerate, info.channels, policy)
+    return info.frames, info.samplerate
+
+
+def _frames(raw: Mapping[str, Any]) -> int:
+    try:
+        return len(raw["array"])
+    except TypeError:
+        raise InputError(f"{_name(raw)} is not a numeric array") from None
+
+
+def _local_path(raw: Any, policy: Policy) -> Path | None:
+    """The file behind a raw input whose content need not be read for its header; None for anything else."""
+    if not isinstance(raw, (str, os.PathLike)) or not policy.paths:
+        return None
+    text = os.fspath(raw)
+    if not isinstance(text, str) or text.startswith(("http://", "https://")):
+        return None
+    return Path(policy.root, text).expanduser()
 
 
 def _name(raw: Any) -> str:

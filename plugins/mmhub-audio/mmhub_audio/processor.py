@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmhub.errors import InputError
 from mmhub.interfaces import ComponentConfig, Policy, Processor, decode_config, describe_raw, encode_config
-from mmhub_audio.decode import MAX_RATE, MIN_RATE, decode
+from mmhub_audio.decode import MAX_RATE, MIN_RATE, decode, measure
 
 _MAX_TERM = 1000  # bounds the resampling kernel; a rate is then off by less than one part in a million
 
@@ -78,6 +78,11 @@ class AudioProcessor(Processor):
         samples = torch.nn.functional.pad(samples, pads) if any(pads) else samples
         return _normalize(samples) if self.config.do_normalize else samples
 
+    def length(self, raw: Any, policy: Policy) -> int:
+        """Return the number of samples without decoding them."""
+        frames, rate = measure(raw, policy)
+        return resampled_length(frames, Fraction(self.config.sample_rate, rate))
+
     def state(self) -> dict[str, Any]:
         return encode_config(self.config)
 
@@ -98,14 +103,25 @@ def resample(samples: Tensor, ratio: Fraction) -> Tensor:
     A ratio of large terms (44,101 Hz to 16 kHz would need a kernel of 700 million weights) is rounded to the nearest
     one of small terms.
     """
-    if max(ratio.numerator, ratio.denominator) > _MAX_TERM:
-        # limit_denominator bounds the denominator alone, so it is given the smaller side of the ratio
-        rounded = ratio.limit_denominator(_MAX_TERM) if ratio < 1 else 1 / (1 / ratio).limit_denominator(_MAX_TERM)
-        ratio = rounded if rounded > 0 else ratio
+    ratio = _simple(ratio)
     if ratio == 1:
         return samples
     changed: Tensor = _resampler(ratio.denominator, ratio.numerator)(samples)
     return changed
+
+
+def resampled_length(frames: int, ratio: Fraction) -> int:
+    """Return how many samples `resample` makes of so many; torchaudio rounds in single precision."""
+    ratio = _simple(ratio)
+    return int(torch.as_tensor(ratio.numerator * frames / ratio.denominator).ceil()) if ratio != 1 else frames
+
+
+def _simple(ratio: Fraction) -> Fraction:
+    if max(ratio.numerator, ratio.denominator) <= _MAX_TERM:
+        return ratio
+    # limit_denominator bounds the denominator alone, so it is given the smaller side of the ratio
+    rounded = ratio.limit_denominator(_MAX_TERM) if ratio < 1 else 1 / (1 / ratio).limit_denominator(_MAX_TERM)
+    return rounded if rounded > 0 else ratio
 
 
 @lru_cache(maxsize=32)

@@ -40,6 +40,7 @@ class ScratchEncoder(Encoder):
 
     modality = "audio"
     padding_invariant = True
+    stride = 4  # frames for each token
 
     def __init__(self, config: Any, processor: Any) -> None:
         super().__init__(config, processor)
@@ -53,6 +54,9 @@ class ScratchEncoder(Encoder):
     @classmethod
     def load_processor(cls, config: Any, state: Mapping[str, Any], files: Mapping[str, bytes]) -> AudioProcessor:
         return AudioProcessor.from_state(state, files)
+
+    def token_count(self, positions: int) -> int:
+        return -(-(1 + positions // self.frontend.hop) // self.stride)
 
     @abstractmethod
     def encode(self, frames: Tensor, mask: Tensor) -> Features:

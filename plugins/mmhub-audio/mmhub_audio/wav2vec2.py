@@ -128,6 +128,12 @@ class Wav2Vec2Family(Encoder):
         load_exactly(encoder.model, tensors, path)
         return encoder
 
+    def token_count(self, positions: int) -> int:
+        hyper = self.model.config
+        for kernel, stride in zip(hyper.conv_kernel, hyper.conv_stride, strict=True):
+            positions = (positions - kernel) // stride + 1
+        return positions
+
     def forward(self, data: Tensor, mask: Tensor) -> Features:
         output = self.model(data, attention_mask=mask.long() if self.padding_invariant else None)
         lengths = self.model._get_feat_extract_output_lengths(mask.sum(1))

@@ -85,6 +85,10 @@ class WhisperProcessor(Processor):
             )
         return samples
 
+    def length(self, raw: Any, policy: Policy) -> int:
+        """Return the number of real frames without decoding."""
+        return -(-self._audio.length(raw, policy) // _HOP)
+
     def pack(self, items: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         data = torch.stack([self.log_mel(samples) for samples in items])
         lengths = torch.tensor([-(-len(samples) // _HOP) for samples in items])
@@ -155,6 +159,9 @@ class Whisper(Encoder):
         encoder.processor = cls.make_processor(encoder.config)
         load_exactly(encoder.model, read_tensors(path, ("model.encoder.", "encoder.")), path)
         return encoder
+
+    def token_count(self, positions: int) -> int:
+        return -(-positions // 2)
 
     def forward(self, data: Tensor, mask: Tensor) -> Features:
         real = mask[:, ::2]  # the second convolution halves the frames

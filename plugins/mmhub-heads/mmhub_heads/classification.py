@@ -36,6 +36,8 @@ class Classification(Classifier):
             if not 0 <= self.label_smoothing < 1:
                 raise ValueError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing}")
 
+    reads = "summary"
+
     def __init__(self, config: Config, inputs: Mapping[str, Stream]) -> None:
         super().__init__(config, inputs)
         if len(config.labels) < 2:

@@ -43,6 +43,8 @@ class Multilabel(Decoder):
             if not self.separator:
                 raise ValueError("separator must not be empty")
 
+    reads = "summary"
+
     def __init__(self, config: Config, inputs: Mapping[str, Stream]) -> None:
         super().__init__(config, inputs)
         if not config.labels:

@@ -36,6 +36,8 @@ class Regression(Decoder):
             if self.std is not None and not 0 < self.std < math.inf:
                 raise ValueError(f"std must be above 0, got {self.std}")
 
+    reads = "summary"
+
     def __init__(self, config: Config, inputs: Mapping[str, Stream]) -> None:
         super().__init__(config, inputs)
         self.mean = 0.0 if config.mean is None else config.mean

@@ -38,6 +38,9 @@ class TimmEncoder(Encoder):
     modality = "image"
     padding_invariant = True  # every picture has the same size, there is no padding
 
+    mean: Tensor
+    std: Tensor
+
     class Config(ComponentConfig, frozen=True):
         """Choose a backbone; pretrained weights come from `init` in the recipe, not from here.
 
@@ -68,18 +71,44 @@ class TimmEncoder(Encoder):
         super().__init__(config, processor)
         self.backbone = _build(config)
         self.dim = int(self.backbone.num_features)  # type: ignore[arg-type]
+        self._tokens_each: int | None = None
+        for name, values in zip(("mean", "std"), processor.scale(), strict=True):
+            self.register_buffer(name, values, persistent=False)
         self.pooled_dim = int(getattr(self.backbone, "head_hidden_size", self.dim))
         # Depthwise nets run up to 1.5 times as fast on a CPU in this layout; plain ResNets train 10 % slower.
         self._layout = torch.channels_last if _is_depthwise(self.backbone) else torch.contiguous_format
 
+    def token_count(self, positions: int) -> int:
+        """Return the number of tokens of one picture, found by encoding one."""
+        if self._tokens_each is None:
+            weight = next(self.backbone.parameters())
+            pixels = weight.new_zeros(1, 3, *self.processor.settings.image_size)
+            was_training = self.backbone.training
+            self.backbone.eval()
+            with torch.no_grad():
+                self._tokens_each = self._tokens(self.backbone.forward_features(pixels)).shape[1]  # type: ignore[operator]
+            self.backbone.train(was_training)
+        return positions * self._tokens_each
+
     def forward(self, data: Tensor, mask: Tensor) -> Features:
-        """Encode pixels (N, 3, H, W) to tokens (N, T, D) and pooled (N, P); T follows from the image size."""
+        """Encode pixels (N, 3, H, W) to tokens (N, T, D) and pooled (N, P); T follows from the image size.
+
+        uint8 pixels are normalised here; floating-point ones are taken to be so already.
+        """
+        data = self.normalise(data)
         with _fixed_statistics(self.backbone if self.training and len(data) == 1 else None):
             features = self.backbone.forward_features(data.contiguous(memory_format=self._layout))  # type: ignore[operator]
             pooled = self.backbone.forward_head(features, pre_logits=True)  # type: ignore[operator]
         tokens = self._tokens(features)
         real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return Features(tokens=tokens, mask=real, pooled=pooled)
+
+    def normalise(self, data: Tensor) -> Tensor:
+        """Return uint8 pixels (N, 3, H, W) as the backbone takes them, and floating-point ones as they are."""
+        if data.is_floating_point():
+            return data
+        pixels: Tensor = (data.float() / 255 - self.mean) / self.std
+        return pixels.to(next(self.backbone.parameters()).dtype)
 
     @classmethod
     def from_library(cls, config: Config, path: Path, tokenizer: Mapping[str, Any] | None = None) -> Self:

@@ -30,6 +30,8 @@ class TimmClassifier(Classifier):
         def __post_init__(self) -> None:
             check_labels(self.labels)
 
+    reads = "summary"
+
     def __init__(self, config: Config, inputs: Mapping[str, Stream]) -> None:
         super().__init__(config, inputs)
         if "image" not in inputs:

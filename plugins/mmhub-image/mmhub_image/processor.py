@@ -1,4 +1,7 @@
-"""Pictures to normalised pixels: timm's evaluation transform, and augmentation in training."""
+"""Pictures to pixels: timm's evaluation transform, and augmentation in training.
+
+Pixels stay uint8, a quarter of the bytes that workers hand over and a GPU is sent; the encoder normalises them.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,14 @@ from mmhub_image.decode import open_image
 
 
 class ImageProcessor(Processor):
-    """Decode, resize, crop and normalise pictures to float32 (3, H, W), as timm does for evaluation.
+    """Decode, resize and crop pictures to uint8 (3, H, W), as timm does for evaluation.
 
-    In training, `augment` varies them (see `mmhub_image.augment`), a pure function of picture and seed.
+    In training, `augment` varies them (see `mmhub_image.augment`), a pure function of picture and seed. What changes
+    colours ("strong") gives float32 that is normalised already: rounding it to uint8 would lose something.
     """
 
     modality = "image"
+    fixed_length = True
 
     class Settings(ComponentConfig, frozen=True):
         """The whole state. `mean` and `std` are of pixels in [0, 1]; `crop_pct` is the part of a side that is kept."""
@@ -45,8 +50,6 @@ class ImageProcessor(Processor):
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.augments = settings.augment != "none"
-        self._mean = torch.tensor(settings.mean)[:, None, None]
-        self._std = torch.tensor(settings.std)[:, None, None]
         self._evaluate = create_transform(
             input_size=(3, *settings.image_size),
             is_training=False,
@@ -55,16 +58,21 @@ class ImageProcessor(Processor):
             std=settings.std,
             crop_pct=settings.crop_pct,
             crop_mode=settings.crop_mode,
-            normalize=False,  # stops at uint8: normalising is ours, and may move to the GPU
+            normalize=False,  # stops at uint8
         )
 
     def read(self, raw: Any, policy: Policy, rng: torch.Generator | None = None) -> Tensor:
-        """Return normalised pixels, float32 (3, H, W)."""
+        """Return pixels, uint8 (3, H, W), or normalised float32 where their colours were varied."""
         image = open_image(raw, policy)
         if rng is None or not self.augments:
             self._check_shape(image, policy, raw)
-            return self._normalise(self._evaluate(image).float() / 255)
-        return self._normalise(self._augmented(image, Draw(rng)))
+            pixels: Tensor = self._evaluate(image)
+            return pixels
+        return self._augmented(image, Draw(rng))
+
+    def length(self, raw: Any, policy: Policy) -> int:
+        """Return 1: a picture is one raw position."""
+        return 1
 
     def pack(self, items: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Stack to (N, 3, H, W); a picture is one raw position, so the mask is (N, 1)."""
@@ -78,26 +86,30 @@ class ImageProcessor(Processor):
     def from_state(cls, state: Mapping[str, Any], files: Mapping[str, bytes]) -> Self:
         return cls(decode_config(cls.Settings, state, "image processor"))
 
+    def scale(self) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation, (3, 1, 1) each, with which pixels in [0, 1] are normalised."""
+        return torch.tensor(self.settings.mean)[:, None, None], torch.tensor(self.settings.std)[:, None, None]
+
     def with_augment(self, augment: Augment) -> ImageProcessor:
         """Return the same processor with another augmentation."""
         return ImageProcessor(msgspec.structs.replace(self.settings, augment=augment))
 
-    def _normalise(self, pixels: Tensor) -> Tensor:
-        return (pixels - self._mean) / self._std
-
     def _augmented(self, image: Image.Image, draw: Draw) -> Tensor:
-        """Return a varied picture as (3, H, W) in [0, 1]."""
         recipe, (height, width) = RECIPES[self.settings.augment], self.settings.image_size
         box = vary_box(self._crop_box(*image.size), recipe, draw)
         red, green, blue = (round(255 * value) for value in self.settings.mean)
         resample = Image.Resampling[self.settings.interpolation.upper()]
         image = cut(image, box, (width, height), resample, (red, green, blue))
-        pixels = pil_to_tensor(image).float() / 255
+        pixels: Tensor = pil_to_tensor(image)
         if draw.chance(recipe.flip):
             pixels = pixels.flip(-1)
-        if recipe.colour:
-            pixels = vary_colour(pixels, recipe.colour, draw)
-        return erase(pixels, self.settings.mean, draw) if draw.chance(recipe.erase) else pixels
+        if not recipe.colour and not recipe.erase:
+            return pixels
+        pixels = vary_colour(pixels.float() / 255, recipe.colour, draw)
+        if draw.chance(recipe.erase):
+            pixels = erase(pixels, self.settings.mean, draw)
+        mean, std = self.scale()
+        return (pixels - mean) / std
 
     def _crop_box(self, width: int, height: int) -> Box:
         """Return the part of the picture that the evaluation transform shows, in pixels of the picture."""

@@ -35,6 +35,7 @@ class TextProcessor(Processor):
     """
 
     modality: ClassVar[str] = "text"
+    keeps_read = True
 
     def __init__(
         self, tokenizer: Tokenizer | None, *, max_length: int | None = None, pad_id: int = 0, empty_id: int = 1

@@ -1,7 +1,4 @@
-"""Small building blocks that fusions and model plugins share: masked pooling, positions, a Transformer encoder stack.
-
-Every block keeps the mask rule of `mmhub.batch`: padding never changes a real position, and padded outputs are zero.
-"""
+"""A Transformer encoder stack that computes real positions only, its attention, and fixed positions."""
 
 from __future__ import annotations
 
@@ -11,30 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmhub.batch import Features
-
-
-def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Average the real tokens of each row: (B, T, D), (B, T) -> (B, D); rows without a real token give zeros."""
-    weights = mask.unsqueeze(-1).to(tokens.dtype)
-    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
-
-
-def summary(features: Features) -> Tensor:
-    """Return the encoder's own summary of each row if it has one, else the mean of its real tokens."""
-    return features.pooled if features.pooled is not None else masked_mean(features.tokens, features.mask)
-
-
-def keep_modalities(present: Tensor, rate: float) -> Tensor:
-    """Drop present modalities at `rate` in each row, always keeping one: (B, M) bool -> (B, M) bool.
-
-    A row that would lose all its modalities keeps one drawn at random (ModDrop, Neverova et al., arXiv:1501.00102).
-    """
-    draws = torch.rand(present.shape, device=present.device)
-    kept = present & (draws >= rate)
-    last = torch.where(present, draws, -1.0).argmax(1, keepdim=True)
-    spared = torch.zeros_like(present).scatter_(1, last, True) & present
-    return torch.where(kept.any(1, keepdim=True), kept, spared)
+from mmhub.layers.packing import Packing, packed_attention
 
 
 def sinusoidal_positions(length: int, dim: int, device: torch.device | None = None) -> Tensor:
@@ -52,7 +26,7 @@ def attention_mask(mask: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over (B, T, D) with a (B, 1, T, T) bool mask."""
+    """Multi-head self-attention over (B, T, D) with a (B, 1, T, T) bool mask, or over (tokens, D) with a `Packing`."""
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -62,16 +36,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        b, t, d = x.shape
-        q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+    def forward(self, x: Tensor, mask: Tensor | Packing | None) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         drop = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
-        return self.out(y.transpose(1, 2).reshape(b, t, d))
+        if isinstance(mask, Packing):
+            q, k, v = qkv.unbind(1)
+            y = packed_attention(q, k, v, mask, dropout=drop)
+        else:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop).transpose(1, 2)
+        return self.out(y.flatten(-2))
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm self-attention and a GELU feed-forward layer."""
+    """Pre-norm self-attention and a GELU feed-forward layer, over whatever `Attention` takes."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, dropout: float = 0.0) -> None:
         super().__init__()
@@ -81,7 +59,7 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | Packing | None) -> Tensor:
         x = x + self.drop(self.attention(self.norm1(x), mask))
         return x + self.drop(self.mlp(self.norm2(x)))
 
@@ -89,7 +67,8 @@ class TransformerBlock(nn.Module):
 class TransformerEncoder(nn.Module):
     """A stack of pre-norm blocks with a final norm: (B, T, D), (B, T) -> (B, T, D), padded positions zero.
 
-    Positions are the caller's business, because a set of modality summaries has none.
+    Only real positions are computed. Where they stand is the caller's business, because a set of modality summaries
+    has no order.
     """
 
     def __init__(self, dim: int, depth: int, heads: int, mlp_ratio: float = 4.0, dropout: float = 0.0) -> None:
@@ -98,7 +77,27 @@ class TransformerEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        attend = attention_mask(mask)
+        if not _may_pack(x):
+            return self._layers(x, attention_mask(mask)) * mask.unsqueeze(-1).to(x.dtype)
+        known = mask.cpu()  # all that depends on the mask is found out here: one wait for the device at most
+        return self._layers(x, None) if known.all() else self._packed(x, known)
+
+    def _packed(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Compute on (tokens, D), the shortest sequence first, so that those of equal length are neighbours."""
+        lengths, order = mask.sum(1).sort(stable=True)
+        rows, columns = mask[order].nonzero(as_tuple=True)
+        where = (order[rows].to(x.device), columns.to(x.device))
+        found = self._layers(x[where], Packing.of(lengths, x.device))
+        return found.new_zeros(x.shape).index_put(where, found)
+
+    def _layers(self, x: Tensor, attend: Tensor | Packing | None) -> Tensor:
         for block in self.blocks:
             x = block(x, attend)
-        return self.norm(x) * mask.unsqueeze(-1).to(x.dtype)
+        normed: Tensor = self.norm(x)
+        return normed
+
+
+def _may_pack(x: Tensor) -> bool:
+    """Whether sizes may depend on the mask's values, which no graph being recorded allows."""
+    recording = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return x.numel() > 0 and not x.is_meta and not recording

@@ -1,0 +1,177 @@
+"""The rows a run trains and validates on: opened, and checked before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mmhub.build import local_name
+from mmhub.checkpoint import read_config
+from mmhub.config import Recipe, read_recipe
+from mmhub.data.loader import epoch_order, usable
+from mmhub.data.sources import Rows, open_rows, require_columns
+from mmhub.data.stream import Stream, open_stream, wants_stream
+from mmhub.errors import InputError, UsageError
+from mmhub.hub.pull import pull
+from mmhub.interfaces import Task
+from mmhub.model import Columns, Model
+
+_HASHED = 2**31  # bytes of training data that are hashed at the start, to notice on resuming that they have changed
+
+
+class TrainingData:
+    """Training rows by position or as a stream, validation rows, and which column feeds what.
+
+    Raises:
+        UsageError: no data is named, or a column is missing. InputError, NotFoundError: a source cannot be read.
+    """
+
+    def __init__(self, recipe: Recipe, task: Task, folder: Path | None) -> None:
+        self.recipe, self.task, self.target = recipe, task, recipe.data.target
+        self.inputs = _inputs(recipe)
+        if task.decoder in ("classification", "multilabel", "regression") and not self.target:
+            raise UsageError(f"{task.name} needs a target column", 'add target = "COLUMN" under [data]')
+        self.rows, self.valid = self._open(folder)
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.inputs, self.target, tuple(self.recipe.data.columns))
+
+    @property
+    def count(self) -> int | None:
+        """The number of training rows, None for a stream that does not know."""
+        return self.rows.rows if isinstance(self.rows, Stream) else len(self.rows)
+
+    def values(self, name: str) -> Iterable[Any]:
+        """Yield all training values of a modality, or of "target"; what parts of a model learn from before training."""
+        if name != "target":
+            alone = len(self.inputs) == 1
+            cells = enumerate(self.rows.column(self.inputs[name]))
+            return (usable(name, cell, self.rows.folder(i), alone) for i, cell in cells)
+        values = self.rows.column(self.target)
+        if self.recipe.data.on_error == "stop":
+            return values
+        return (v for v in values if v is not None and v != "" and v == v)  # rows without a target will be skipped
+
+    def check_targets(self, model: Model) -> None:
+        """Try the targets now: a label unseen in training must not end a run after its first epoch."""
+        if not self.target or self.recipe.data.on_error == "skip":
+            return
+        kept_decoder = self.recipe.model.base and not self.recipe.model.decoder
+        for rows in (self.rows if kept_decoder else None, self.valid):
+            values: Iterator[Any] = iter(rows.column(self.target)) if rows is not None else iter(())
+            start = 0
+            while part := list(islice(values, 1024)):
+                try:
+                    model.decoder.encode_targets(part)
+                except InputError as error:
+                    raise self.at_target(start + (error.row or 0), error, rows) from None
+                start += len(part)
+
+    def at_target(self, row: int, error: InputError, rows: Any = None) -> InputError:
+        """Say which target is wrong, and what can be done."""
+        rows = self.rows if rows is None else rows
+        hint = error.hint or 'fix the row, or set data.on_error = "skip"'
+        if self.recipe.model.base and not self.recipe.model.decoder:
+            hint = f'to learn other targets, give the model a new head: [model.decoder] use = "{self.task.decoder}"'
+        place = f"column '{self.target}'" if isinstance(rows, Stream) else f"{rows.where(row)}, column '{self.target}'"
+        return InputError(f"{place}: {error.message}", hint)
+
+    def fingerprint(self) -> str:
+        """Return a hash of what the training rows are read from, '' where finding out would take long."""
+        import hashlib
+
+        if isinstance(self.rows, Stream) or self.rows.bytes > _HASHED:
+            return ""
+        facts = self.rows.fingerprint()
+        known = [facts["rows"], facts.get("revision"), facts.get("selection"), [f["sha256"] for f in facts["files"]]]
+        return hashlib.sha256(msgspec.json.encode(known)).hexdigest()
+
+    def _open(self, folder: Path | None) -> tuple[Rows | Stream, Rows | None]:
+        data = self.recipe.data
+        if not data.train and not data.mix:
+            raise UsageError("the recipe names no training data", 'add train = "FILE" under [data]')
+        names, hint = data.columns or None, "see inputs and target under [data]"
+        wanted = [*self.inputs.values(), *([data.target] if data.target else [])]
+        streamed = wants_stream(data)
+        rows: Any = open_stream(data, folder) if streamed else open_rows(data.train, columns=names, base=folder)
+        require_columns(rows, wanted, hint)
+        if data.valid:
+            valid = open_rows(data.valid, columns=names, base=folder, split="validation")
+            require_columns(valid, wanted, hint)
+            return rows, valid
+        if not data.valid_fraction:
+            return rows, None
+        if isinstance(rows, Stream):
+            raise UsageError("data.valid_fraction cannot split a stream", "name a validation set: data.valid")
+        return _split(rows, data.valid_fraction, self.recipe.seed)
+
+
+def _inputs(recipe: Recipe) -> dict[str, str]:
+    """Modality to column; a modality named like a column needs no entry."""
+    given = dict(recipe.data.inputs)
+    if recipe.model.base:  # its encoders' tables only say what to freeze
+        return given
+    modalities = list(recipe.model.encoders) or list(given)
+    extra = [m for m in given if m not in modalities]
+    if extra:
+        raise UsageError(f"data.inputs feeds {extra[0]!r}, but the model has no such encoder", "remove it")
+    return {m: given.get(m, m) for m in modalities}
+
+
+def _split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
+    order = epoch_order(len(rows), seed, -1)
+    count = max(1, round(len(rows) * fraction))
+    if count >= len(rows):
+        raise UsageError(f"data.valid_fraction = {fraction} leaves no training rows of {len(rows)}", "lower it")
+    return rows.select(sorted(order[count:])), rows.select(sorted(order[:count]))
+
+
+def with_base_columns(recipe: Recipe, out: Path, folder: Path | None, *, resume: bool) -> Recipe:
+    """Fill in the columns that a recipe with `model.base` does not name: those the base was trained with.
+
+    A resumed run has them in its own recipe.toml, and needs the base no more.
+    """
+    data, stored = recipe.data, out / "recipe.toml"
+    if not recipe.model.base or (data.inputs and data.target):
+        return recipe
+    known: Any
+    if resume and stored.exists():
+        known = read_recipe(stored).data
+        inputs = known.inputs
+    else:
+        config = read_config(pull(local_name(recipe.model.base, folder)))
+        known = config.data
+        encoders = (role.removesuffix("_encoder") for role in config.components if role.endswith("_encoder"))
+        inputs = {m: known.inputs.get(m, m) for m in encoders if not known.inputs or m in known.inputs}
+    names = known.columns if not (data.inputs or data.target or data.columns) else data.columns
+    changes = {"inputs": data.inputs or inputs, "target": data.target or known.target, "columns": names}
+    return replace(recipe, {"data": replace(data, changes)})
+
+
+def resolved(recipe: Recipe, folder: Path | None) -> Recipe:
+    """The recipe with data paths made absolute, so that the copy in the run folder can be run again."""
+    data = recipe.data
+    changes: dict[str, Any] = {key: _absolute(getattr(data, key), folder) for key in ("train", "valid")}
+    changes["mix"] = [replace(part, {"source": _absolute(part.source, folder)}) for part in data.mix]
+    return replace(recipe, {"data": replace(data, changes)})
+
+
+def _absolute(source: Any, folder: Path | None) -> Any:
+    if isinstance(source, dict):
+        return {key: _absolute(value, folder) for key, value in source.items()}
+    if isinstance(source, list):
+        return [_absolute(value, folder) for value in source]
+    for base in (folder, Path.cwd()):
+        if base is not None and source and (base / source).exists():
+            return str((base / source).resolve())
+    return source
+
+
+def replace(struct: Any, changes: Mapping[str, Any]) -> Any:
+    """Return a copy of a recipe's table with other values."""
+    return msgspec.structs.replace(struct, **changes)

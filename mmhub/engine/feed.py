@@ -1,0 +1,170 @@
+"""What a rank trains next: its share of every batch of an epoch, from where an earlier run stopped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mmhub.batch import Batch
+from mmhub.config import Recipe
+from mmhub.data.lengths import Lengths
+from mmhub.data.loader import Collate, Loaded, load_batches, on_device, row_seed, worker_count
+from mmhub.data.plan import plan_epoch, plan_window
+from mmhub.data.sources import Rows
+from mmhub.data.stream import Stream
+from mmhub.engine.ranks import Ranks
+from mmhub.engine.state import Position
+from mmhub.errors import InputError, UsageError
+
+AUTO_ROWS = 64  # rows a step of `batch_size = "auto"`
+
+
+@dataclass
+class Turn:
+    """This rank's share of one optimizer step, and the position in the data once it is done."""
+
+    batches: list[Batch | None] = field(default_factory=list)  # None where this rank has no row of a batch
+    skipped: list[str] = field(default_factory=list)
+    error: InputError | None = None
+    count: int = 0  # batches of the epoch that are done after it
+    stream: Any = None  # likewise, the place in a stream
+
+
+@dataclass
+class Feed:
+    """Cut the training data into batches and load them; the same for any number of worker processes.
+
+    Row numbers make the same global batches on any number of ranks; a stream is shared out by shards.
+    """
+
+    recipe: Recipe
+    rows: Rows | Stream
+    collate: Collate
+    measure: Callable[[Sequence[Any]], Lengths | None]  # rows of a stream's window, to their lengths
+    lengths: Lengths | None
+    ranks: Ranks
+    _planned: tuple[int, list[list[int]]] = (-1, [])
+
+    @property
+    def batch_size(self) -> int:
+        size = self.recipe.train.batch_size
+        return AUTO_ROWS if isinstance(size, str) else size
+
+    def batches(self, epoch: int = 0) -> int | None:
+        """The number of batches in an epoch, None where only its end will tell."""
+        if isinstance(self.rows, Rows):
+            return len(self._plan(epoch))
+        known = self.rows.rows is not None and not self.recipe.train.batch_tokens
+        return math.ceil(self.rows.rows / self.batch_size) if known and self.rows.rows else None
+
+    def steps(self) -> int:
+        """The number of optimizer steps that the whole run is planned for.
+
+        Raises:
+            UsageError: a stream of unknown length without `train.max_steps`.
+        """
+        options = self.recipe.train
+        batches = self.batches()
+        if batches is None:
+            if not options.max_steps:
+                hint = "set train.max_steps, over which the learning rate falls"
+                raise UsageError(f"how many batches '{self.rows.source}' makes is not known before it is read", hint)
+            return options.max_steps
+        steps = math.ceil(batches / options.accumulate) * options.epochs
+        return min(steps, options.max_steps or steps)
+
+    def turns(self, position: Position) -> Iterator[Turn]:
+        """Yield this rank's optimizer steps in what is left of the epoch at `position`."""
+        # augmentation differs by epoch; the position itself changes while the steps are taken
+        self.collate = replace(self.collate, seed=row_seed(self.recipe.seed, position.epoch))
+        turn = Turn(count=position.batches)
+        for number, (loaded, place) in enumerate(self._loaded(position), 1):
+            turn.batches.append(loaded.batch)
+            turn.skipped += loaded.skipped
+            turn.error = turn.error or loaded.error
+            turn.count, turn.stream = turn.count + 1, place
+            if number % self.recipe.train.accumulate == 0 or turn.error:
+                yield turn
+                turn = Turn(count=turn.count)
+        if turn.batches:
+            yield turn
+
+    def _loaded(self, position: Position) -> Iterator[tuple[Loaded, Any]]:
+        workers = worker_count(self.recipe.data.workers, self.ranks.device)
+        cuda = self.ranks.device.type == "cuda"
+        if isinstance(self.rows, Rows):
+            order: Any = (part[self.ranks.rank :: self.ranks.world] for part in self._plan(position.epoch))
+            order = list(order)[position.batches :]
+            loaded = load_batches(self.collate, order, workers, pin_memory=cuda)
+            yield from ((part, None) for part in on_device(loaded, self.ranks.device))
+            return
+        places: list[Any] = []  # one for every batch that was handed to a worker and has not come back
+
+        def batches() -> Iterator[list[tuple[int, dict[str, Any]]]]:
+            assert isinstance(self.rows, Stream)
+            for rows, place in self._stream(position):
+                places.append(place)
+                yield rows
+
+        for part in on_device(load_batches(self.collate, batches(), workers, pin_memory=cuda), self.ranks.device):
+            yield part, places.pop(0)
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        options = self.recipe.train
+        if self._planned[0] != epoch:
+            plan = plan_epoch(
+                len(self.rows),  # type: ignore[arg-type]
+                lengths=self.lengths,
+                batch_size=self.batch_size,
+                batch_tokens=options.batch_tokens,
+                group_by_length=options.group_by_length,
+                seed=self.recipe.seed,
+                epoch=epoch,
+            )
+            self._planned = (epoch, plan)
+        return self._planned[1]
+
+    def _stream(self, position: Position) -> Iterator[tuple[list[tuple[int, dict[str, Any]]], Any]]:
+        assert isinstance(self.rows, Stream)
+        options, ranks = self.recipe.train, self.ranks
+
+        def cut(rows: Sequence[dict[str, Any]], seed: int) -> list[list[int]]:
+            lengths = self.measure(rows) if options.group_by_length or options.batch_tokens else None
+            share = max(1, self.batch_size // ranks.world)
+            return plan_window(
+                len(rows),
+                lengths=lengths,
+                batch_size=share,
+                batch_tokens=options.batch_tokens // ranks.world,
+                group_by_length=options.group_by_length,
+                seed=seed,
+            )
+
+        return self.rows.batches(
+            position.epoch, seed=self.recipe.seed, rank=ranks.rank, world=ranks.world, cut=cut, state=position.stream
+        )
+
+
+def stand_in(collate: Collate, rows: Any) -> Batch | None:
+    """Return a batch of one readable row, for ranks that have none of a batch; it takes part with weight zero."""
+    for number, row in enumerate(rows):
+        loaded = replace(collate, skip=True, seed=None)([(number, row)])
+        if loaded.batch is not None:
+            return loaded.batch
+        if number == 1000:
+            break
+    return None
+
+
+def stand_in_items(collate: Collate, rows: Any) -> dict[str, Any]:
+    """Return one item of every modality, with which ranks run an encoder for which they have none."""
+    found: dict[str, Any] = {}
+    for number, row in enumerate(rows):
+        loaded = replace(collate, skip=True, seed=None, features={})([(number, row)])
+        items = loaded.batch.items if loaded.batch is not None else {}
+        found |= {name: part for name, part in items.items() if len(part) and name not in found}
+        if len(found) == len(collate.inputs) or number == 1000:
+            break
+    return found

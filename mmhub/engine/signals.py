@@ -1,0 +1,44 @@
+"""Stop signals while training: the first lets the step finish and saves, the second stops at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class StopSignal:
+    """Remember the first Ctrl-C or SIGTERM; `number` is 0 until then."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.number = 0
+        self._say = say
+
+    def __bool__(self) -> bool:
+        return self.number != 0
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Catch signals in the main thread, where alone Python allows it; the handlers before are put back."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        main = os.getpid()
+
+        def on_signal(number: int, frame: Any) -> None:
+            if os.getpid() != main:  # a decoding worker, which Ctrl-C reaches too; the main process ends it
+                return
+            if self.number:
+                raise KeyboardInterrupt
+            self.number = number
+            self._say("stopping after this step; once more to stop at once")
+
+        old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)

@@ -1,0 +1,10 @@
+"""The trackers keep the contracts of `mmhub.testing`."""
+
+from __future__ import annotations
+
+from mmhub.testing import Check, parametrize_checks
+
+
+@parametrize_checks("mmhub-trackers")
+def test_contract(check: Check) -> None:
+    check.run()
