@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from mmhub.engine.blocks import find_blocks
 from mmhub.engine.compute import autocast, prepare_model
 from mmhub.errors import UsageError
 from mmhub.model import Model
-from tests.conftest import png
+from tests.conftest import png, recipe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SAMPLES: list[dict[str, Any]] = [{"text": "a good thing", "image": png(0)}, {"text": "a bad", "image": None}]
@@ -289,6 +290,17 @@ def test_autocast_is_off_in_fp32() -> None:
         assert (x @ x).dtype == torch.float32
     with autocast(CPU, torch.bfloat16):
         assert (x @ x).dtype == torch.bfloat16
+
+
+def test_a_run_in_pure_bf16_goes_on_bit_for_bit(tables: Path, tmp_path: Path) -> None:
+    from mmhub.engine import train
+
+    table = recipe(tables, max_steps=4, checkpoint_every=2, keep=9, precision="bf16-pure", optimizer="muon")
+    out = tmp_path / "run"
+    want = (train(table, out).model / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "checkpoints" / "step-00000004")
+    shutil.rmtree(out / "model")
+    assert (train(table, out, resume=True).model / "model.safetensors").read_bytes() == want
 
 
 # -- fp8 -------------------------------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ def texts(folder: Path, count: int = 40) -> dict[str, Any]:
         "task": "classification",
         "model": {
             "encoders": {"text": {"use": "transformer", "config": config}},
+            "decoder": {"use": "classification", "config": {"dropout": 0.0}},
             "tokenizer": {"kind": "word", "min_frequency": 1},
         },
         "data": {"train": str(folder / "train.tsv"), "valid": str(folder / "train.tsv"), "target": "label"},
@@ -171,8 +172,13 @@ def test_the_position_of_a_stream_keeps_every_ranks_place(monkeypatch: pytest.Mo
     from mmhub.engine.loop import with_all_places
     from mmhub.engine.state import Position
 
+    def place(lane: int, row: int) -> dict[str, Any]:
+        return {"epoch": 0, "lanes": 2, "shards": "a", "at": {str(lane): row}}
+
     ranks = Ranks(0, 2)
-    monkeypatch.setattr(Ranks, "gather", lambda self, data: [data, {"row": 7}])
-    assert with_all_places(Position(stream={"row": 3}), ranks).stream == [{"row": 3}, {"row": 7}]
+    monkeypatch.setattr(Ranks, "gather", lambda self, data: [data, place(1, 7)])
+    assert with_all_places(Position(stream=place(0, 3)), None, ranks).stream == place(0, 3) | {"at": {"0": 3, "1": 7}}
     monkeypatch.setattr(Ranks, "gather", lambda self, data: [data, None])
-    assert with_all_places(Position(), ranks).stream is None
+    resumed = with_all_places(Position(stream=place(0, 3)), place(1, 5), ranks)
+    assert resumed.stream is not None and resumed.stream["at"] == {"0": 3, "1": 5}, "a rank without a batch since"
+    assert with_all_places(Position(), None, ranks).stream is None

@@ -210,7 +210,9 @@ def test_the_kernel_for_half_precision_is_given_what_it_asks_for(causal: bool, m
     packed_attention(q, q, q, [2, 3], causal=causal)
     (starts, same, longest, _, options) = calls[0]
     assert (starts.tolist(), longest, starts is same) == ([0, 2, 5], 3, True)
-    assert options == {"scale": None, "window_size": (-1, 0 if causal else -1)}
+    assert options == {"window_size": (-1, 0 if causal else -1)}
+    packed_attention(q, q, q, [2, 3], causal=causal, scale=0.5)
+    assert calls[1][-1]["scale"] == 0.5
 
 
 def test_the_example_in_the_documentation_runs() -> None:

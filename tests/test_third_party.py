@@ -303,9 +303,10 @@ def test_a_row_that_is_no_series_is_named(installed: Environment, data: Path, jo
 def test_a_killed_run_goes_on_to_the_same_bytes(installed: Environment, data: Path, joined: Path) -> None:
     recipe, out = joined.parents[1] / "recipe.toml", joined.parents[1] / "again"
     code = (
-        "import os\nfrom mmhub.engine import loop\nreal = loop.save_state\n"
-        "def save(*args):\n    path = real(*args)\n    if path.name == 'step-00000020': os.kill(os.getpid(), 9)\n"
-        "loop.save_state = save\nfrom mmhub.cli.main import main\n"
+        "import os\nfrom mmhub.engine.state import Checkpoints\nreal = Checkpoints.save\n"
+        "def save(self, *args, **options):\n    real(self, *args, **options)\n    self.wait()\n"
+        "    if (self.folder / 'step-00000020').exists(): os.kill(os.getpid(), 9)\n"
+        "Checkpoints.save = save\nfrom mmhub.cli.main import main\n"
         f"main(['train', {str(recipe)!r}, '--out', {str(out)!r}])\n"
     )
     assert installed.run("-c", code, cwd=data).returncode == -signal.SIGKILL

@@ -30,7 +30,7 @@ Row = dict[str, Any]
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 _LINES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
 _PEEK = 32  # rows of a shard whose keys are its columns
-_CHUNK_BYTES = 4 * 2**20  # of parquet that become Python objects at once
+_CHUNK_BYTES = 2**20  # of parquet that become Python objects at once
 _CHUNK_ROWS = 1024
 _BUFFER = 2**20  # bytes of a parquet column read at once
 

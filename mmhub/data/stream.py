@@ -208,9 +208,8 @@ class Stream:
         first = sum(len(source.units) for source in self._sources)
         for shard, groups in kept:
             for group, start, rows in _groups(groups, split=few):
-                size = (
-                    rows if counted else shard.size if group is None else shard.size * rows // max(1, sum(groups or ()))
-                )
+                share = 1.0 if group is None else rows / sum(groups or (1,))
+                size = rows if counted else round(shard.size * share)
                 units.append(Unit(first + len(units), len(self._shards), group, start, size))
             self._shards.append(shard)
         name = _shown_source(part.source)
@@ -251,6 +250,7 @@ class Stream:
     def _leave_out(self, error: InputError, *, count: bool = True) -> None:
         """Skip what cannot be read where the recipe says so, and tell."""
         if not self._skips:
+            error.hint = error.hint or 'mend it, or set data.on_error = "skip"'
             raise error
         if count:
             self.skipped += 1
@@ -351,7 +351,7 @@ def _groups(groups: list[int] | None, *, split: bool) -> Iterator[tuple[int | No
 
 def _at(error: InputError, place: str) -> InputError:
     text = error.message if error.message.startswith("'") else f"{place}: {error.message}"
-    return InputError(text, error.hint or 'fix the row, or set data.on_error = "skip"')
+    return InputError(text, error.hint)
 
 
 def _after(error: InputError, row: int) -> InputError:

@@ -49,8 +49,8 @@ class TrainingData:
     def values(self, name: str) -> Iterable[Any]:
         """Yield all training values of a modality, or of "target"; what parts of a model learn from before training."""
         if name != "target":
-            alone = len(self.inputs) == 1
-            cells = enumerate(self.rows.column(self.inputs[name]))
+            alone, column = len(self.inputs) == 1, self.inputs[name]
+            cells = self.rows.cells(column) if isinstance(self.rows, Stream) else enumerate(self.rows.column(column))
             return (usable(name, cell, self.rows.folder(i), alone) for i, cell in cells)
         values = self.rows.column(self.target)
         if self.recipe.data.on_error == "stop":
@@ -100,6 +100,8 @@ class TrainingData:
         streamed = wants_stream(data)
         rows: Any = open_stream(data, folder) if streamed else open_rows(data.train, columns=names, base=folder)
         require_columns(rows, wanted, hint)
+        if isinstance(rows, Stream):
+            rows = rows.only(wanted)
         if data.valid:
             valid = open_rows(data.valid, columns=names, base=folder, split="validation")
             require_columns(valid, wanted, hint)

@@ -24,7 +24,7 @@ from mmhub.config import Recipe, dump_recipe, override_recipe, read_recipe
 from mmhub.data.lengths import Lengths, measure_rows
 from mmhub.data.loader import Collate
 from mmhub.data.sources import Rows
-from mmhub.data.stream import join_states
+from mmhub.data.stream import Stream, join_states
 from mmhub.device import find_device, find_precision
 from mmhub.engine.compute import prepare_model
 from mmhub.engine.data import TrainingData, resolved, with_base_columns
@@ -36,7 +36,7 @@ from mmhub.engine.optimizer import make_optimizer
 from mmhub.engine.parallel import Parallel
 from mmhub.engine.profiler import Profiler
 from mmhub.engine.provenance import provenance
-from mmhub.engine.ranks import Ranks, is_lost, join, leave
+from mmhub.engine.ranks import Ranks, is_lost, join
 from mmhub.engine.report import Reporter, TrainRun, run_facts
 from mmhub.engine.signals import StopSignal
 from mmhub.engine.state import Checkpoints, Position
@@ -100,8 +100,6 @@ def train(
         if not is_lost(error):
             raise
         raise MmhubError("another process of this run has ended", "what it said itself tells why") from None
-    finally:
-        leave()
 
 
 class _Run:
@@ -378,6 +376,7 @@ class _Run:
             self._evaluate_if_due()
 
     def _epoch(self) -> None:
+        self.checkpoints.wait()  # decoding processes are forked now, which is safe from one thread alone
         turns = self.feed.turns(self.position)
         while not self._done():
             with self.meter.waiting():
@@ -582,6 +581,8 @@ class _Run:
         self.reporter.say(f"done in {seconds:.0f} s, best at step {position.best_step or position.step}: {folder}")
         if position.skipped:
             self.reporter.say(f"{position.skipped} unreadable rows were skipped")
+        if isinstance(self.rows, Stream) and self.rows.skipped:
+            self.reporter.say(f"{self.rows.skipped} unreadable shards or rows of the stream were skipped")
         return TrainResult(self.out, folder, metrics, position.step, round(seconds, 3))
 
     def _describe(self, folder: Path, seconds: float) -> dict[str, Any]:

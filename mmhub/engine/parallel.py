@@ -99,7 +99,7 @@ def _shard(model: Model, ranks: Ranks, precision: torch.dtype) -> None:
 
     low = precision != torch.float32 and ranks.device.type == "cuda"
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()
-    uneven = ("fusion.", *(f"{m}_encoder." for m, e in model.encoders.items() if not cast(Any, e).padding_invariant))
+    uneven = ("fusion.", *(f"encoders.{m}." for m, e in model.encoders.items() if not cast(Any, e).padding_invariant))
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     try:
         for name, block in find_blocks(model):

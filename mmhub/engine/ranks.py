@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ class Ranks:
 
 
 def join(device: torch.device) -> Ranks:
-    """Join the group that `torchrun` launched this process into; alone without it."""
+    """Join the group that `torchrun` launched this process into, until the process ends; alone without it."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Ranks(device=device)
@@ -86,11 +87,11 @@ def join(device: torch.device) -> Ranks:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_TIMEOUT)
+        atexit.register(_leave)
     return Ranks(dist.get_rank(), dist.get_world_size(), local, device)
 
 
-def leave() -> None:
-    """Leave the group, if this process is in one."""
+def _leave() -> None:
     if dist.is_available() and dist.is_initialized():
         gc.collect()  # what is left of a model wrapped for the group would outlive the group's threads
         dist.destroy_process_group()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -82,8 +82,10 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, packing: Packing, causal: 
     from torch.nn.attention.varlen import varlen_attn
 
     starts, longest = packing.starts, packing.longest
-    window = (-1, 0) if causal else (-1, -1)
-    found = varlen_attn(query, key, value, starts, starts, longest, longest, scale=scale, window_size=window)
+    given: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
+    if scale is not None:
+        given["scale"] = scale
+    found = varlen_attn(query, key, value, starts, starts, longest, longest, **given)
     assert isinstance(found, Tensor)  # a tuple only where the log-sum-exp is asked for
     return found
 
