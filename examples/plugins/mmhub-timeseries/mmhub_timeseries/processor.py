@@ -64,7 +64,7 @@ class SeriesProcessor(Processor):
         """Learn channels, means and deviations; what cannot be read is left to the loader, which knows its row."""
         policy, seen, first_error = Policy(), _Moments(), None
         for raw in raws:
-            for item in self._items(raw):
+            for item in self.items_of(raw):
                 try:
                     values = self._values(item, policy)
                 except InputError as error:
