@@ -78,11 +78,13 @@ def _run(way: str, work: Path) -> dict[str, float]:
 
 
 def _train(way: str, work: Path) -> dict[str, float]:
+    for module in ("transformers.models.bert.modeling_bert", "transformers.trainer", "accelerate"):
+        import_module(module)
     return _trainer(work) if way == "trainer" else _mmhub(work, cached=way != "uncached")
 
 
 def _mmhub(work: Path, *, cached: bool) -> dict[str, float]:
-    for module in ("transformers.models.bert.modeling_bert", "mmhub.engine", "mmhub_text.pretrained"):
+    for module in ("mmhub.engine", "mmhub_text.pretrained"):
         import_module(module)
     import mmhub
 
@@ -226,7 +228,7 @@ def _facts(options: argparse.Namespace) -> list[str]:
 
     libraries = ("mmhub", "torch", "transformers", "accelerate")
     threads = os.environ.get("OMP_NUM_THREADS", "default")
-    machine = f"{os.cpu_count()} x {platform.processor() or platform.machine()}, OMP_NUM_THREADS={threads}"
+    machine = f"{os.cpu_count()} x {_cpu_model()}, OMP_NUM_THREADS={threads}"
     given = " --encoder FOLDER" if options.encoder else ""
     encoder = options.encoder.name if options.encoder else "BERT of 4 layers x 256, random weights"
     return [
@@ -240,6 +242,13 @@ def _facts(options: argparse.Namespace) -> list[str]:
     ]
 
 
+def _cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.processor() or platform.machine()
+
+
 def _gpu() -> str:
     import torch
 
@@ -247,7 +256,8 @@ def _gpu() -> str:
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,7 @@ def write(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
         f"- date: {datetime.now(UTC):%Y-%m-%d}; commit: {_commit()}",
         f"- command: `{command}`",
         f"- machine: {_machine(chosen.device)}; Python {platform.python_version()}",
-        f"- versions: {', '.join(f'{library} {version(library)}' for library in ('mmhub', 'torch', 'timm'))}",
+        f"- versions: {', '.join(_versions('mmhub', 'torch', 'timm'))}",
         "",
         f"| {' | '.join(columns)} |",
         f"|{'---|' * len(columns)}",
@@ -92,15 +94,30 @@ def write(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
     text = "\n".join(lines) + "\n"
     print(text)
     if not chosen.toy:
+        RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.md").write_text(text)
+
+
+def _versions(*libraries: str) -> Iterator[str]:
+    for library in libraries:
+        with suppress(PackageNotFoundError):
+            yield f"{library} {version(library)}"
 
 
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
-        return f"one {torch.cuda.get_device_name(device)}, driver and CUDA {torch.version.cuda}"
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, no GPU"
+        return f"one {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}; {os.cpu_count()} x {cpu_model()}"
+    return f"{os.cpu_count()} x {cpu_model()}, {torch.get_num_threads()} threads, no GPU"
+
+
+def cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.processor() or platform.machine()
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

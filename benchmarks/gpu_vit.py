@@ -1,6 +1,6 @@
 """Train timm's ViT-B/16 on 224 x 224 pictures in bf16: from pixels on the GPU, and from JPEG files through the loader.
 
-    python benchmarks/gpu_vit.py [--rows 256] [--pictures 16384] [--workers 14] [--steps 20] [--toy]
+    python benchmarks/gpu_vit.py [--rows 256] [--pictures 38400] [--workers 14] [--steps 20] [--toy]
 
 - plain, synthetic: timm's model, compiled as a whole, under autocast, with fused AdamW, on one batch again and again;
 - mmhub, synthetic: an image encoder and a classification head, blocks compiled, on one batch of uint8 pixels;
@@ -98,18 +98,28 @@ def pictures(folder: Path, count: int) -> Path:
 
 
 def from_files(model: Any, step: Callable[[Batch], None], table: Path, chosen: argparse.Namespace) -> float:
-    """Pictures a second over an epoch, from the end of the warm-up on."""
+    """Pictures a second over an epoch, from the end of the warm-up on.
+
+    Workers decode ahead: the clock starts once what was ready before the first step is used up, and four times as many
+    pictures are counted.
+    """
     rows = open_rows(str(table))
     collate = Collate(rows, model.processors, {"image": "image"}, decoder=model.decoder, target="label")
+    warm = _warm(chosen)
     count, begin = 0, time.perf_counter()
     for number, batch in enumerate(_epoch(collate, len(rows), chosen)):
         step(batch)
         count += batch.size
-        if number + 1 == chosen.warm:
+        if number + 1 == warm:
             gpu_table.wait(chosen.device)
             count, begin = 0, time.perf_counter()
     gpu_table.wait(chosen.device)
     return count / (time.perf_counter() - begin)
+
+
+def _warm(chosen: argparse.Namespace) -> int:
+    """Batches before the clock starts."""
+    return max(int(chosen.warm), 2 * chosen.workers + 2)
 
 
 def _epoch(collate: Collate, count: int, chosen: argparse.Namespace) -> Iterator[Batch]:
@@ -131,9 +141,10 @@ def _precision(chosen: argparse.Namespace) -> torch.dtype:
 
 
 def main() -> None:
-    chosen = gpu_table.options(__doc__, rows=256, pictures=16384, workers=14)
+    chosen = gpu_table.options(__doc__, rows=256, pictures=38400, workers=14)
     if chosen.toy:
         chosen.rows, chosen.pictures, chosen.workers = 4, 16, 0
+    chosen.pictures = max(chosen.pictures, 5 * _warm(chosen) * chosen.rows)
     rates = {"plain, synthetic": plain(chosen)}
     model, step = ours(chosen)
     with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,7 @@ from typing import Any
 SAMPLE = 20_000  # bytes
 SHARDS = 16
 BATCH = 32
-LIMIT = 600  # MB above the base process that the largest peak must stay under
+LIMIT = 600  # MB above the base process that the largest peak of a rank must stay under, its workers included
 
 
 def main() -> None:
@@ -95,7 +95,7 @@ def measure(folder: Path, ending: str, rows: int, options: argparse.Namespace) -
         own, shared = (max(part[key] for parts in rounds for part in parts) for key in ("own", "shared"))
         good = "yes" if once else f"NO: {len(seen)} of {rows}, at most {max(seen.values())} times"
         lines.append(f"| {what} | {rate:,.0f} | {rate * SAMPLE / 1e6:.0f} | {own:.0f} | {shared:.0f} | {good} |")
-        if not once or (own > LIMIT and "datasets" not in what):
+        if not once or (max(own, shared) > LIMIT and "datasets" not in what):
             raise SystemExit("\n".join([*lines, "this is not what was promised"]))
 
     row("mmhub, 1 rank, no workers", together([given | {"part": "mmhub", "rank": 0, "world": 1, "workers": 0}]))
@@ -256,7 +256,8 @@ def facts(options: argparse.Namespace, rows: int) -> list[str]:
     libraries = ("mmhub", "torch", "pyarrow", "datasets")
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     cpu = models[0].partition(":")[2].strip() if models else platform.machine()
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     machine = f"{os.cpu_count()} cores of {cpu}; load {os.getloadavg()[0]:.1f} at the end"
     arguments = f"--megabytes {options.megabytes} --shuffle-rows {options.shuffle_rows}"
     return [

@@ -1,6 +1,6 @@
 """Train a text classifier with Hugging Face's Trainer, with a plain loop and with mmhub, on the same data and model.
 
-    python benchmarks/train_text.py [--rows 2000] [--rounds 3] [--epochs 1] [--out benchmarks/results/train_text.md]
+    python benchmarks/train_text.py [--rows 400,2000] [--rounds 3] [--epochs 1] [--out benchmarks/results/train_text.md]
 
 The model is mmhub's own Transformer (4 layers x 256, 4 heads, vocabulary 8,000, no dropout) with its classification
 head, in fp32; the texts have a log-normal number of words, 5 to 200. All train with fused AdamW, clipped gradients and
@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -56,20 +57,25 @@ from mmhub.optim import learning_rate_factor
 
 BATCH, SEED, LABELS, WORDS = 32, 0, 4, 8000
 RATE, DECAY, CLIP = 3e-4, 0.01, 1.0
+GAP = 1e-5  # between losses of the same mathematics, at most
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument(
+        "--rows", default="2000", help="number of texts; several, with a comma between, make a table each"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--without", action="append", default=[], help="leave a way out, by the start of its name")
     parser.add_argument("--out", type=Path, help="also write the table here")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        os.environ["MMHUB_CACHE"] = str(work / "cache")
-        report = [*_facts(options), "", *_measure(Work(work, options), options)]
+    report = _facts(options)
+    for rows in map(int, options.rows.split(",")):
+        with tempfile.TemporaryDirectory() as temporary:
+            os.environ["MMHUB_CACHE"] = str(Path(temporary) / "cache")
+            found = _measure(Work(Path(temporary), rows, options.epochs), options)
+        report += ["", f"## {rows} texts", "", *found]
     text = "\n".join(report) + "\n"
     print(text)
     if options.out:
@@ -79,23 +85,25 @@ def main() -> None:
 
 def _facts(options: argparse.Namespace) -> list[str]:
     from importlib.metadata import version
+    from importlib.util import find_spec
 
-    libraries = ("mmhub", "torch", "transformers", "accelerate", "tokenizers")
+    libraries = filter(find_spec, ("mmhub", "torch", "transformers", "accelerate", "tokenizers"))
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "?")
     machine = f"{os.cpu_count()} cores of {cpu}, {torch.get_num_threads()} threads; load {os.getloadavg()[0]:.1f}"
-    command = f"--rows {options.rows} --rounds {options.rounds} --epochs {options.epochs}"
+    command = shlex.join(["python", "benchmarks/train_text.py", *sys.argv[1:]])
     return [
         "# Training a text classifier",
         "",
         f"- date: {datetime.now(UTC):%Y-%m-%d}; commit: {_commit()}",
-        f"- command: `python benchmarks/train_text.py {command}`",
+        f"- command: `{command}`; {options.rounds} rounds, {options.epochs} epochs",
         f"- machine: {machine} at the start; Python {platform.python_version()}",
         f"- versions: {', '.join(f'{name} {version(name)}' for name in libraries)}",
     ]
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
@@ -106,9 +114,9 @@ def _lines(path: str) -> list[str]:
 class Work:
     """The data, the initial model, and every way to train it. A way returns (seconds of training, seconds in all)."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
-        self.folder, self.epochs = folder, options.epochs
-        _write_table(folder / "train.jsonl", options.rows)
+    def __init__(self, folder: Path, rows: int, epochs: int) -> None:
+        self.folder, self.epochs = folder, epochs
+        _write_table(folder / "train.jsonl", rows)
         self.rows = open_rows(str(folder / "train.jsonl"))
         self.recipe = check_recipe(self.table(log_every=1))
         self.model = _build(self.recipe, self.rows)
@@ -318,6 +326,8 @@ def _measure(work: Work, options: argparse.Namespace) -> list[str]:
     steps = min(50, work.total_steps())
     ours = work.our_losses(steps)
     gaps = [_gap(ours, list(work.plain_losses(model, steps))) for model in (work.packed(), work.padded())]
+    if not all(gap <= GAP for gap in gaps):
+        raise SystemExit(f"the losses of mmhub and of the plain loops differ by {max(gaps):.1e}, more than {GAP:.0e}")
     ways: dict[str, Callable[[], tuple[float, float]]] = {
         "mmhub": work.ours,
         "plain loop, mmhub's batches": lambda: work.plain(work.packed()),

@@ -24,6 +24,7 @@ from mmhub.files import alive, publish
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+_KEY = "[0-9a-f]{32}"  # what the folder of a set is called
 _STALE = 86_400.0  # seconds after which nobody writes to an unfinished folder any more
 
 
@@ -67,7 +68,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def feature_sets() -> list[FeatureSet]:
     """Return the sets, the least recently used first; the facts of a damaged one are empty."""
     found = []
-    for path in features_folder().glob("[0-9a-f]*"):
+    for path in features_folder().glob("*"):
+        if not re.fullmatch(_KEY, path.name):
+            continue
         with suppress(OSError):  # it was removed just now
             size = sum(file.stat().st_size for file in path.iterdir())
             found.append(FeatureSet(path=path, size=size, used=_used(path), facts=_facts(path)))
@@ -134,10 +137,13 @@ def remove_set(path: Path) -> bool:
 
 @contextmanager
 def _claimed(path: Path) -> Iterator[None]:
-    """Hold a set alone, or raise OSError. Windows has no such lock, and renames no folder with an open file anyway."""
+    """Hold a set alone, or raise OSError. Windows has no such lock, and renames no folder with an open file anyway.
+
+    The file is opened for writing, for over NFS only then it can be locked exclusively.
+    """
     file = None
     with suppress(FileNotFoundError):  # a set without a manifest can be held by nobody
-        file = os.open(path / MANIFEST, os.O_RDONLY) if os.name == "posix" else None
+        file = os.open(path / MANIFEST, os.O_RDWR) if os.name == "posix" else None
     try:
         if file is not None:
             _lock(file, exclusive=True)
@@ -148,21 +154,36 @@ def _claimed(path: Path) -> Iterator[None]:
 
 
 def make_room(needed: int, limit: int) -> bool:
-    """Remove sets, the least recently used first, until `needed` bytes fit under `limit`; say whether they do."""
+    """Remove sets, the least recently used first, until `needed` bytes fit under `limit`; say whether they do.
+
+    None is removed for what would not fit even then.
+    """
     sweep()
     sets = feature_sets()
     total = sum(one.size for one in sets)
-    for one in sets if needed <= limit else ():
+    if total + needed > limit:
+        sets = [one for one in sets if not _in_use(one.path)]
+        if needed and total - sum(one.size for one in sets) + needed > limit:
+            return False
+    for one in sets:
         if total + needed <= limit:
             break
         total -= one.size if remove_set(one.path) else 0
     return total + needed <= limit
 
 
+def _in_use(path: Path) -> bool:
+    try:
+        with _claimed(path):
+            return False
+    except OSError:
+        return True
+
+
 def sweep() -> None:
     """Remove what killed processes have left unfinished; on other machines they are taken for killed after a day."""
     for path in features_folder().glob(".*.tmp"):
-        match = re.fullmatch(r"\.[0-9a-f]+\.(.+)\.(\d+)\.tmp", path.name)
+        match = re.fullmatch(rf"\.{_KEY}\.(.+)\.(\d+)\.tmp", path.name)
         with suppress(OSError):
             old = time.time() - path.stat().st_mtime > _STALE
             if match and (old or (match[1] == _host() and not alive(int(match[2])))):

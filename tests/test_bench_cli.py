@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from click.testing import CliRunner
 
 from mmhub.cli import bench as benching
 from mmhub.cli.bench import CASES, bench
-from mmhub.errors import MmhubError
+from mmhub.errors import Interrupted, MmhubError
 from tests.conftest import Cli
 
 
@@ -37,7 +39,8 @@ def test_toy_cases_are_measured_and_written_down(tmp_path: Path) -> None:
     table = (tmp_path / "b" / "t.md").read_text()
     assert "| case | samples/s | tokens/s | data wait | padding | memory GB | whole run samples/s |" in table
     assert "\n| text | " in table
-    assert "`mmhub bench --size toy`" in table
+    assert "`mmhub bench --size toy --case text --case frozen`" in table
+    assert re.search(r"; commit: (\w+(-dirty)?)\n", table)
 
 
 def test_images_are_measured_and_a_recipe_key_can_be_changed() -> None:
@@ -70,6 +73,50 @@ def test_a_case_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) ->
     assert lines[1].split() == ["text", "12,346", "25.0%", "50.0%"]
     assert lines[2] == "image: not measured: out of memory; use less"
     assert lines[3] == "frozen: not measured: out of memory; use less"
+
+
+def test_the_rate_of_the_whole_run_counts_what_was_trained() -> None:
+    whole = []
+    for change in ("train.epochs=2", "train.max_steps=1"):
+        done = run("--size", "toy", "--case", "text", "--set", change, "--json", "-q")
+        (row,) = json.loads(done.stdout)["cases"]
+        whole.append(round(row["whole_samples_per_second"] * row["seconds"]))
+    assert whole == [pytest.approx(128, rel=0.02), pytest.approx(16, rel=0.02)]
+
+
+def test_features_of_the_users_cache_are_neither_read_nor_added_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMHUB_CACHE", str(tmp_path))
+    assert run("--size", "toy", "--case", "frozen").exit_code == 0
+    assert os.environ["MMHUB_CACHE"] == str(tmp_path)
+    assert not (tmp_path / "features").exists()
+
+
+def test_whatever_breaks_a_case_is_a_line_and_ctrl_c_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("mmhub.engine.train", fail)
+    done = run("--size", "toy", "--case", "text")
+    assert done.exit_code == 1
+    assert "text: not measured: RuntimeError: no compiler" in done.stdout
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise Interrupted("stopped", "go on", 130)
+
+    monkeypatch.setattr("mmhub.engine.train", stop)
+    assert isinstance(run("--size", "toy", "--case", "text").exception, Interrupted)
+
+
+def test_a_table_that_cannot_be_written_is_printed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benching, "_measure", lambda case, *args: {"case": case.name, "samples_per_second": 1.0})
+    (tmp_path / "file").touch()
+    done = run("--size", "toy", "--case", "text", "--out", str(tmp_path / "file" / "t.md"))
+    assert isinstance(done.exception, MmhubError)
+    assert "SAMPLES/S" in done.stdout
 
 
 def test_every_case_has_every_size() -> None:

@@ -284,6 +284,13 @@ def test_sharding_keeps_fp32_shards_and_computes_in_bf16_itself(monkeypatch: pyt
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+def test_what_will_be_sharded_stays_contiguous_as_fsdp_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    model = model_of()
+    prepare_model(model, TrainRecipe(parallel="fsdp"), GPU, torch.float32)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
 def test_autocast_is_off_in_fp32() -> None:
     x = torch.randn(2, 2)
     with autocast(CPU, torch.float32):

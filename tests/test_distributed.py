@@ -18,6 +18,7 @@ from mmhub.engine import train
 from mmhub.engine.ranks import Ranks
 from tests.conftest import recipe
 from tests.fake_plugins import ROOT
+from tests.ranks_worker import run_case
 
 WORDS = ["red", "green", "blue", "cat", "dog", "fox", "runs", "sits", "sleeps", "here", "there", "now"]
 
@@ -88,6 +89,28 @@ def valid_loss(out: Path) -> float:
     return [line["valid"]["loss"] for line in map(json.loads, lines) if "valid" in line][-1]
 
 
+def streaming(folder: Path) -> dict[str, Any]:
+    """The recipe of `texts` on a stream of four shards, one epoch."""
+    table = texts(folder)
+    lines = [line.split("\t") for line in (folder / "train.tsv").read_text().splitlines()[1:]]
+    for number in range(4):
+        rows = [json.dumps({"text": text, "label": label}) for text, label in lines[number::4]]
+        (folder / f"shard-{number}.jsonl").write_text("\n".join(rows) + "\n")
+    table["data"] |= {"train": str(folder / "shard-*.jsonl"), "stream": True, "shuffle_rows": 6}
+    table["train"] |= {"epochs": 1, "max_steps": 30, "batch_size": 4}
+    return table
+
+
+def damaged(table: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same stream with a line in the last shard that is no JSON, which only the rank that reads it can know."""
+    for number in range(4):
+        text = (folder / f"shard-{number}.jsonl").read_text()
+        (folder / f"damaged-{number}.jsonl").write_text(text + "{no json\n" * (number == 3))
+    config = {"labels": ["cat", "none"], "dropout": 0.0}
+    model = table["model"] | {"decoder": {"use": "classification", "config": config}, "tokenizer": {"kind": "byte"}}
+    return table | {"model": model, "data": table["data"] | {"train": str(folder / "damaged-*.jsonl")}}
+
+
 def missing_on_one_rank(tables: Path) -> dict[str, Any]:
     """A recipe whose batches of two rows hold one without a picture and one without a sound, so that each rank lacks
     something in every step."""
@@ -104,12 +127,13 @@ def missing_on_one_rank(tables: Path) -> dict[str, Any]:
     return table
 
 
-def test_two_processes_train_as_one(tables: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one(tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = texts(tmp_path)
     sharded = plain | {"train": plain["train"] | {"parallel": "fsdp"}}
     broken = texts(tmp_path) | {"data": plain["data"] | {"train": str(tmp_path / "broken.tsv")}}
     (tmp_path / "broken.tsv").write_text((tmp_path / "train.tsv").read_text() + "cat\t\n")
     lacking = missing_on_one_rank(tables)
+    streamed = streaming(tmp_path)
     cases = [
         {"recipe": plain, "out": str(tmp_path / "ddp")},
         {"recipe": sharded, "out": str(tmp_path / "fsdp")},
@@ -118,6 +142,11 @@ def test_two_processes_train_as_one(tables: Path, tmp_path: Path) -> None:
         {"recipe": broken, "out": str(tmp_path / "broken")},
         {"recipe": lacking, "out": str(tmp_path / "lacking")},
         {"recipe": lacking | {"train": lacking["train"] | {"parallel": "fsdp"}}, "out": str(tmp_path / "lacking-fsdp")},
+        {"recipe": sharded, "out": str(tmp_path / "in-evaluation"), "stop_in": 1, "stop_rank": 1},
+        {"recipe": sharded, "out": str(tmp_path / "in-evaluation"), "resume": True},
+        {"recipe": streamed, "out": str(tmp_path / "stream"), "stop_at": 3, "stop_rank": 1},
+        {"recipe": streamed, "out": str(tmp_path / "stream"), "resume": True, "stop_at": 4},
+        {"recipe": damaged(streamed, tmp_path), "out": str(tmp_path / "damaged")},
     ]
     first, second = on_ranks(2, cases, tmp_path)
 
@@ -128,7 +157,8 @@ def test_two_processes_train_as_one(tables: Path, tmp_path: Path) -> None:
         assert curve(tmp_path / name) == pytest.approx(expected, rel=1e-4), name
         assert valid_loss(tmp_path / name) == pytest.approx(valid_loss(alone.out), rel=1e-4), name
     assert first[0]["metrics"]["accuracy"] == pytest.approx(alone.metrics["accuracy"])
-    assert second[0] == {"steps": 10, "metrics": {}}, "the first process alone describes the model"
+    assert second[0]["steps"] == 10 and not second[0]["metrics"], "the first process alone describes the model"
+    assert sorted(first[0]["rows"] + second[0]["rows"]) == sorted([*range(40)] * 2), "each row once an epoch"
 
     for case, name in ((2, "stopped"), (3, "stopped-fsdp")):
         assert first[case]["exit_code"] == second[case]["exit_code"] == 143, first[case]
@@ -137,9 +167,19 @@ def test_two_processes_train_as_one(tables: Path, tmp_path: Path) -> None:
         train(going_on, tmp_path / name, resume=True)  # one process goes on with what two began
         assert curve(tmp_path / name) == pytest.approx(expected, rel=1e-4), name
 
-    assert first[4] == second[4], "an error on one rank is the error of all"
-    assert "broken.tsv row 41" in first[4]["error"]
+    for case, place in ((4, "broken.tsv row 41"), (11, "damaged-3.jsonl")):
+        assert first[case]["error"] == second[case]["error"], "an error on one rank is the error of all"
+        assert place in first[case]["error"]
     assert first[5]["steps"] == first[6]["steps"] == 4, "a rank without a modality takes part"
+
+    assert first[7]["exit_code"] == 143 and first[8]["steps"] == 10
+    assert curve(tmp_path / "in-evaluation") == pytest.approx(expected, rel=1e-4)
+
+    assert first[9]["exit_code"] == first[10]["exit_code"] == 143
+    monkeypatch.setenv("RANK", "0")
+    last = run_case({"recipe": streamed, "out": str(tmp_path / "stream"), "resume": True})  # on one process
+    seen = [row for case in (9, 10) for rank in (first, second) for row in rank[case]["rows"]] + last["rows"]
+    assert len(seen) == len({*seen}) == 40 and last["rows"], "each row of a stream once an epoch"
 
 
 @pytest.mark.slow

@@ -46,8 +46,10 @@ def weights(out: Path) -> str:
     return hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def stopped(table: dict[str, Any], out: Path, step: int) -> Interrupted:
-    """Train, with SIGTERM in the middle of an optimizer step."""
+def stopped(
+    table: dict[str, Any], out: Path, step: int = 0, *, evaluation: int = 0, resume: bool = False
+) -> Interrupted:
+    """Train, with SIGTERM in the middle of an optimizer step, or as the first evaluation begins."""
     count = 0
     real = Reporter.step
 
@@ -58,10 +60,19 @@ def stopped(table: dict[str, Any], out: Path, step: int) -> Interrupted:
         if count == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    evaluate = loop.evaluate
+
+    def on_evaluate(*args: Any, **options: Any) -> Any:
+        if evaluation == 1 or out.joinpath("metrics.jsonl").read_text().count('"valid"') == evaluation - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **options)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Reporter, "step", on_step)
+        if evaluation:
+            patch.setattr(loop, "evaluate", on_evaluate)
         with pytest.raises(Interrupted) as caught:
-            train(table, out)
+            train(table, out, resume=resume)
     return caught.value
 
 
@@ -85,6 +96,19 @@ def test_an_interrupted_run_ends_in_the_same_bytes_whatever_its_batches(
         assert result.steps == whole.steps
         assert weights(run) == weights(whole.out)
         assert curve(run) == curve(whole.out)
+
+
+def test_a_resumed_stream_may_stop_where_an_epoch_ends(tmp_path: Path) -> None:
+    table = noisy(tmp_path)
+    shards(tmp_path)
+    table["data"] |= {"train": str(tmp_path / "shard-*.parquet"), "stream": True, "shuffle_rows": 16}
+    table["train"] |= {"eval_every": 0, "epochs": 3}
+    whole, run = train(table, tmp_path / "whole"), tmp_path / "run"
+    stopped(table, run, 2)
+    for evaluation in (1, 2):  # each ends an epoch, and stops before the next has begun
+        stopped(table, run, evaluation=evaluation, resume=True)
+    assert train(table, run, resume=True).steps == whole.steps
+    assert weights(run) == weights(whole.out)
 
 
 def test_batches_of_tokens_hold_more_short_rows_than_long_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -440,6 +440,40 @@ def test_a_set_that_is_in_use_is_never_removed() -> None:
     assert not path.exists()
 
 
+def test_nothing_is_removed_for_what_would_not_fit_even_then() -> None:
+    store = opened(frozen(), rows_of(LINES))
+    idle = opened(frozen(), rows_of(["1", "2"])).path
+    held = next(one.size for one in feature_sets() if one.path == store.path)
+    assert not make_room(10, held + 5)
+    assert idle.exists()
+    assert make_room(10, held + 10)
+    assert not idle.exists()
+
+
+def test_only_a_folder_with_the_name_of_a_set_is_taken_for_one() -> None:
+    folders = [features_folder() / name for name in ("backup", "data", "f" * 31)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    assert make_room(0, 0)
+    assert feature_sets() == []
+    assert all(folder.is_dir() for folder in folders)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such lock")
+def test_a_set_is_claimed_through_a_descriptor_open_for_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    path, modes = opened(frozen(), rows_of(LINES)).path, []
+
+    def flock(file: int, kind: int) -> None:
+        if kind & fcntl.LOCK_EX:
+            modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert remove_set(path)
+    assert modes == [os.O_RDWR], "an exclusive lock over NFS needs it"
+
+
 def test_a_set_beyond_the_limit_is_not_kept_and_says_so() -> None:
     lines: list[str] = []
     model = frozen()
@@ -530,7 +564,7 @@ def test_a_kill_in_the_middle_leaves_no_set_and_the_next_run_cleans_up() -> None
 
 
 def test_what_a_killed_run_of_other_data_left_goes_after_a_day() -> None:
-    old, new = (features_folder() / f".{key}.elsewhere.12345.tmp" for key in ("aaaa", "bbbb"))
+    old, new = (features_folder() / f".{key}.elsewhere.12345.tmp" for key in ("a" * 32, "b" * 32))
     for folder in (old, new):
         folder.mkdir(parents=True)
     os.utime(old, (time.time() - 100_000,) * 2)
@@ -588,6 +622,50 @@ def test_what_stops_one_process_stops_all() -> None:
     assert [str(result) for result in results] == [
         "the given rows row 9, column 'x': 'bad' is no list of numbers; fix the row, or set data.on_error = \"skip\""
     ] * 2
+
+
+@pytest.mark.parametrize("failing", ["mkdir", "write_text"])
+def test_a_leader_that_cannot_write_turns_features_off_for_all(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = getattr(Path, failing)
+
+    def full(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if ".tmp" in str(self):
+            raise OSError(28, "No space left on device")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, failing, full)
+    models, lines = [frozen(), frozen()], [[], []]  # type: ignore[var-annotated]
+    results = _two_ranks(
+        lambda r: open_features(models[r.rank], rows_of(LINES), {"numbers": "x"}, ranks=r, say=lines[r.rank].append)
+    )
+    assert results == [{}, {}]
+    for said in lines:
+        assert "cannot be written (No space left on device); its frozen encoder runs every epoch" in said[-1]
+    assert list(features_folder().iterdir()) == []
+
+
+def test_a_set_that_vanishes_at_once_turns_features_off_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Vanished(FeatureStore):
+        def __init__(self, path: Path, *, check: bool = False) -> None:
+            shutil.rmtree(path, ignore_errors=True)
+            super().__init__(path, check=check)
+
+    monkeypatch.setattr(module, "FeatureStore", Vanished)
+    models = [frozen(), frozen()]
+    results = _two_ranks(lambda ranks: open_features(models[ranks.rank], rows_of(LINES), {"numbers": "x"}, ranks=ranks))
+    assert results == [{}, {}]
+
+
+def test_progress_is_shown_by_the_first_process_alone() -> None:
+    shown: list[int] = []
+
+    def progress(parts: Any, total: int) -> Any:
+        shown.append(total)
+        yield from parts
+
+    models = [frozen(), frozen()]
+    _two_ranks(lambda r: opened(models[r.rank], rows_of(LINES), batch_size=2, ranks=r, progress=progress))
+    assert shown == [2]
 
 
 # -- the command ------------------------------------------------------------------------------------------------

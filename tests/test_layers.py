@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,6 +214,15 @@ def test_the_kernel_for_half_precision_is_given_what_it_asks_for(causal: bool, m
     assert options == {"window_size": (-1, 0 if causal else -1)}
     packed_attention(q, q, q, [2, 3], causal=causal, scale=0.5)
     assert calls[1][-1]["scale"] == 0.5
+
+
+@pytest.mark.parametrize(("capability", "has"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_an_older_gpu_has_no_kernel_for_packed_attention(
+    capability: tuple[int, int], has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    query: Any = SimpleNamespace(shape=(5, 2, 8), dtype=torch.float16, is_cuda=True, device="cuda:0")
+    assert packing._has_kernel(query, 0.0) is has
 
 
 def test_the_example_in_the_documentation_runs() -> None:

@@ -155,7 +155,7 @@ def measured(rows: Any, processor: Any, **options: Any) -> Lengths:
 
 def test_lengths_are_positions_and_tokens_by_row(tmp_path: Path) -> None:
     cells = ["1 2 3", None, ["1", "2 3"], "two", "", "7"]
-    for rows in (open_rows([{"x": cell} for cell in cells]), [{"x": cell} for cell in cells]):
+    for rows in (open_rows([{"x": cell} for cell in cells]), list(enumerate({"x": cell} for cell in cells))):
         known = measured(rows, Numbers())
         assert known.positions["numbers"].tolist() == [3, 0, 3, 0, 0, 1]
         assert known.tokens["numbers"].tolist() == [6, 0, 6, 0, 0, 2]
@@ -166,7 +166,7 @@ def test_lengths_are_positions_and_tokens_by_row(tmp_path: Path) -> None:
 def test_progress_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lengths_module, "_EVERY", 4)
     told: list[tuple[int, int]] = []
-    measured([{"x": "1"}] * 10, Numbers(), progress=lambda done, total: told.append((done, total)))
+    measured([(i, {"x": "1"}) for i in range(10)], Numbers(), progress=lambda done, total: told.append((done, total)))
     assert told == [(0, 10), (4, 10), (8, 10), (10, 10)]
 
 
@@ -286,8 +286,25 @@ def test_measuring_obeys_the_policy_and_fetches_nothing(tmp_path: Path, monkeypa
         {"x": flac(1)},
         {"x": "gone.flac"},
     ]
-    known = measure_rows(rows, {"audio": processor}, {"audio": Whole()}, {"audio": "x"}, Policy(urls=True))
+    known = measure_rows(
+        list(enumerate(rows)), {"audio": processor}, {"audio": Whole()}, {"audio": "x"}, Policy(urls=True)
+    )
     assert known.positions["audio"].tolist() == [0, 1600, 1600, 0]
+
+
+def test_relative_paths_in_rows_of_a_stream_start_from_their_own_folder(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "x.flac").write_bytes(flac(1))
+    processor = AudioProcessor(AudioProcessor.Config(sample_rate=8000))
+    known = measure_rows(
+        [(7, {"x": "x.flac"}), (9, {"x": "x.flac"})],
+        {"audio": processor},
+        {"audio": Whole()},
+        {"audio": "x"},
+        folder={7: tmp_path / "a", 9: tmp_path / "b"}.get,
+    )
+    assert known.positions["audio"].tolist() == [1600, 0]
 
 
 def raise_input() -> Any:

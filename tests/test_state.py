@@ -629,6 +629,22 @@ def test_a_rank_that_cannot_write_fails_them_all_with_its_reason(
     assert names(tmp_path) == []
 
 
+def test_where_two_ranks_fail_the_first_ones_own_reason_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_pieces(monkeypatch)
+
+    def fail(self: Checkpoints, *args: Any) -> None:
+        raise MmhubError(f"reason of {self.ranks.rank}")
+
+    monkeypatch.setattr(Checkpoints, "_write_shard", fail)
+    model, optimizer = trained(1)
+    errors = on_threads(
+        2, lambda ranks: Checkpoints(tmp_path, 2, ranks).save(model, optimizer, Position(step=1), wait=True)
+    )
+    assert [error.message for error in errors] == ["reason of 0"] * 2
+
+
 def test_a_rank_that_never_writes_is_named_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_pieces(monkeypatch)
     real = Checkpoints._write_shard

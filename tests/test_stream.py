@@ -13,7 +13,8 @@ import tarfile
 import threading
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,16 @@ import pytest
 import zstandard
 
 from mmhub.config import DataRecipe, MixRecipe
+from mmhub.data import hub_files
 from mmhub.data import stream as stream_module
 from mmhub.data import windows as windows_module
-from mmhub.data.addresses import File, expand_braces
-from mmhub.data.lanes import Lane, Place, Unit, deal, scramble
+from mmhub.data.addresses import File, expand_braces, shown_address
+from mmhub.data.hub_files import hub_split_files
+from mmhub.data.lanes import Lane, Place, Unit, batch_shares, deal, scramble
+from mmhub.data.parts import brief, without_secrets
+from mmhub.data.shards import ParquetShard, find_shards
 from mmhub.data.stream import Stream, join_states, open_stream, wants_stream
-from mmhub.data.windows import Window, ahead, weight
+from mmhub.data.windows import Cut, Numbered, Window, ahead, weight
 from mmhub.errors import InputError, NetworkError, NotFoundError, UsageError
 
 Row = dict[str, Any]
@@ -92,10 +97,10 @@ def mixed(sources: Sequence[tuple[Any, float]], **options: Any) -> Stream:
     return open_stream(DataRecipe(mix=[MixRecipe(source=s, weight=w) for s, w in sources], **options), None)
 
 
-def cut_of(size: int) -> Callable[[list[Row], int], list[list[int]]]:
+def cut_of(size: int) -> Cut:
     """Batches of `size` rows in a random order."""
 
-    def cut(rows: list[Row], seed: int) -> list[list[int]]:
+    def cut(rows: list[Numbered], seed: int) -> list[list[int]]:
         batches = [list(range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)]
         random.Random(seed).shuffle(batches)
         return batches
@@ -235,7 +240,7 @@ def test_a_window_is_bounded_in_bytes_too(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "one.jsonl").write_bytes(shard_bytes(".jsonl", [row(0)] * 9))
     sizes: list[int] = []
 
-    def cut(rows: list[Row], seed: int) -> list[list[int]]:
+    def cut(rows: list[Numbered], seed: int) -> list[list[int]]:
         sizes.append(len(rows))
         return [list(range(len(rows)))]
 
@@ -261,14 +266,83 @@ def test_parquet_row_groups_are_shared_out_when_files_are_few(tmp_path: Path) ->
 def test_units_are_dealt_evenly_and_never_twice() -> None:
     for sizes in ([1] * 12, [9, 1, 1, 1, 1, 1, 1, 1, 1, 1], list(range(1, 30))):
         for lanes in (1, 2, 3):
-            dealt, striped = deal(sizes, lanes, key=7)
+            dealt, striped = deal(sizes, [4] * lanes, key=7)
             assert not striped
             assert sorted(i for lane in dealt for i in lane) == list(range(len(sizes)))
             shares = [sum(sizes[i] for i in lane) for lane in dealt]
             assert max(shares) <= 1.5 * sum(sizes) / lanes
-    assert deal([1, 1], 3, key=7)[1], "one rank would have nothing"
-    assert deal([100, 1, 1], 2, key=7)[1], "one rank would have nearly all"
-    assert deal([1] * 9, 2, key=7) != deal([1] * 9, 2, key=8)
+    assert deal([1, 1], [1] * 3, key=7)[1], "one rank would have nothing"
+    assert deal([100, 1, 1], [1, 1], key=7)[1], "one rank would have nearly all"
+    assert deal([1] * 9, [1, 1], key=7) != deal([1] * 9, [1, 1], key=8)
+
+
+# How many batches.
+
+
+def counted(stream: Stream, batch_size: int, world: int) -> list[list[int]]:
+    """The rows of the batches that each rank gets in an epoch."""
+    return [
+        [
+            len(rows)
+            for rows, _ in stream.batches(
+                0,
+                seed=5,
+                rank=rank,
+                world=world,
+                cut=lambda pairs, seed, share=share: [  # type: ignore[misc]
+                    list(range(i, min(i + share, len(pairs)))) for i in range(0, len(pairs), share)
+                ],
+                batch_size=batch_size,
+            )
+        ]
+        for rank, share in enumerate(batch_shares(batch_size, world))
+    ]
+
+
+@pytest.mark.parametrize("sizes", [(11, 3, 17, 1, 8), (40,), (30, 3)])
+@pytest.mark.parametrize(("batch_size", "world"), [(4, 1), (6, 2), (3, 2), (8, 3), (7, 3), (1, 2)])
+@pytest.mark.parametrize("window", [1, 7, 1000])
+def test_only_the_last_batch_of_a_rank_is_smaller_and_their_number_is_known(
+    tmp_path: Path, sizes: tuple[int, ...], batch_size: int, world: int, window: int
+) -> None:
+    stream = opened(write_shards(tmp_path, ".parquet", sizes), shuffle_rows=window)
+    got = counted(stream, batch_size, world)
+    assert sum(map(sum, got)) == sum(sizes)
+    shares = batch_shares(batch_size, world)
+    assert sum(shares) == max(batch_size, world)
+    for share, batches in zip(shares, got, strict=True):
+        assert set(batches[:-1]) <= {share}
+    assert stream.batches_known(batch_size, world, 0, 5) == max(map(len, got))
+
+
+def test_windows_hold_whole_batches_where_bytes_bound_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows_module, "WINDOW_BYTES", 3 * weight(row(0)))
+    stream = opened(write_shards(tmp_path, sizes=(22,)))
+    assert counted(stream, 4, 1) == [[4, 4, 4, 4, 4, 2]]
+
+
+def test_the_number_of_batches_is_unknown_where_that_of_rows_is(tmp_path: Path) -> None:
+    assert opened(write_shards(tmp_path)).batches_known(4, 2, 0, 5) is None
+
+
+def test_the_number_of_batches_of_a_mix_is_what_its_weights_lead_to_expect(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    a, b = write_shards(tmp_path / "a", ".parquet", [3000]), write_shards(tmp_path / "b", ".parquet", [400])
+    stream = mixed([(a, 3.0), (b, 1.0)])
+    assert stream.batches_known(10, 1, 0, 5) == 400
+    assert 380 < len(counted(stream, 10, 1)[0]) < 420
+
+
+def test_a_window_is_read_again_as_it_was_whatever_the_batches_now(tmp_path: Path) -> None:
+    stream = opened(write_shards(tmp_path), shuffle_rows=9)
+
+    def batches(size: int, state: Any) -> Any:
+        return stream.batches(0, seed=5, rank=0, world=1, cut=cut_of(size), batch_size=size, state=state)
+
+    first, state = next(batches(5, None))
+    after = [rows for rows, _ in batches(4, json.loads(json.dumps(state)))]
+    assert sorted(i for rows in [first, *after] for i in ids(rows)) == numbers(40)
 
 
 def test_a_state_of_other_shards_or_another_epoch_is_refused(tmp_path: Path) -> None:
@@ -312,7 +386,11 @@ def test_each_pass_has_its_own_order() -> None:
     units = [Unit(i, i, None, 0, 1) for i in range(20)]
     rows: list[tuple[int, Row]] = [(0, {})]
     lane = Lane(
-        [(units, 9.0), ([units[0]] * 20, 1.0)], lambda unit, start: iter(rows[start:]), key=(1, 0), lane=0, lanes=1
+        [(units, 9.0), ([units[0]] * 20, 1.0)],
+        lambda unit, start, aloud: iter(rows[start:]),
+        key=(1, 0),
+        lane=0,
+        shares=[1],
     )
     order = [number >> 32 for number, _ in lane]
     passes = [[i for i in order if i][k * 19 : k * 19 + 19] for k in (0, 1)]
@@ -361,10 +439,10 @@ def test_weights_are_positive(tmp_path: Path, weight: float) -> None:
 def test_a_draw_is_fair() -> None:
     units = [Unit(i, i, None, 0, 1) for i in range(2)]
 
-    def endless(unit: Unit, start: int) -> Iterator[tuple[int, Row]]:
+    def endless(unit: Unit, start: int, aloud: bool) -> Iterator[tuple[int, Row]]:
         yield from ((i, {}) for i in range(start, 10**6))
 
-    lane = Lane([([units[0]], 1.0), ([units[1]], 4.0)], endless, key=(1, 0), lane=0, lanes=1)
+    lane = Lane([([units[0]], 1.0), ([units[1]], 4.0)], endless, key=(1, 0), lane=0, shares=[1])
     drawn = Counter(number >> 32 for number, _ in zip(range(5000), lane, strict=False) for number in [_[0]])
     assert 0.78 < drawn[1] / 5000 < 0.82
     assert len({scramble(a, b) for a in range(50) for b in range(50)}) == 2500
@@ -543,6 +621,38 @@ def test_a_bad_line_costs_itself_only(tmp_path: Path, capsys: pytest.CaptureFixt
     assert sorted(flat(run(opened(str(tmp_path / "a.tsv"), on_error="skip"))[0])) == ["0", "2"]
 
 
+def test_each_skipped_line_is_told_once_and_counted_also_after_a_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps(row(i)) for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:3], "{bad", *lines[3:], "{worse"]) + "\n")
+    (tmp_path / "b.jsonl").write_text("")
+
+    def streams() -> list[Stream]:
+        return [opened(str(tmp_path / "*.jsonl"), on_error="skip", shuffle_rows=4) for _ in range(2)]
+
+    ranks = streams()
+    batches = [s.batches(0, seed=5, rank=r, world=2, cut=cut_of(4)) for r, s in enumerate(ranks)]
+    states = [[json.loads(json.dumps(state)) for _, state in part] for part in batches]
+    assert sum(stream.skipped for stream in ranks) == 3
+    told = capsys.readouterr().err.splitlines()
+    assert [sum(word in line for line in told) for word in ("empty", "line 4 ", "line 22")] == [1, 1, 1]
+    assert len(told) == 3
+    for stop in range(3):
+        again, state = streams(), join_states([part[stop] for part in states])
+        for rank, stream in enumerate(again):
+            list(stream.batches(0, seed=5, rank=rank, world=2, cut=cut_of(4), state=state))
+        assert sum(stream.skipped for stream in again) == 3, stop
+
+
+def test_a_resumed_shard_that_disagrees_is_not_placed_after_a_row(tmp_path: Path) -> None:
+    write_shards(tmp_path, ".csv", (3, 3))
+    (tmp_path / "s1.csv").write_text("id,txt\n3,x\n4,y\n")
+    stream = opened(str(tmp_path / "s*.csv"))
+    with pytest.raises(InputError, match="it has id, txt$"):
+        next(stream._read(stream._units[1], 1, True))
+
+
 def test_shards_that_disagree_are_an_error(tmp_path: Path) -> None:
     write_shards(tmp_path, ".csv", (3, 3))
     (tmp_path / "s1.csv").write_text("id,txt\n3,x\n")
@@ -602,6 +712,39 @@ def test_the_fingerprint_names_every_file_by_its_hash(tmp_path: Path, monkeypatc
     assert str(tmp_path) not in json.dumps(found)
 
 
+def test_the_fingerprint_is_that_of_the_files_when_it_was_first_asked_for(tmp_path: Path) -> None:
+    stream, late = opened(write_shards(tmp_path, ".csv", (4, 4))), opened(str(tmp_path / "s*.csv"))
+    found = stream.fingerprint()
+    (tmp_path / "s0.csv").unlink()
+    assert stream.fingerprint() == stream.only(["id"]).fingerprint() == found
+    assert late.fingerprint()["files"][0]["note"] == "cannot read 's0.csv': No such file or directory"
+    assert late.fingerprint()["files"][1] == found["files"][1]
+
+
+SECRETS = [
+    ("https://ada:pw@host/a.tar", "https://host/a.tar"),
+    ("https://ada@host:80/a.tar?sig=S", "https://host:80/a.tar"),
+    ("http://host:8080/x@y/a.tar?SECRET", "http://host:8080/x@y/a.tar"),
+    ("simplecache::https://u:p@h/x?sig=S", "simplecache::https://h/x"),
+    ("zip://a.csv::https://u:p@h/x.zip?sig=S", "zip://a.csv::https://h/x.zip"),
+    ("abfs://box/a.tar?sv=2024&sig=S", "abfs://box/a.tar"),
+    ("s3://key:sec/ret@bucket/a.tar", "s3://bucket/a.tar"),
+    ("s3://key:p@ss@bucket/part-?.tar", "s3://bucket/part-?.tar"),
+    ("hf://datasets/org/set@main/a?.tar", "hf://datasets/org/set@main/a?.tar"),
+    (
+        "Max retries exceeded with url: /x?X-Amz-Signature=S (Caused by)",
+        "Max retries exceeded with url: /x (Caused by)",
+    ),
+    ("404, url='https://u:p@h/x?sig=S&b=S'", "404, url='https://h/x'"),
+    ("org/set@main#en:train", "org/set@main#en:train"),
+]
+
+
+@pytest.mark.parametrize(("text", "shown"), SECRETS)
+def test_logins_and_signatures_are_shown_nowhere(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown_address(text) == brief(ValueError(text)) == shown
+
+
 def test_recipes_that_want_a_stream() -> None:
     assert wants_stream(DataRecipe(train="a.csv", stream=True))
     assert wants_stream(DataRecipe(mix=[MixRecipe(source="a.csv")]))
@@ -639,6 +782,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no file matches"):
         opened(str(tmp_path / "*.parquet"))
     assert expand_braces("a{008..011}{x,y}.tar")[::3] == ["a008x.tar", "a009y.tar", "a011x.tar"]
+    assert expand_braces("a{b,{c,d{1..2}}}") == ["ab", "ac", "ad1", "ad2"]
     with pytest.raises(UsageError, match="more than 100,000 files"):
         expand_braces("a{0..9999}{0..99}")
 
@@ -671,6 +815,51 @@ def test_shards_behind_an_address_are_read_in_place(memory: Any, ending: str) ->
     assert files[0]["created"]
     with pytest.raises(NotFoundError, match=r"no file 'memory://set/x\.csv'"):
         opened("memory://set/x.csv")
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+@pytest.mark.parametrize(("ending", "change"), [(".tar", b"\xff"), (".tar.zst", b"\xff"), (".tar.gz", b"\xff")])
+def test_damage_within_a_tar_is_skipped_wherever_it_is(
+    tmp_path: Path, memory: Any, where: str, ending: str, change: bytes
+) -> None:
+    rows = [{"id": str(i), "text": random.Random(i).randbytes(3000).hex()} for i in range(400)]
+    data = bytearray(shard_bytes(ending, rows))
+    if ending == ".tar":
+        data[len(data) // 1024 // 8 * 4096 :] = change * 512 * 20  # where a header would be, or its member's middle
+    else:
+        data[len(data) // 2 : len(data) // 2 + 4000] = change * 4000
+    memory.pipe(f"/t{ending}", bytes(data))
+    (tmp_path / f"t{ending}").write_bytes(data)
+    source = f"memory://t{ending}" if where == "memory" else str(tmp_path / f"t{ending}")
+    with pytest.raises(InputError, match="is not a readable tar|is damaged"):
+        list(opened(source))
+    stream = opened(source, on_error="skip")
+    assert 0 < len(flat(run(stream)[0])) < 400
+    assert stream.skipped == 1
+
+
+def test_a_tar_header_that_is_rubbish_is_damage_and_no_matter_of_the_network(memory: Any) -> None:
+    memory.pipe("/t.tar", b"rubbish" * 400)
+    with pytest.raises(InputError, match="is not a readable tar"):
+        list(opened("memory://t.tar"))
+
+
+def test_a_file_elsewhere_whose_size_is_not_told_is_not_empty(memory: Any) -> None:
+    memory.pipe("/t.parquet", shard_bytes(".parquet", [row(0)]))
+    (shard,) = find_shards("memory://t.parquet", None, None)
+    assert list(ParquetShard(replace(shard.file, size=0)).rows()) == [row(0)]
+
+
+def test_the_hub_is_not_read_through_another_file_system(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    with pytest.raises(UsageError, match="chains hf:// to something else"):
+        opened("simplecache::hf://datasets/org/set/a.csv")
+
+
+def test_parallel_text_on_the_hub_obeys_offline_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmhub.data.hub_files.is_offline", lambda: True)
+    with pytest.raises(NetworkError, match="offline mode is on"):
+        opened({"source": "hf://datasets/org/set/a.en", "target": "hf://datasets/org/set/a.de"})
 
 
 def test_a_local_address_is_a_local_path(tmp_path: Path) -> None:
@@ -707,6 +896,29 @@ def test_a_broken_connection_is_tried_again_where_it_broke(memory: Any, monkeypa
     broken["left"] = 99
     with pytest.raises(NetworkError, match=r"cannot read 'memory://.*set/a\.jsonl': connection reset"):
         run(stream)
+
+
+def test_a_connection_may_break_any_number_of_times_if_rows_came_between(
+    memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.pipe("/set/a.jsonl", shard_bytes(".jsonl", [row(i) for i in range(60)]))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    opens = [0]
+
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() > 400 * opens[0]:
+                raise RuntimeError("connection reset")
+            return super().read(200)
+
+    def open_file(file: File) -> Broken:
+        opens[0] += 1
+        return Broken(memory.cat("/set/a.jsonl"))
+
+    stream = opened("memory://set/a.jsonl")
+    monkeypatch.setattr(File, "open", open_file)
+    assert sorted(flat(run(stream)[0])) == numbers(60)
+    assert opens[0] > 4
 
 
 def upload(hub: str, files: dict[str, bytes], repo: str = "org/set") -> None:
@@ -746,6 +958,39 @@ def test_a_data_set_on_the_hub_is_streamed_at_one_commit(hub: str) -> None:
 
 
 @pytest.mark.usefixtures("client")
+def test_a_run_goes_on_after_a_commit_that_left_its_files_alone(hub: str) -> None:
+    upload(hub, {f"data/train-{k}.jsonl": shard_bytes(".jsonl", [row(k)] * 20) for k in range(3)}, "org/live")
+    whole, _ = run(opened("hub:org/live"))
+    before, state = run(opened("hub:org/live"), stop=2)
+    upload(hub, {"notes.md": b"# News"}, "org/live")
+    after, _ = run(opened("hub:org/live"), state=state)
+    assert before[0] + after[0] == whole[0]
+    upload(hub, {"data/train-1.jsonl": shard_bytes(".jsonl", [row(5)] * 20)}, "org/live")
+    with pytest.raises(UsageError, match="have changed since this run was saved"):
+        run(opened("hub:org/live"), state=state)
+
+
+def test_the_configurations_of_the_hubs_parquet_copy_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = [f"{config}/{split}/0000.parquet" for config in ("en", "fr") for split in ("train", "test")]
+    found = {path: {"size": 1, "type": "file"} for path in there}
+    listings = {"main": {}, "refs/convert/parquet": found}
+    filesystem = type("Files", (), {"unstrip_protocol": lambda self, path: path})()
+    monkeypatch.setattr(hub_files, "_open", lambda repo, revision: (filesystem, revision or "main", "c"))
+    monkeypatch.setattr(hub_files, "_listing", lambda filesystem, root, repo: listings[root])
+    monkeypatch.setattr(hub_files, "_card_patterns", lambda *given: [])
+    with pytest.raises(UsageError, match="'org/set' has configurations en, fr; name one: hub:org/set#en"):
+        hub_split_files("org/set", None, None, "train")
+    assert [f.name for f in hub_split_files("org/set", None, "fr", "train")] == ["org/set/fr/train/0000.parquet"]
+    with pytest.raises(NotFoundError, match="no configuration 'de'; it has en, fr"):
+        hub_split_files("org/set", None, "de", "train")
+    del found["en/train/0000.parquet"], found["en/test/0000.parquet"]
+    assert [f.name for f in hub_split_files("org/set", None, None, "train")] == ["org/set/fr/train/0000.parquet"]
+    found["default/train/0000.parquet"] = {"size": 1, "type": "file"}
+    names = [f.name for f in hub_split_files("org/set", None, None, "train")]
+    assert names == ["org/set/default/train/0000.parquet"]
+
+
+@pytest.mark.usefixtures("client")
 def test_the_card_of_a_data_set_says_which_files_are_a_split(hub: str) -> None:
     card = """---
 configs:
@@ -767,6 +1012,19 @@ configs:
 
 
 # Threads, processes, memory.
+
+
+def test_a_window_is_cut_knowing_the_numbers_of_its_rows(tmp_path: Path) -> None:
+    stream = opened(write_shards(tmp_path))
+    seen: list[tuple[str, Any, str]] = []
+
+    def cut(rows: list[Numbered], seed: int) -> list[list[int]]:
+        seen.extend((stream.where(number), stream.folder(number), found["id"]) for number, found in rows)
+        return [list(range(len(rows)))]
+
+    list(stream.batches(0, seed=0, rank=0, world=1, cut=cut))
+    assert len(seen) == 40
+    assert ("s1.jsonl row 1", tmp_path, "11") in seen
 
 
 def test_one_item_is_made_ahead_and_no_more() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -11,9 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tomlkit
 import torch
 
 from mmhub.batch import Batch, Encoded, Items
+from mmhub.data.sources import open_rows
 from mmhub.engine import meter as metering
 from mmhub.engine import report as reporting
 from mmhub.engine import train
@@ -422,7 +425,7 @@ def page_of(folder: Path) -> Tags:
 
 
 def test_the_page_tells_the_run_and_needs_nothing_else(tmp_path: Path, model: Model) -> None:
-    (tmp_path / "recipe.toml").write_text('task = "classification"  # <script>alert(1)</script> & more\n')
+    (tmp_path / "recipe.toml").write_text('task = "<script>alert(1)</script> & more"\n')
     facts = {
         "seconds": 3725.0, "seed": 7, "versions": {"torch": "2"}, "code": {"commit": "abc"},
         "data": {"train": {"rows": 48, "files": [{"name": "a<b>.csv", "sha256": "f" * 64}]}},
@@ -457,6 +460,62 @@ def test_the_page_of_an_interrupted_and_resumed_run_says_so(tmp_path: Path, mode
     assert "resumed" in page.text
     assert "interrupted at step 4; saved" in page.text, "among the sessions"
     assert 'class="mark"' in (tmp_path / "report.html").read_text()
+
+
+def test_nothing_secret_leaves_with_the_page_or_a_tracker(
+    tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder, seen = tmp_path / "run", []
+    folder.mkdir()
+    recipe = {
+        "data": {
+            "train": ["https://ada:pw@host/a.tar?X-Amz-Signature=abc", "sql:/srv/ada/sales.db"],
+            "valid": str(tmp_path / "x" / "valid.csv"), "columns": {"a": str(folder / "b" / "c.csv")},
+        }
+    }  # fmt: skip
+    (folder / "recipe.toml").write_text(tomlkit.dumps(recipe))
+    raw = (folder / "recipe.toml").read_bytes()
+    tracker = SimpleNamespace(on_start=seen.append, on_end=lambda run: None)
+    monkeypatch.setattr(reporting, "hook_items", lambda name, run: [("mmhub-fake", tracker)])
+    reporter = Reporter(TrainRun(folder, recipe, 2), quiet=True, step=0, lines=0)
+    reporter.step(1.0)
+    try:
+        raise Interrupted(f"cannot read 's3://key:pw@host/a?sig=abc' for '{tmp_path}/x/valid.csv'", "go on", 130)
+    except Interrupted:
+        reporter.close()
+    for text in ((folder / "sessions.jsonl").read_text(), (folder / "report.html").read_text(), str(seen[0].config)):
+        for secret in ("pw", "abc", "/srv", str(tmp_path)):
+            assert secret not in text, text
+    page = page_of(folder).text
+    for text in ("https://host/a.tar", "sql:sales.db", '"valid.csv"', '"b/c.csv"', "'s3://host/a' for '~/x/valid.csv'"):
+        assert text in page, text
+    assert (folder / "recipe.toml").read_bytes() == raw
+
+
+def test_the_page_of_an_interrupted_run_knows_its_data(tmp_path: Path, model: Model) -> None:
+    (tmp_path / "a.csv").write_text("x,label\n1,2\n")
+    rows = open_rows(str(tmp_path / "a.csv"))
+    facts = run_facts(model, CPU, torch.float32, Ranks(), rows)
+    reporter = Reporter(run_in(tmp_path), quiet=True, step=0, lines=0, facts=facts)
+    reporter.step(1.0)
+    reporter.close()
+    assert hashlib.sha256((tmp_path / "a.csv").read_bytes()).hexdigest() in page_of(tmp_path).text
+    assert "a.csv" in page_of(tmp_path).text
+
+
+def test_data_without_a_sha256_is_told_by_its_other_marks(tmp_path: Path, model: Model) -> None:
+    files = [
+        {"name": "s*.tar", "bytes": 5, "files": 200, "listing_sha256": "e" * 64},
+        {"name": "a.tar", "bytes": 5, "etag": "W/abc"},
+        {"name": "b.tar", "bytes": 5, "modified": "170001"},
+    ]
+    data = {"data": {"train": {"streamed": True, "rows": None, "files": files}}}
+    reporter = Reporter(run_in(tmp_path), quiet=True, step=0, lines=0, facts=data)
+    reporter.step(1.0)
+    reporter.close()
+    for text in ("listing_sha256 " + "e" * 64, "etag W/abc", "modified 170001"):
+        assert text in page_of(tmp_path).text
 
 
 def test_an_exception_that_the_caller_deals_with_is_not_the_runs(tmp_path: Path, model: Model) -> None:
@@ -530,6 +589,14 @@ def test_a_run_shorter_than_its_profile_still_writes_it(tmp_path: Path) -> None:
         profiler.step()
     profiler.close()
     assert {path.name for path in (tmp_path / "profile").iterdir()} == {"trace-1.json", "operations-1.txt"}
+
+
+def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "profile").touch()
+    profiler = Profiler(tmp_path, 1, CPU)
+    for _ in range(WARM_UP + 1):
+        profiler.step()
+    assert "warning: the trace is not written: FileExistsError" in capsys.readouterr().err
 
 
 def test_no_profile_costs_nothing(tmp_path: Path) -> None:

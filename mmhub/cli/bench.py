@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import random
+import shlex
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mmhub.cli.output import emit, json_option, note, quiet_option, table
-from mmhub.errors import MmhubError
+from mmhub.errors import Interrupted, MmhubError, UsageError
+from mmhub.files import write_file
+from mmhub.records import cause
 from mmhub.registry import find_component
 
 if TYPE_CHECKING:
@@ -132,11 +137,14 @@ def bench(
         note(f"{name}: {CASES[name].summary} ...", quiet)
         results[name] = _measure(CASES[name], size or "small", overrides)
     rows = [results[name] for name in names or CASES]
-    facts = _facts(size or "small", overrides, bool(usable))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(_markdown(facts, rows), encoding="utf-8")
+    facts = _facts(size or "small", names, overrides, bool(usable))
     emit(facts | {"cases": rows}, as_json, _human(facts, rows))
+    if out is not None:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_file(out, _markdown(facts, rows))
+        except OSError as error:
+            raise UsageError(f"'{out}' cannot be written: {cause(error)}", "name another file with --out") from None
     if all("problem" in row for row in rows):
         context.exit(1)
 
@@ -155,7 +163,9 @@ def _usable(names: tuple[str, ...], size: str) -> tuple[list[str], dict[str, Tab
     return usable, lacking
 
 
-def _problem(name: str, error: MmhubError) -> Table:
+def _problem(name: str, error: Exception) -> Table:
+    if not isinstance(error, MmhubError):
+        return {"case": name, "problem": cause(error)}
     return {"case": name, "problem": f"{error.message}{f'; {error.hint}' if error.hint else ''}"}
 
 
@@ -166,16 +176,31 @@ def _measure(case: Case, size: str, overrides: tuple[str, ...]) -> Table:
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory(prefix="mmhub-bench-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="mmhub-bench-") as temporary, _cache_in(temporary):
         folder = Path(temporary)
         try:
             recipe = _recipe(case, size, folder)
             start = time.perf_counter()
             result = train(recipe, folder / "run", overrides=overrides)
             seconds = time.perf_counter() - start
-        except MmhubError as error:
+            return {"case": case.name} | _figures(result, case.rows[size], seconds)
+        except Interrupted:
+            raise
+        except Exception as error:  # a compiler or a library, say; the other cases are still worth their time
             return _problem(case.name, error)
-        return {"case": case.name} | _figures(result, case.rows[size] * recipe["train"]["epochs"], seconds)
+
+
+@contextmanager
+def _cache_in(folder: str) -> Iterator[None]:
+    """Keep features in `folder`, so that none of an earlier run are found, and none stay."""
+    before = os.environ.get("MMHUB_CACHE")
+    os.environ["MMHUB_CACHE"] = os.path.join(folder, "cache")
+    try:
+        yield
+    finally:
+        del os.environ["MMHUB_CACHE"]
+        if before is not None:
+            os.environ["MMHUB_CACHE"] = before
 
 
 def _recipe(case: Case, size: str, folder: Path) -> Table:
@@ -226,24 +251,27 @@ def _write(path: Path, rows: list[Table]) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def _figures(result: TrainResult, samples: int, seconds: float) -> Table:
-    speeds = list(_speeds(result.out))
+def _figures(result: TrainResult, rows: int, seconds: float) -> Table:
+    lines = list(_lines(result.out))
+    speeds = [line["speed"] for line in lines]
     speeds = speeds[1:] or speeds  # the first holds what happens once
     keys = [key for key in _COLUMNS if any(key in speed for speed in speeds)]
     found = {key: statistics.median(speed[key] for speed in speeds if key in speed) for key in keys}
-    found["whole_samples_per_second"] = samples / seconds
+    epochs = lines[-1]["epoch"] / lines[-1]["step"] * result.steps if lines else 0.0
+    found["whole_samples_per_second"] = epochs * rows / seconds
     rounded: Table = {key: float(f"{value:.5g}") for key, value in found.items()}
     return rounded | {"steps": result.steps, "seconds": round(seconds, 2)}
 
 
-def _speeds(folder: Path) -> Iterator[dict[str, float]]:
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        speed = json.loads(line).get("speed")
-        if speed:
-            yield speed
+def _lines(folder: Path) -> Iterator[Table]:
+    """The log lines with a speed."""
+    for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        if line.get("speed"):
+            yield line
 
 
-def _facts(size: str, overrides: tuple[str, ...], measured: bool) -> Table:
+def _facts(size: str, names: tuple[str, ...], overrides: tuple[str, ...], measured: bool) -> Table:
     from datetime import UTC, datetime
     from importlib.metadata import PackageNotFoundError, version
 
@@ -258,13 +286,25 @@ def _facts(size: str, overrides: tuple[str, ...], measured: bool) -> Table:
         from mmhub.engine.provenance import hardware as describe
 
         hardware = describe()
+    chosen = [("--size", size), *(("--case", name) for name in names), *(("--set", change) for change in overrides)]
     return {
         "size": size,
         "set": list(overrides),
+        "command": shlex.join(["mmhub", "bench", *(word for pair in chosen for word in pair)]),
+        "commit": _commit(),
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "hardware": hardware,
         "versions": versions,
     }
+
+
+def _commit() -> str:
+    """The commit of mmhub's own checkout; '' where it is installed from a package."""
+    from mmhub.lineage import code_state
+
+    root = Path(__file__).parents[2]
+    code = (code_state(root) if (root / ".git").exists() else None) or {}
+    return code.get("commit", "")[:12] + ("-dirty" if code.get("dirty") else "")
 
 
 def _human(facts: Table, rows: list[Table]) -> str:
@@ -279,13 +319,12 @@ def _human(facts: Table, rows: list[Table]) -> str:
 def _markdown(facts: Table, rows: list[Table]) -> str:
     measured = [row for row in rows if "problem" not in row]
     titles = ["case", *_titles(measured)]
-    command = " ".join(["mmhub bench", f"--size {facts['size']}", *(f"--set {change}" for change in facts["set"])])
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     lines = [
         "# mmhub bench",
         "",
-        f"- date: {facts['date']}",
-        f"- command: `{command}`",
+        f"- date: {facts['date']}; commit: {facts['commit'] or 'unknown'}",
+        f"- command: `{facts['command']}`",
         f"- machine: {facts['hardware']}",
         f"- versions: {versions}",
         "",

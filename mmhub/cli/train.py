@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mmhub.cli.output import emit, json_option, quiet_option
-from mmhub.errors import MmhubError
+from mmhub.errors import Interrupted, MmhubError, NotFoundError, UsageError
 from mmhub.registry import find_component
 
 if TYPE_CHECKING:
@@ -56,13 +56,16 @@ def train(recipe: Path, out: Path | None, overrides: tuple[str, ...], resume: bo
 
 @contextmanager
 def _one_voice() -> Iterator[None]:
-    """Of the processes that `torchrun` started on this machine, let only the first say what went wrong."""
+    """Of the processes that `torchrun` started on this machine, let the first say what is the same for all."""
     try:
         yield
     except MmhubError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
-        raise click.exceptions.Exit(error.exit_code) from None
+        if isinstance(error, (UsageError, NotFoundError, Interrupted)) or getattr(error, "shared", False):
+            raise click.exceptions.Exit(error.exit_code) from None
+        error.message = f"process {os.environ.get('RANK', '?')}: {error.message}"
+        raise
 
 
 def _check_parts(recipe: Recipe) -> None:

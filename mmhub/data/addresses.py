@@ -6,6 +6,7 @@ import glob
 import gzip
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, final
 
-from mmhub.data.parts import anchors, brief, find_path, no_such_path, reading, scheme_of, shown_name, started_from
+from mmhub.data.parts import (
+    anchors,
+    brief,
+    find_path,
+    no_such_path,
+    reading,
+    scheme_of,
+    shown_name,
+    started_from,
+    without_secrets,
+)
 from mmhub.errors import InputError, MmhubError, NetworkError, NotFoundError, UsageError, did_you_mean
 
 _LOCAL = re.compile(r"(file|local)://(?=/|[^/]+$)")
@@ -52,6 +63,8 @@ class File:
         import pyarrow as pa
 
         damage: tuple[type[Exception], ...] = (pa.ArrowException, gzip.BadGzipFile, zlib.error, EOFError)
+        if zstandard := sys.modules.get("zstandard"):  # whoever unpacks with it has imported it
+            damage += (zstandard.ZstdError,)
         try:
             yield
         except MmhubError:
@@ -133,8 +146,9 @@ def expand_braces(text: str) -> list[str]:
     names = [text]
     while _BRACES.search(names[0]):
         if len(names) * len(_parts(names[0])) > _MOST_NAMES:
-            raise UsageError(f"'{text}' stands for more than {_MOST_NAMES:,} files")
+            raise UsageError(f"'{shown_address(text)}' stands for more than {_MOST_NAMES:,} files")
         names = [part.join(_BRACES.split(name, maxsplit=1)[::2]) for name in names for part in _parts(name)]
+        names = list(dict.fromkeys(names))  # braces within braces give their outer parts again and again
     return names
 
 
@@ -146,7 +160,7 @@ def _parts(name: str) -> list[str]:
         return match[1].split(",")
     first, last, width = int(bounds[1]), int(bounds[2]), len(bounds[1])
     if last - first >= _MOST_NAMES:
-        raise UsageError(f"'{name}' stands for more than {_MOST_NAMES:,} files")
+        raise UsageError(f"'{shown_address(name)}' stands for more than {_MOST_NAMES:,} files")
     step = 1 if first <= last else -1
     return [str(number).zfill(width) for number in range(first, last + step, step)]
 
@@ -204,6 +218,8 @@ def remote_file(filesystem: Any, path: str, info: dict[str, Any], *, name: str =
 def _filesystem(text: str) -> tuple[Any, str]:
     """Return the fsspec file system of an address, and the path in it."""
     name, scheme = shown_address(text), scheme_of(text)
+    if "hf://" in text:  # fsspec would pay no heed to offline mode, nor to whom the token may be sent
+        raise UsageError(f"'{name}' chains hf:// to something else", "write hf://datasets/org/name/FILES alone")
     try:
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]
         from fsspec.registry import known_implementations
@@ -225,5 +241,9 @@ def _filesystem(text: str) -> tuple[Any, str]:
 
 
 def shown_address(text: str) -> str:
-    """Leave a login, and what may be a signature, out of an address."""
-    return re.sub(r"\?.*", "", shown_name(text)) if text.startswith("http") else shown_name(text)
+    """Name an address or path in messages: without logins and signatures, or the folders of an absolute path.
+
+    >>> shown_address("simplecache::https://ada:pw@host/a.tar?sig=S"), shown_address("s3://key:sec/ret@bucket/?.tar")
+    ('simplecache::https://host/a.tar', 's3://bucket/?.tar')
+    """
+    return without_secrets(shown_name(text))

@@ -49,6 +49,8 @@ def hub_split_files(repo: str, revision: str | None, config: str | None, split: 
             path: info for pattern in patterns for path, info in _listing(filesystem, root, repo, pattern).items()
         }
     else:
+        if revision == _CONVERTED:
+            config = _converted_config(listed, repo, config)
         chosen = _by_path(listed, config, split)
     if chosen:
         return _files(filesystem, repo, commit, chosen)
@@ -98,16 +100,30 @@ def _card_patterns(filesystem: Any, root: str, repo: str, config: str | None, sp
     chosen = [table for table in tables if table["config_name"] == (config or "default")]
     chosen = chosen or [table for table in tables if table.get("default") and not config]
     if not chosen and (config or len(tables) > 1):
-        if config:
-            hint = did_you_mean(config, names) or f"it has {', '.join(names)}"
-            raise NotFoundError(f"data set '{repo}' has no configuration '{config}'", hint)
-        raise UsageError(f"data set '{repo}' has configurations {', '.join(names)}", f"name one: hub:{repo}#{names[0]}")
+        raise _no_config(repo, config, names)
     files = (chosen or tables)[0]["data_files"]
     if isinstance(files, dict):
         files = [{"split": name, "path": path} for name, path in files.items()]
     files = files if isinstance(files, list) else [files]
     paths: list[Any] = [part if isinstance(part, str) else part["path"] for part in files if _is_of(part, split)]
     return [pattern for path in paths for pattern in (path if isinstance(path, list) else [path])]
+
+
+def _no_config(repo: str, config: str | None, names: list[str]) -> NotFoundError | UsageError:
+    if config:
+        hint = did_you_mean(config, names) or f"it has {', '.join(names)}"
+        return NotFoundError(f"data set '{repo}' has no configuration '{config}'", hint)
+    return UsageError(f"data set '{repo}' has configurations {', '.join(names)}", f"name one: hub:{repo}#{names[0]}")
+
+
+def _converted_config(listed: dict[str, Any], repo: str, config: str | None) -> str | None:
+    """Return the configuration to read of the Hub's parquet copy, whose files are CONFIGURATION/SPLIT/….parquet."""
+    names = list(dict.fromkeys(path.split("/")[0] for path in listed if "/" in path))
+    if config in names or not names:
+        return config
+    if config or (len(names) > 1 and "default" not in names):
+        raise _no_config(repo, config, names)
+    return "default" if len(names) > 1 else names[0]
 
 
 def _is_of(part: Any, split: str) -> bool:

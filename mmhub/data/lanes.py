@@ -8,6 +8,7 @@ fairly, every lane reads all of them and takes every so many-th row.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -19,9 +20,8 @@ _ROW_BITS = 32
 _UNFAIR = 1.5  # the largest lane's share, in fair shares, above which units are not dealt whole
 _WORD = 2**64 - 1
 
-Read = Callable[
-    ["Unit", int], Iterator[tuple[int, Row]]
-]  # a unit's readable rows from one on, with their numbers in it
+# A unit's rows from one on, with their numbers in it, None for what is left out; True: say aloud what that is.
+Read = Callable[["Unit", int, bool], Iterator[tuple[int, Row | None]]]
 
 
 @dataclass(frozen=True)
@@ -54,27 +54,63 @@ def scramble(*numbers: int) -> int:
     return state >> 1
 
 
-def deal(sizes: Sequence[int], lanes: int, key: int) -> tuple[list[list[int]], bool]:
-    """Shuffle units by `key` and deal them to lanes of like size; or all to each: True."""
-    order = epoch_order(len(sizes), key, 0)
-    shares = [(0, lane) for lane in range(lanes)]
+def batch_shares(batch_size: int, lanes: int) -> list[int]:
+    """Return how many rows of a batch each lane gives; at least one each, and else `batch_size` together.
+
+    >>> batch_shares(8, 3), batch_shares(1, 2)
+    ([3, 3, 2], [1, 1])
+    """
+    return [max(1, (batch_size + lanes - 1 - lane) // lanes) for lane in range(lanes)]
+
+
+def deal(sizes: Sequence[int], shares: Sequence[int], key: int) -> tuple[list[list[int]], bool]:
+    """Shuffle units by `key` and deal them to lanes in proportion to their shares; or all to each: True."""
+    order, lanes = epoch_order(len(sizes), key, 0), len(shares)
+    loads = [(0.0, lane) for lane in range(lanes)]
     dealt: list[list[int]] = [[] for _ in range(lanes)]
     for place in sorted(range(len(order)), key=lambda place: -sizes[order[place]]):
-        share, lane = shares[0]
-        heapq.heapreplace(shares, (share + sizes[order[place]], lane))
+        load, lane = loads[0]
+        heapq.heapreplace(loads, (load + sizes[order[place]] / shares[lane], lane))
         dealt[lane].append(place)
-    if not all(dealt) or max(shares)[0] > _UNFAIR * sum(sizes) / lanes:
+    if not all(dealt) or max(loads)[0] > _UNFAIR * sum(sizes) / sum(shares):
         return [order] * lanes, lanes > 1
     return [[order[place] for place in sorted(lane)] for lane in dealt], False
+
+
+def turns(shares: Sequence[int]) -> list[int]:
+    """Return which lane takes which of consecutive rows, where all lanes read the same units.
+
+    >>> turns([2, 2]), turns([3, 2])
+    ([0, 1], [0, 1, 0, 1, 0])
+    """
+    equal = math.gcd(*shares)
+    taken = [share // equal for share in shares]
+    return [lane for turn in range(max(taken)) for lane in range(len(taken)) if turn < taken[lane]]
+
+
+def lane_rows(sizes: Sequence[int], shares: Sequence[int], key: int) -> list[int]:
+    """Return how many rows each lane has in one pass over units of so many rows."""
+    dealt, striped = deal(sizes, shares, key)
+    if not striped:
+        return [sum(sizes[unit] for unit in units) for units in dealt]
+    cycle, rows = turns(shares), [0] * len(shares)
+    for place, unit in enumerate(dealt[0]):
+        for slot, lane in enumerate(cycle):  # the rows r with (r + place) % len(cycle) == slot
+            rows[lane] += max(0, -(-(sizes[unit] - (slot - place) % len(cycle)) // len(cycle)))
+    return rows
 
 
 @final
 @dataclass
 class Place:
-    """Where a lane stands: rows drawn so far, and pass, unit and row in each source; pass -1: it has no row here."""
+    """Where a lane stands: rows drawn so far, and pass, unit and row in each source; pass -1: it has no row here.
+
+    Likewise how many shards and rows were left out on the way.
+    """
 
     draw: int
     sources: list[list[int]]
+    skipped: int = 0
 
     @classmethod
     def start(cls, sources: int) -> Place:
@@ -82,10 +118,10 @@ class Place:
 
     @classmethod
     def of(cls, table: dict[str, Any]) -> Place:
-        return cls(table["draw"], [list(source) for source in table["sources"]])
+        return cls(table["draw"], [list(source) for source in table["sources"]], table["skipped"])
 
     def copy(self) -> Place:
-        return Place(self.draw, [list(source) for source in self.sources])
+        return Place(self.draw, [list(source) for source in self.sources], self.skipped)
 
     def key(self) -> list[int]:
         return [self.draw, *(number for source in self.sources for number in source)]
@@ -106,10 +142,10 @@ class Lane:
         *,
         key: tuple[int, int],  # seed and epoch
         lane: int,
-        lanes: int,
+        shares: Sequence[int],  # of all lanes
         place: Place | None = None,
     ) -> None:
-        self.sources, self.read, self.key, self.lane, self.lanes = sources, read, key, lane, lanes
+        self.sources, self.read, self.key, self.lane, self.shares = sources, read, key, lane, shares
         self.place = place.copy() if place else Place.start(len(sources))
         self._passes: list[Iterator[tuple[int, Row]] | None] = [None] * len(sources)
         self._over = self._all_passed()
@@ -155,10 +191,13 @@ class Lane:
     def _pass(self, source: int) -> Iterator[tuple[int, Row]]:
         at = self.place.sources[source]
         units = self.sources[source][0]
-        dealt, striped = deal([unit.size for unit in units], self.lanes, scramble(*self.key, source, at[0]))
+        dealt, striped = deal([unit.size for unit in units], self.shares, scramble(*self.key, source, at[0]))
+        cycle, aloud = turns(self.shares), not striped or self.lane == 0
         first, start = at[1:]
         for place, unit in list(enumerate(dealt[self.lane]))[first:]:
-            for row, value in self.read(units[unit], start if place == first else 0):
-                if not striped or (row + place) % self.lanes == self.lane:
+            for row, value in self.read(units[unit], start if place == first else 0, aloud):
+                if value is None:
+                    self.place.skipped += aloud
+                elif not striped or cycle[(row + place) % len(cycle)] == self.lane:
                     at[1:] = place, row + 1
                     yield units[unit].row_number(row), value

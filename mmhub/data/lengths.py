@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,15 +48,18 @@ class Lengths:
 
 
 def measure_rows(
-    rows: Rows | Sequence[Mapping[str, Any]],
+    rows: Rows | Sequence[tuple[int, Mapping[str, Any]]],
     processors: Mapping[str, Any],
     encoders: Any,
     inputs: Mapping[str, str],
     policy: Policy | None = None,
     progress: Progress | None = None,
+    folder: Callable[[int], Path | None] | None = None,
 ) -> Lengths:
     """Measure the inputs of all rows; `inputs` maps modality to column, `encoders` modality to encoder.
 
+    Rows of a stream are pairs of number and row; `folder` tells the folder from which relative paths in a row of that
+    number start (`Stream.folder`), as it does where they are decoded.
     A modality of fixed length is taken to be in every row, unseen. Addresses are not fetched to be measured, and a row
     that cannot be read has length 0: whoever decodes it will say what is wrong.
     """
@@ -67,7 +71,7 @@ def measure_rows(
     read: dict[str, ReadItems] = {}
     for name, column in inputs.items():
         meter = _Meter(processors[name], encoders[name].token_count, policy, space)
-        values = _values(rows, name, column, len(inputs) == 1)
+        values = _values(rows, name, column, len(inputs) == 1, folder)
         if name not in variable:
             first = next((size for value in islice(values, _TRIES) if (size := meter.measure(value))[0]), (0, 0))
             sizes[name] = np.tile(np.array(first, np.int64)[:, None], len(rows))
@@ -85,12 +89,15 @@ def measure_rows(
     return Lengths(positions, tokens, read)
 
 
-def _values(rows: Any, modality: str, column: str, alone: bool) -> Iterator[Any]:
+def _values(
+    rows: Any, modality: str, column: str, alone: bool, folder: Callable[[int], Path | None] | None
+) -> Iterator[Any]:
     """Yield the raw inputs of one modality, None for a row without."""
     if isinstance(rows, Rows):
         cells = rows.column(column)
         return (usable(modality, cell, rows.folder(i), alone) for i, cell in enumerate(cells))
-    return (usable(modality, row.get(column), None, alone) for row in rows)
+    start = folder or (lambda number: None)
+    return (usable(modality, row.get(column), start(number), alone) for number, row in rows)
 
 
 class _Meter:

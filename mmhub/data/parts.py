@@ -19,7 +19,12 @@ import pyarrow as pa
 from mmhub.errors import InputError, NotFoundError, did_you_mean
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):")  # one letter is a Windows drive
-_LOGIN = re.compile(r"//[^/@]*@")
+_SECRETS = (  # what is left out of texts, and what stands there instead
+    (re.compile(r"://[^\s/@:]*:(?!:|\d{1,5}(?:/|$))[^\s@]*@"), "://"),  # a login, whose password may hold a slash
+    (re.compile(r"://[^\s/]*@"), "://"),
+    (re.compile(r"(https?://[^\s?'\"<>]*)\?[^\s'\"<>]*"), r"\1"),
+    (re.compile(r"[?#][\w.%~$-]+=[^\s'\"<>]*"), ""),  # a query, also of an address without its beginning
+)
 
 Column: TypeAlias = "pa.ChunkedArray | list[Any]"  # a list only where values are nested or of several types
 
@@ -141,10 +146,21 @@ def shown_name(path: str | os.PathLike[str]) -> str:
     text = os.fspath(path)
     scheme = scheme_of(text)
     if text.startswith(f"{scheme}://"):
-        return _LOGIN.sub("//", text)
+        return without_secrets(text)
     if scheme:
-        return f"{scheme}:{shown_name(text[len(scheme) + 1 :])}"
+        return without_secrets(f"{scheme}:{shown_name(text[len(scheme) + 1 :])}")
     return os.path.basename(text.rstrip("/")) if os.path.isabs(os.path.expanduser(text)) else text
+
+
+def without_secrets(text: str) -> str:
+    """Leave logins and queries, which may be signatures, out of the addresses in a text.
+
+    >>> without_secrets("no answer from https://ada:pw@host:80/a.tar?sig=S, nor from s3://key:sec/ret@bucket/b.tar")
+    'no answer from https://host:80/a.tar nor from s3://bucket/b.tar'
+    """
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
 
 
 def anchors(base: Path | None) -> list[Path]:
@@ -199,6 +215,6 @@ def reading(name: str) -> Iterator[None]:
 
 
 def brief(error: BaseException) -> str:
-    """Put what an error says into one line of at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """Put what an error says into one line of at most 200 characters, without logins and signatures."""
+    text = without_secrets(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 200 else text[:200] + "..."

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, final
 
 from mmhub.data import tables
-from mmhub.data.addresses import File, find_files, is_url
+from mmhub.data.addresses import File, find_files, is_url, shown_address
 from mmhub.data.hub_files import hub_address_files, hub_split_files
 from mmhub.data.hub_sets import hub_id
 from mmhub.data.parts import find_path, scheme_of
@@ -113,9 +113,9 @@ class ParquetShard(Shard):
     def _opened(self) -> Iterator[Any]:
         import pyarrow.parquet as pq
 
-        if not self.file.size:
-            raise InputError(f"'{self.name}' is empty")
         local = self.file.filesystem is None
+        if local and not self.file.size:  # elsewhere 0 may also stand for an unknown size
+            raise InputError(f"'{self.name}' is empty")
         with nullcontext(self.file.path) if local else closing(self.file.open()) as source:
             with self.file.reading():
                 file = pq.ParquetFile(
@@ -187,15 +187,15 @@ class LineShard(Shard):
         text, first = enumerate(self._text(), 1), True
         for number, line in text:
             if first and self.kind == ".json" and line.lstrip().startswith("["):
-                items = tables._parse_json("\n".join([line, *(rest for _, rest in text)]), self.name, number)
+                items = tables.parse_json("\n".join([line, *(rest for _, rest in text)]), self.name, number)
                 for at, item in enumerate(items, 1):
-                    yield partial(tables._check_object, item, f"'{self.name}' item {at}")
+                    yield partial(tables.check_object, item, f"'{self.name}' item {at}")
             elif line.strip():
                 first = False
                 yield partial(self._object, line, number)
 
     def _object(self, line: str, number: int) -> Row:
-        return tables._check_object(tables._parse_json(line, self.name, number), f"'{self.name}' line {number}")
+        return tables.check_object(tables.parse_json(line, self.name, number), f"'{self.name}' line {number}")
 
     def _fields(self, wanted: Collection[str] | None, start: int) -> Iterator[Row | InputError]:
         records = self._records()
@@ -207,7 +207,7 @@ class LineShard(Shard):
             if place < start:
                 continue
             try:
-                tables._check_count(number, fields, names, self.name, given=bool(self.names))
+                tables.check_count(number, fields, names, self.name, given=bool(self.names))
                 row = dict(zip(names, fields, strict=True))
                 yield _chosen(row, wanted)
             except InputError as error:
@@ -219,14 +219,14 @@ class LineShard(Shard):
         if first is None:
             raise InputError(f"'{self.name}' has no rows")
         names = list(self.names) if self.names else first[1]
-        tables._check_unique(names, self.name)
+        tables.check_unique(names, self.name)
         return names
 
     def _records(self) -> Iterator[tuple[int, list[str]]]:
         if self.kind == ".csv":
             csv.field_size_limit(2**31 - 1)  # the default refuses fields over 128 KiB, such as whole documents
             with self.file.reading():
-                yield from tables._csv_records(self.file.unpacked(), self.name)  # type: ignore[arg-type]
+                yield from tables.csv_records(self.file.unpacked(), self.name)  # type: ignore[arg-type]
             return
         for number, line in enumerate(self._text(), 1):
             if line := line.removesuffix("\r"):
@@ -234,7 +234,7 @@ class LineShard(Shard):
 
     def _text(self) -> Iterator[str]:
         with self.file.reading():
-            yield from tables._lines(self.file.unpacked(), self.name)  # type: ignore[arg-type]
+            yield from tables.text_lines(self.file.unpacked(), self.name)  # type: ignore[arg-type]
 
 
 @final
@@ -308,7 +308,9 @@ def _files(text: str, base: Path | None, split: str) -> list[File]:
     if match:
         return hub_split_files(match["id"], match["revision"], match["config"], match["split"] or split)
     if scheme_of(text) and "://" not in text and find_path(text, base) is None:
-        raise UsageError(f"'{text}' is not streamed: only files and data sets on the Hub are", "leave data.stream out")
+        raise UsageError(
+            f"'{shown_address(text)}' is not streamed: only files and data sets on the Hub are", "leave data.stream out"
+        )
     return find_files(text, base)
 
 
@@ -332,16 +334,23 @@ def _shard(file: File, columns: Sequence[str] | None) -> Shard:
 
 
 def _parallel(source: Mapping[str, Any], base: Path | None) -> Shard:
-    files = {column: find_files(os.fspath(text), base) for column, text in source.items()}
+    files = {column: _text_files(os.fspath(text), base) for column, text in source.items()}
     for column, found in files.items():
         if len(found) != 1:
-            raise UsageError(f"'{source[column]}' is {len(found)} files", "parallel text takes one file for a column")
+            raise UsageError(
+                f"'{shown_address(os.fspath(source[column]))}' is {len(found)} files",
+                "parallel text takes one file for a column",
+            )
     if not files:
         raise UsageError("the table of text files is empty", 'write { source = "a.en", target = "a.de" }')
     for (file,) in files.values():
         if _is_known(file.name) and LineShard(file, None).kind != ".txt":
             raise UsageError(f"'{file.name}' is not line-by-line text", "parallel text takes one sentence a line")
     return ParallelShard({column: found[0] for column, found in files.items()})
+
+
+def _text_files(text: str, base: Path | None) -> list[File]:
+    return hub_address_files(text, "train") if text.startswith("hf://") else find_files(text, base)
 
 
 def _chosen(row: Row, wanted: Collection[str] | None) -> Row:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, final
 
 from mmhub.config import DataRecipe, MixRecipe
-from mmhub.data.addresses import is_url, shown_address
-from mmhub.data.lanes import Lane, Place, Unit, scramble, split_number
+from mmhub.data.addresses import File, is_url, shown_address
+from mmhub.data.lanes import Lane, Place, Unit, batch_shares, lane_rows, scramble, split_number
 from mmhub.data.parts import reading
 from mmhub.data.shards import Row, Shard, find_shards, is_tar
 from mmhub.data.sources import require_columns
@@ -69,10 +69,6 @@ def open_stream(data: DataRecipe, base: Path | None, tell: Callable[[str], None]
     return Stream(parts, base, data, tell or _print)
 
 
-def _ignore(text: str) -> None:
-    pass
-
-
 def _print(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -85,7 +81,9 @@ class Stream:
         self, parts: Sequence[MixRecipe], base: Path | None, data: DataRecipe, tell: Callable[[str], None]
     ) -> None:
         self.tell = tell
-        self.skipped = 0  # shards and rows left out so far
+        self.skipped = 0  # shards and rows that this process left out so far, also before the place it resumed from
+        self._absent: list[str] = []  # what of them was left out when the stream was opened, until that is told
+        self._fingerprint: dict[str, Any] = {}
         self.shuffle_rows = data.shuffle_rows
         self._skips = data.on_error == "skip"
         self._wanted: tuple[str, ...] | None = None
@@ -97,7 +95,7 @@ class Stream:
         self.source = ", ".join(source.name for source in self._sources)
         self.columns = tuple(dict.fromkeys(name for source in self._sources for name in source.columns))
         self._units = [unit for source in self._sources for unit in source.units]
-        listing = [(file.name.rsplit("/", 1)[-1], file.size, file.commit) for file in self._files()]
+        listing = [(file.name.rsplit("/", 1)[-1], file.size, _hash(file.tag)) for file in self._files()]
         self._identity = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
 
     @property
@@ -124,19 +122,16 @@ class Stream:
 
     def __iter__(self) -> Iterator[Row]:
         """Yield all rows once, in the order of the files."""
-        quiet = self._quiet()
-        return (row for unit in self._units for _, row in quiet._read(unit, 0))
+        return (row for _, row in self.numbered())
+
+    def numbered(self) -> Iterator[Numbered]:
+        """Yield all rows once with their numbers, in the order of the files; nothing is told or counted as skipped."""
+        rows = ((unit, *found) for unit in self._units for found in self._read(unit, 0, False))
+        return ((unit.row_number(place), row) for unit, place, row in rows if row is not None)
 
     def cells(self, name: str) -> Iterator[tuple[int, Any]]:
         """Yield (row number, value) of one column, once over all files in their order."""
-        view = self.only([name])._quiet()
-        return ((unit.row_number(row), cells.get(name)) for unit in view._units for row, cells in view._read(unit, 0))
-
-    def _quiet(self) -> Stream:
-        """The stream for reading it beside the training, which tells of and counts what is skipped."""
-        view = copy.copy(self)
-        view.tell = _ignore
-        return view
+        return ((number, row.get(name)) for number, row in self.only([name]).numbered())
 
     def column(self, name: str) -> Iterator[Any]:
         """Yield the values of one column, once over all files in their order."""
@@ -151,39 +146,73 @@ class Stream:
         """Return the folder of the file a row came from, where relative media paths start; None if it is elsewhere."""
         return self._shards[self._units[split_number(number)[0]].shard].file.folder
 
+    def batches_known(self, batch_size: int, world: int, epoch: int, seed: int) -> int | None:
+        """Return the most batches that a rank has in a whole epoch; None where only reading would tell.
+
+        Of a mix it is what weights lead to expect; rows that are left out make it fewer.
+        """
+        shares = batch_shares(batch_size, world)
+        longest, total = [0.0] * world, sum(source.weight for source in self._sources)
+        for number, source in enumerate(self._sources):
+            if source.rows is None:
+                return None
+            sizes, part = [unit.size for unit in source.units], source.weight / total
+            rows = lane_rows(sizes, shares, scramble(seed, epoch, number, 0))
+            longest = [max(most, count / part) for most, count in zip(longest, rows, strict=True)]
+        return max(math.ceil(round(most, 6) / share) for most, share in zip(longest, shares, strict=True))
+
     def batches(
-        self, epoch: int, *, seed: int, rank: int, world: int, cut: Cut, state: dict[str, Any] | None = None
+        self,
+        epoch: int,
+        *,
+        seed: int,
+        rank: int,
+        world: int,
+        cut: Cut,
+        batch_size: int = 0,
+        state: dict[str, Any] | None = None,
     ) -> Iterator[tuple[list[Numbered], dict[str, Any]]]:
         """Yield what is left of this rank's share of an epoch: (numbered rows of a batch, state after it).
 
-        `cut(rows, seed)` makes batches of a window's rows. `state` is that of an earlier `batches` of the same epoch,
-        or what `join_states` made of those of all ranks; there may be more or fewer ranks than then. States are ready
-        for JSON.
+        `batch_size` is that of all ranks together, of which each gives its `batch_shares`: rows are dealt in these
+        proportions, and windows hold whole ones, so that only a rank's last batch has fewer. It is 0 where batches have
+        no number of rows. `cut(rows, seed)` makes batches of a window's numbered rows. `state` is that of an earlier
+        `batches` of the same epoch, or what `join_states` made of those of all ranks; there may be more or fewer ranks
+        than then. States are ready for JSON.
 
         Raises:
             UsageError: `state` is of other data or another epoch. InputError: a shard or row cannot be read.
             NetworkError: a shard cannot be reached.
         """
-        lanes = self._check(state, epoch) if state else world
+        shares = self._check(state, epoch) if state else batch_shares(batch_size, world)
+        lanes, own = len(shares), batch_shares(batch_size, world)[rank]
+        if rank == 0:
+            self._tell_absent()
         places = {str(lane): (state or {"at": {}})["at"].get(str(lane)) for lane in range(rank, lanes, world)}
         places = {lane: place for lane, place in places.items() if place is not None}
+        self.skipped += sum(place["skipped"] for place in places.values())
         for lane in range(rank, lanes, world):
-            for batch, place in self._lane_batches((seed, epoch), lane, lanes, cut, places.get(str(lane))):
+            for batch, place in self._lane_batches((seed, epoch), lane, shares, own, cut, places.get(str(lane))):
                 places = places | {str(lane): place}
-                yield batch, {"epoch": epoch, "lanes": lanes, "shards": self._identity, "at": places}
+                yield batch, {"epoch": epoch, "lanes": shares, "shards": self._identity, "at": places}
 
     def fingerprint(self) -> dict[str, Any]:
         """Say what is read, for provenance: source, rows if known, bytes, and every file with what identifies it.
 
         Local files of up to 1 GiB together have a sha256; larger and distant ones their etag, hash on the Hub or time
-        of change. More than 100 files are one entry, its `listing_sha256` made of their names, sizes and marks.
+        of change. More than 100 files are one entry, its `listing_sha256` made of their names, sizes and marks. It is
+        made when it is first asked for; a file that cannot be read then has a note instead of its sha256.
         """
+        if not self._fingerprint:
+            self._fingerprint.update(self._describe())
+        return copy.deepcopy(self._fingerprint)
+
+    def _describe(self) -> dict[str, Any]:
         files = self._files()
         entries = [{"name": file.name, "bytes": file.size, **_mark(file.tag)} for file in files]
         if all(file.filesystem is None for file in files) and self.bytes <= _HASHED:
             for file, entry in zip(files, entries, strict=True):
-                with reading(file.name), file.open() as opened:
-                    entry["sha256"] = hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]
+                entry |= _sha256(file)
                 entry.pop("modified", None)
         if len(entries) > _LISTED:
             listing = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
@@ -230,7 +259,8 @@ class Stream:
                     raise InputError(f"'{shard.name}' has no rows")
                 return groups
             except InputError as error:
-                self._leave_out(error)
+                self._may_skip(error)
+                self._absent.append(f"skipped: {error}")
                 return []
 
         distant = any(shard.file.filesystem is not None for shard in shards)
@@ -244,57 +274,77 @@ class Stream:
             try:
                 return shard.columns()
             except InputError as error:
-                self._leave_out(error, count=False)  # reading comes upon it again
+                self._may_skip(error)  # reading comes upon it again
         raise InputError(f"'{name}' has no readable shard")
 
-    def _leave_out(self, error: InputError, *, count: bool = True) -> None:
-        """Skip what cannot be read where the recipe says so, and tell."""
+    def _may_skip(self, error: InputError) -> None:
         if not self._skips:
             error.hint = error.hint or 'mend it, or set data.on_error = "skip"'
             raise error
-        if count:
+
+    def _leave_out(self, error: InputError, aloud: bool) -> None:
+        """Skip what cannot be read where the recipe says so; tell and count it, unless another one does."""
+        self._may_skip(error)
+        if aloud:
             self.skipped += 1
             self.tell(f"skipped: {error}")
 
+    def _tell_absent(self) -> None:
+        """Tell what was left out when the stream was opened, which all ranks have seen."""
+        self.skipped += len(self._absent)
+        while self._absent:
+            self.tell(self._absent.pop(0))
+
     # Reading.
 
-    def _read(self, unit: Unit, start: int) -> Iterator[tuple[int, Row]]:
-        """Yield the readable rows of a unit from one on, with their places in it."""
+    def _read(self, unit: Unit, start: int, aloud: bool) -> Iterator[tuple[int, Row | None]]:
+        """Yield the rows of a unit from one on, with their places in it; None for a row, or the rest, left out."""
         shard, failed, checked, bad = self._shards[unit.shard], 0, False, None
         while True:
             try:
                 for row, value in enumerate(shard.rows(self._wanted, start, unit.group), start):
                     if isinstance(value, InputError):
                         bad, start = _at(value, self.where(unit.row_number(row))), row + 1
-                        self._leave_out(bad)
+                        self._leave_out(bad, aloud)
+                        yield row, None
                         continue
-                    if not checked:
-                        self._check_columns(unit, value)
-                    checked, start = True, row + 1
+                    if not checked and (bad := self._columns_error(unit, value)):
+                        raise bad
+                    checked, start, failed = True, row + 1, 0
                     yield row, value
                 return
             except InputError as error:
-                return self._leave_out(error if error is bad else _after(error, unit.first + start))
+                self._leave_out(error if error is bad else _after(error, unit.first + start), aloud)
+                yield start, None
+                return
             except NetworkError:
                 failed += 1
                 if failed == _TRIES:
                     raise
                 time.sleep(2**failed - 1)
 
-    def _check_columns(self, unit: Unit, row: Row) -> None:
+    def _columns_error(self, unit: Unit, row: Row) -> InputError | None:
         shard, header = self._shards[unit.shard], self._headers[unit.shard]
         missing = [name for name in self._wanted or header if name in header and name not in row]
         if shard.has_header and missing:
             there = ", ".join(shard.columns())
-            raise InputError(f"shards disagree: '{shard.name}' has no column {missing[0]!r}", f"it has {there}")
+            return InputError(f"shards disagree: '{shard.name}' has no column {missing[0]!r}", f"it has {there}")
+        return None
 
     def _lane_batches(
-        self, key: tuple[int, int], lane: int, lanes: int, cut: Cut, state: dict[str, Any] | None
+        self,
+        key: tuple[int, int],
+        lane: int,
+        shares: Sequence[int],
+        batch: int,
+        cut: Cut,
+        state: dict[str, Any] | None,
     ) -> Iterator[tuple[list[Numbered], dict[str, Any]]]:
         sources = [(source.units, source.weight) for source in self._sources]
         place = Place.of(state) if state else None
-        walk = Lane(sources, self._read, key=key, lane=lane, lanes=lanes, place=place)
-        for window in ahead(windows(walk, self.shuffle_rows, scramble(*key, lane))):
+        walk = Lane(sources, self._read, key=key, lane=lane, shares=shares, place=place)
+        begun = state["rows"] if state else 0
+        for window in ahead(windows(walk, self.shuffle_rows, batch, scramble(*key, lane), begun)):
             yield from window.batches(cut, state)
             state = None
 
@@ -303,7 +353,8 @@ class Stream:
     def _files(self) -> list[Any]:
         return [file for shard in self._shards for file in shard.files]
 
-    def _check(self, state: dict[str, Any], epoch: int) -> int:
+    def _check(self, state: dict[str, Any], epoch: int) -> list[int]:
+        """Return the shares of the lanes that a state is of."""
         if state["epoch"] != epoch:
             raise UsageError(f"the place in the stream is one of epoch {state['epoch'] + 1}, not {epoch + 1}")
         if state["shards"] != self._identity:
@@ -311,7 +362,7 @@ class Stream:
                 f"the shards of '{self.source}' have changed since this run was saved (other files or sizes)",
                 "restore them, or start a new run with another --out",
             )
-        return state["lanes"]
+        return list(state["lanes"])
 
 
 @dataclass(frozen=True)
@@ -356,6 +407,19 @@ def _at(error: InputError, place: str) -> InputError:
 
 def _after(error: InputError, row: int) -> InputError:
     return InputError(f"{error.message}, after row {row}", error.hint) if row else error
+
+
+def _sha256(file: File) -> dict[str, str]:
+    try:
+        with reading(file.name), file.open() as opened:
+            return {"sha256": hashlib.file_digest(opened, "sha256").hexdigest()}  # type: ignore[arg-type]
+    except InputError as error:
+        return {"note": str(error)}
+
+
+def _hash(tag: str) -> str:
+    """Return a tag if it is a hash of the content, which stays when a data set has a new commit or a file is copied."""
+    return tag if tag.startswith(("sha256 ", "blob_id ")) else ""
 
 
 def _mark(tag: str) -> dict[str, Any]:

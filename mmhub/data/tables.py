@@ -88,7 +88,7 @@ def _unzstd(path: Path, name: str) -> Iterator[bytes]:
         raise InputError(f"'{name}' is damaged: it ends in the middle of a frame")
 
 
-def _lines(path: Path, name: str) -> Iterator[str]:
+def text_lines(path: Path, name: str) -> Iterator[str]:
     """Yield the lines of a UTF-8 file without their newline (a carriage return stays); only "\\n" ends a line."""
     number = 0
     for number, raw in enumerate(_byte_lines(path, name), 1):
@@ -133,11 +133,11 @@ def _read_parquet(path: Path, name: str, columns: Sequence[str] | None) -> tuple
 
 def table_columns(table: Any, name: str) -> dict[str, Column]:
     """Return the columns of an Arrow table."""
-    _check_unique(table.column_names, name)
+    check_unique(table.column_names, name)
     return dict(zip(table.column_names, table.columns, strict=True))
 
 
-def _check_unique(names: Sequence[str], name: str) -> None:
+def check_unique(names: Sequence[str], name: str) -> None:
     twice = [column for column, count in Counter(names).items() if count > 1]
     if twice:
         raise InputError(f"'{name}' has more than one column {twice[0]!r}", "rename one of them")
@@ -146,18 +146,18 @@ def _check_unique(names: Sequence[str], name: str) -> None:
 def _read_csv(path: Path, name: str, columns: Sequence[str] | None) -> tuple[dict[str, Column], int]:
     before = csv.field_size_limit(2**31 - 1)  # the default refuses fields over 128 KiB, such as whole documents
     try:
-        return _read_fields(_csv_records(path, name), name, columns)
+        return _read_fields(csv_records(path, name), name, columns)
     finally:
         csv.field_size_limit(before)
 
 
 def _read_tsv(path: Path, name: str, columns: Sequence[str] | None) -> tuple[dict[str, Column], int]:
-    lines = enumerate((line.removesuffix("\r") for line in _lines(path, name)), 1)
+    lines = enumerate((line.removesuffix("\r") for line in text_lines(path, name)), 1)
     return _read_fields(((number, line.split("\t")) for number, line in lines if line), name, columns)
 
 
-def _csv_records(path: Path, name: str) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader((line + "\n" for line in _lines(path, name)), strict=True)
+def csv_records(path: Path, name: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader((line + "\n" for line in text_lines(path, name)), strict=True)
     number = 1  # the line on which the record starts: a quoted field may span several
     try:
         for fields in reader:
@@ -175,13 +175,13 @@ def _read_fields(
     if first is None:
         raise InputError(f"'{name}' has no rows")
     names = list(columns) if columns else first[1]
-    _check_unique(names, name)
+    check_unique(names, name)
     body = records if names == first[1] else chain([first], records)
-    fields = (_check_count(number, row, names, name, given=bool(columns)) for number, row in body)
+    fields = (check_count(number, row, names, name, given=bool(columns)) for number, row in body)
     return _assemble(dict(zip(names, zip(*block, strict=True), strict=True)) for block in _batched(fields))
 
 
-def _check_count(number: int, fields: list[str], names: list[str], name: str, *, given: bool) -> list[str]:
+def check_count(number: int, fields: list[str], names: list[str], name: str, *, given: bool) -> list[str]:
     if len(fields) == len(names):
         return fields
     problem = f"'{name}' line {number} has {len(fields)} fields, expected {len(names)} ({', '.join(names)})"
@@ -191,24 +191,24 @@ def _check_count(number: int, fields: list[str], names: list[str], name: str, *,
 
 
 def _read_jsonl(path: Path, name: str, columns: Sequence[str] | None) -> tuple[dict[str, Column], int]:
-    return _read_objects(_json_lines(_lines(path, name), name))
+    return _read_objects(_json_lines(text_lines(path, name), name))
 
 
 def _read_json(path: Path, name: str, columns: Sequence[str] | None) -> tuple[dict[str, Column], int]:
-    text = "\n".join(_lines(path, name))
+    text = "\n".join(text_lines(path, name))
     if text.lstrip()[:1] != "[":  # many .json files hold one object a line
         return _read_objects(_json_lines(text.split("\n"), name))
-    items = _parse_json(text, name, 1)
-    return _read_objects((_check_object(item, f"'{name}' item {i}") for i, item in enumerate(items, 1)))
+    items = parse_json(text, name, 1)
+    return _read_objects((check_object(item, f"'{name}' item {i}") for i, item in enumerate(items, 1)))
 
 
 def _json_lines(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield _check_object(_parse_json(line, name, number), f"'{name}' line {number}")
+            yield check_object(parse_json(line, name, number), f"'{name}' line {number}")
 
 
-def _parse_json(text: str, name: str, number: int) -> Any:
+def parse_json(text: str, name: str, number: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -218,7 +218,7 @@ def _parse_json(text: str, name: str, number: int) -> Any:
         raise InputError(f"'{name}' line {number} is not usable JSON: {brief(error)}") from None
 
 
-def _check_object(value: Any, place: str) -> dict[str, Any]:
+def check_object(value: Any, place: str) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
     raise InputError(f"{place} is a JSON {type(value).__name__}", 'expected an object such as {"text": "..."}')
@@ -232,7 +232,7 @@ def _read_objects(objects: Iterable[dict[str, Any]]) -> tuple[dict[str, Column],
 def _read_txt(path: Path, name: str, columns: Sequence[str] | None) -> tuple[dict[str, Column], int]:
     if columns and len(columns) != 1:
         raise UsageError(f"'{name}' has one column, but columns names {len(columns)} ({', '.join(columns)})")
-    lines = (line.removesuffix("\r") for line in _lines(path, name))
+    lines = (line.removesuffix("\r") for line in text_lines(path, name))
     return _assemble({columns[0] if columns else "text": block} for block in _batched(lines))
 
 

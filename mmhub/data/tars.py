@@ -128,12 +128,12 @@ def _content(file: File, archive: tarfile.TarFile, info: tarfile.TarInfo) -> byt
 
 @contextmanager
 def _damage(file: File, member: str = "") -> Iterator[None]:
-    try:
-        with file.reading():
+    with file.reading():
+        try:
             yield
-    except tarfile.TarError as error:
-        place = f" at member '{_shown(member)}'" if member else ""
-        raise InputError(f"'{file.name}' is not a readable tar{place}: {brief(error)}") from None
+        except tarfile.TarError as error:
+            place = f" at member '{_shown(member)}'" if member else ""
+            raise InputError(f"'{file.name}' is not a readable tar{place}: {brief(error)}") from None
 
 
 def _is_meta(key: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,8 @@ from mmhub.data.shards import Row
 
 T = TypeVar("T")
 Numbered = tuple[int, Row]  # a row with its number
-Cut = Callable[[list[Row], int], list[list[int]]]  # rows of a window and a seed, to batches of places among them
+# Numbered rows of a window and a seed, to batches of places among them.
+Cut = Callable[[list[Numbered], int], list[list[int]]]
 
 WINDOW_BYTES = 128 * 2**20  # a window has at most so much, however few rows that is; two are held at a time
 
@@ -52,17 +54,19 @@ class Window:
     def _plan(self, cut: Cut, without: int) -> list[list[int]]:
         done = _places(without)
         left = [place for place in epoch_order(len(self.rows), self.key, 0) if place not in done]
-        rows = [pair[1] for place in left if (pair := self.rows[place]) is not None]
+        rows = [pair for place in left if (pair := self.rows[place]) is not None]
         plan = cut(rows, self.key) if rows else []
         assert sorted(i for batch in plan for i in batch) == list(range(len(left))), "cut must use every row once"
         return [[left[i] for i in batch] for batch in plan]
 
     def _state(self, batches: int, without: int, taken: int) -> dict[str, Any]:
-        return _state(self.start) | {"batches": batches, "without": f"{without:x}", "taken": f"{taken:x}"}
+        state = {"rows": len(self.rows), "batches": batches, "without": f"{without:x}", "taken": f"{taken:x}"}
+        return _state(self.start) | state
 
 
 def _state(place: Place) -> dict[str, Any]:
-    return {"draw": place.draw, "sources": place.copy().sources, "batches": 0, "without": "0", "taken": "0"}
+    at = {"draw": place.draw, "sources": place.copy().sources, "skipped": place.skipped}
+    return at | {"rows": 0, "batches": 0, "without": "0", "taken": "0"}
 
 
 def _bits(batches: Sequence[Sequence[int]]) -> int:
@@ -79,16 +83,23 @@ def _places(bits: int) -> set[int]:
     return {8 * i + bit for i, byte in enumerate(data) if byte for bit in range(8) if byte >> bit & 1}
 
 
-def windows(lane: Lane, rows: int, key: int) -> Iterator[Window]:
+def windows(lane: Lane, rows: int, batch: int, key: int, first: int = 0) -> Iterator[Window]:
+    """Yield windows of so many rows or bytes, rounded up to whole batches, so that only the last has a smaller one.
+
+    `first` are the rows of the first one where it was begun before, 0 where it was not.
+    """
+    rows = math.ceil(rows / batch) * batch
     while True:
         start, size = lane.place.copy(), 0
         found: list[Numbered | None] = []  # the window's own, which empties it
-        while len(found) < rows and size < WINDOW_BYTES and (pair := next(lane, None)) is not None:
+        while len(found) < (first or rows) and (pair := next(lane, None)) is not None:
             found.append(pair)
             size += weight(pair[1])
+            if size >= WINDOW_BYTES and len(found) % batch == 0 and not first:
+                break
         if not found:
             return
-        pair = None
+        pair, first = None, 0
         yield Window(start, lane.place.copy(), found, scramble(key, *start.key()))
 
 

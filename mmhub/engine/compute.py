@@ -39,7 +39,7 @@ def prepare_model(model: Model, options: TrainRecipe, device: torch.device, prec
         _use_fp8(model, device, precision)
     if options.precision == "bf16-pure" and not _is_sharded(options):
         _store_in(model, precision)
-    if device.type == "cuda":
+    if device.type == "cuda" and not _is_sharded(options):  # FSDP takes contiguous weights only
         for encoder in model.encoders.values():
             if _is_convolutional(encoder):  # weights are enough: a convolution's output has the layout of its weight
                 encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mmhub.batch import Items
 from mmhub.data.loader import load_batches, usable, worker_count
@@ -39,6 +41,12 @@ _PROBES = 5  # batches of different lengths from which the size of all is estima
 _PLAN = "plan.json"
 
 
+def show_progress(parts: Iterator[Any], total: int) -> Iterator[Any]:
+    """Show on a terminal how many batches of features are done."""
+    hidden = not sys.stderr.isatty()
+    yield from tqdm(parts, total=total, desc="computing features", unit="batch", leave=False, disable=hidden)
+
+
 def open_features(
     model: Model,
     rows: Rows,
@@ -53,13 +61,13 @@ def open_features(
     workers: int | str = "auto",
     ranks: Ranks | None = None,
     say: Callable[[str], None] = lambda line: None,
-    progress: Callable[[Iterator[Any], int], Iterator[Any]] | None = None,
+    progress: Callable[[Iterator[Any], int], Iterator[Any]] | None = show_progress,
 ) -> dict[str, FeatureStore]:
     """Return the features of `rows` for each frozen encoder of `model`, computing those that are not on disk yet.
 
     Call it on every process, before the model is wrapped for several. An encoder that cannot be cached is not in the
     result, and `say` is told why. `training` rows are augmented, and others are not. With `skip`, unreadable rows stay
-    unreadable. The processes that see the same cache folder share the work.
+    unreadable. The processes that see the same cache folder share the work, and the first one shows its `progress`.
 
     Raises:
         InputError: a row is unreadable, unless `skip`.
@@ -163,6 +171,8 @@ class _Work:
                     self._check_space()
             except _Off as reason:
                 problem = str(reason)
+            except OSError as error:
+                problem = f"its features cannot be kept ({error.strerror})"
         states = self.ranks.gather([problem, store is not None, str(path)])
         _agree(state[0] for state in states)
         path = Path(states[leader][2])
@@ -170,7 +180,9 @@ class _Work:
             self.say(f"{self.name}: computing the features of its frozen encoder once, for {len(self.rows)} rows")
             self._compute(path, leaders)
             store = None
-        store = store or FeatureStore(path)
+        store = store or self._opened(path)
+        _agree(self.ranks.gather("" if store else "another run has removed its features"))
+        assert store is not None
         make_room(0, self.limit)
         self.say(f"{self.name}: the features of its frozen encoder take {store.bytes / 1e6:,.1f} MB")
         return store
@@ -201,6 +213,13 @@ class _Work:
         again = [[int(row)] for row in store.unreadable] if self.policy.urls else []  # a server may be back
         return None if any(len(part.unreadable) == 0 for part in self._parts(again)) else store
 
+    def _opened(self, path: Path) -> FeatureStore | None:
+        """Open a set that was there a moment ago."""
+        try:
+            return FeatureStore(path)
+        except TrustError:
+            return None
+
     def _check_space(self) -> None:
         """Estimate the size from a few batches, and remove what was not used for the longest time."""
         count = len(self.batches)
@@ -225,24 +244,31 @@ class _Work:
 
     def _compute(self, path: Path, leaders: Sequence[int]) -> None:
         """Compute a set, each process that has this cache folder a share of it, and put it in place."""
-        leader = leaders[self.ranks.rank]
-        problem = ""
+        leader, problem = leaders[self.ranks.rank], ""
         try:
-            with new_set(path) if self.ranks.rank == leader else nullcontext() as aside:
-                if aside is not None:
-                    plan = {"summary": self.summary, "batches": self.batches}
-                    (aside / _PLAN).write_text(json.dumps(plan))
-                folder = Path(self.ranks.gather(str(aside))[leader])
+            with ExitStack() as stack:
+                aside, failed = self._begin(stack, path) if self.ranks.rank == leader else (None, "")
+                states = self.ranks.gather([failed, str(aside)])
+                _agree(state[0] for state in states)
                 mates = [rank for rank, first in enumerate(leaders) if first == leader]
-                shares = self.ranks.gather(self._share(folder, mates))
+                shares = self.ranks.gather(self._share(Path(states[leader][1]), mates))
                 _agree(share["problem"] for share in shares)
                 self._refuse(next((share["error"] for share in shares if share["error"]), None))
                 if aside is not None:
                     mine = [share for share, owner in zip(shares, leaders, strict=True) if owner == leader]
                     self._write_manifest(aside, mine)
-        except OSError as error:
-            problem = f"its features cannot be written ({error.strerror})"
+        except OSError as error:  # of the last lines and of putting the set in place, where nobody waits for anybody
+            problem = _unwritable(error)
         _agree(self.ranks.gather(problem))
+
+    def _begin(self, stack: ExitStack, path: Path) -> tuple[Path | None, str]:
+        """Make the folder in which a set grows, with the plan in it; return it, and why that went wrong."""
+        try:
+            aside = stack.enter_context(new_set(path))
+            (aside / _PLAN).write_text(json.dumps({"summary": self.summary, "batches": self.batches}))
+        except OSError as error:
+            return None, _unwritable(error)
+        return aside, ""
 
     def _share(self, folder: Path, mates: Sequence[int]) -> dict[str, Any]:
         """Compute and write this one's share of the batches; return shards, unreadable rows, and what went wrong."""
@@ -253,7 +279,8 @@ class _Work:
             self.summary, self.batches = plan["summary"], plan["batches"]
             numbers = range(mates.index(self.ranks.rank), len(self.batches), len(mates))
             parts = self._numbered(numbers)
-            for part in self.progress(parts, len(numbers)) if self.progress else parts:
+            shown = self.progress if self.ranks.first else None
+            for part in shown(parts, len(numbers)) if shown else parts:
                 share["unreadable"] |= part.unreadable
                 if part.unreadable and not self.skip:
                     share["error"] = next([int(row), *problem] for row, problem in part.unreadable.items())
@@ -263,7 +290,7 @@ class _Work:
         except _Off as reason:
             share["problem"] = str(reason)
         except OSError as error:
-            share["problem"] = f"its features cannot be written ({error.strerror})"
+            share["problem"] = _unwritable(error)
         return share
 
     def _numbered(self, numbers: Sequence[int]) -> Iterator[_Part]:
@@ -330,10 +357,11 @@ def _leaders(ranks: Ranks) -> list[int]:
         with suppress(OSError):
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
-    shared = Path(ranks.tell(str(mark))).exists()
+    shared = os.path.exists(ranks.tell(str(mark)))
     leaders: list[int] = ranks.gather(0 if shared else ranks.rank - ranks.local)
     if ranks.first:
-        mark.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only file system says so even where there is nothing to remove
+            mark.unlink()
     return leaders
 
 
@@ -341,6 +369,10 @@ def _agree(problems: Iterable[str]) -> None:
     """Give up where one process has to."""
     for problem in filter(None, problems):
         raise _Off(problem)
+
+
+def _unwritable(error: OSError) -> str:
+    return f"its features cannot be written ({error.strerror or error})"
 
 
 def _gb(size: int) -> str:

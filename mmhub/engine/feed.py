@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mmhub.batch import Batch
+import numpy as np
+
+from mmhub.batch import Batch, Items
 from mmhub.config import Recipe
+from mmhub.data.lanes import batch_shares
 from mmhub.data.lengths import Lengths
 from mmhub.data.loader import Collate, Loaded, load_batches, on_device, row_seed, worker_count
 from mmhub.data.plan import plan_epoch, plan_window
@@ -16,7 +19,7 @@ from mmhub.data.sources import Rows
 from mmhub.data.stream import Stream
 from mmhub.engine.ranks import Ranks
 from mmhub.engine.state import Position
-from mmhub.errors import InputError, UsageError
+from mmhub.errors import InputError, MmhubError, UsageError
 
 AUTO_ROWS = 64  # rows a step of `batch_size = "auto"`
 
@@ -27,7 +30,7 @@ class Turn:
 
     batches: list[Batch | None] = field(default_factory=list)  # None where this rank has no row of a batch
     skipped: list[str] = field(default_factory=list)
-    error: InputError | None = None
+    error: MmhubError | None = None
     count: int = 0  # batches of the epoch that are done after it
     stream: Any = None  # likewise, the place in a stream
 
@@ -56,8 +59,16 @@ class Feed:
         """The number of batches in an epoch, None where only its end will tell."""
         if isinstance(self.rows, Rows):
             return len(self._plan(epoch))
-        known = self.rows.rows is not None and not self.recipe.train.batch_tokens
-        return math.ceil(self.rows.rows / self.batch_size) if known and self.rows.rows else None
+        if self.recipe.train.batch_tokens:
+            return None
+        return self.rows.batches_known(self.batch_size, self.ranks.world, epoch, self.recipe.seed)
+
+    def digest(self) -> bytes:
+        """Return what must be the same on all ranks: the batches of the first epoch, or the shards of a stream."""
+        if isinstance(self.rows, Stream):
+            return repr((self.rows.source, self.rows.bytes)).encode()
+        plan = self._plan(0)
+        return np.array([len(part) for part in plan] + [row for part in plan for row in part], np.int64).tobytes()
 
     def steps(self) -> int:
         """The number of optimizer steps that the whole run is planned for.
@@ -130,12 +141,12 @@ class Feed:
         assert isinstance(self.rows, Stream)
         options, ranks = self.recipe.train, self.ranks
 
-        def cut(rows: Sequence[dict[str, Any]], seed: int) -> list[list[int]]:
-            lengths = self.measure(rows) if options.group_by_length or options.batch_tokens else None
-            share = max(1, self.batch_size // ranks.world)
+        share = batch_shares(self.batch_size, ranks.world)[ranks.rank]
+
+        def cut(rows: Sequence[tuple[int, dict[str, Any]]], seed: int) -> list[list[int]]:
             return plan_window(
                 len(rows),
-                lengths=lengths,
+                lengths=self.measure(rows) if options.group_by_length or options.batch_tokens else None,
                 batch_size=share,
                 batch_tokens=options.batch_tokens // ranks.world,
                 group_by_length=options.group_by_length,
@@ -143,28 +154,50 @@ class Feed:
             )
 
         return self.rows.batches(
-            position.epoch, seed=self.recipe.seed, rank=ranks.rank, world=ranks.world, cut=cut, state=position.stream
+            position.epoch,
+            seed=self.recipe.seed,
+            rank=ranks.rank,
+            world=ranks.world,
+            cut=cut,
+            batch_size=0 if options.batch_tokens else self.batch_size,
+            state=position.stream,
         )
 
 
-def stand_in(collate: Collate, rows: Any) -> Batch | None:
-    """Return a batch of one readable row, for ranks that have none of a batch; it takes part with weight zero."""
-    for number, row in enumerate(rows):
-        loaded = replace(collate, skip=True, seed=None)([(number, row)])
-        if loaded.batch is not None:
+def stand_in(collate: Collate, rows: Rows | Stream) -> Batch:
+    """Return a batch of one readable row, for ranks that have none of a batch; it takes part with weight zero.
+
+    Raises:
+        InputError: there is none.
+    """
+    single = replace(collate, skip=True, seed=None)
+    for numbered in _numbered(rows):
+        if (loaded := single([numbered])).batch is not None:
             return loaded.batch
-        if number == 1000:
-            break
-    return None
+    raise InputError("none of the training rows could be read", "check the data")
 
 
-def stand_in_items(collate: Collate, rows: Any) -> dict[str, Any]:
-    """Return one item of every modality, with which ranks run an encoder for which they have none."""
-    found: dict[str, Any] = {}
-    for number, row in enumerate(rows):
-        loaded = replace(collate, skip=True, seed=None, features={})([(number, row)])
-        items = loaded.batch.items if loaded.batch is not None else {}
-        found |= {name: part for name, part in items.items() if len(part) and name not in found}
-        if len(found) == len(collate.inputs) or number == 1000:
-            break
+def stand_in_items(collate: Collate, rows: Rows | Stream) -> dict[str, Items]:
+    """Return one item of every modality, with which ranks run an encoder for which they have none.
+
+    Raises:
+        InputError: a modality is in no row.
+    """
+    single = replace(collate, skip=True, seed=None, features={}, read={}, target="")
+    found = {}
+    for name, column in collate.inputs.items():
+        cells = rows.cells(column) if isinstance(rows, Stream) else enumerate(rows.column(column))
+        batches = (single([(number, {column: cell})]).batch for number, cell in cells)
+        item = next((batch.items[name] for batch in batches if batch is not None and len(batch.items[name])), None)
+        if item is None:
+            hint = "leave its encoder out, or train in one process"
+            raise InputError(f"no training row has a readable {name} in column '{column}'", hint)
+        found[name] = item
     return found
+
+
+def _numbered(rows: Rows | Stream) -> Iterator[tuple[int, dict[str, Any]]]:
+    if isinstance(rows, Rows):
+        return enumerate(rows)
+    batches = rows.batches(0, seed=0, rank=0, world=1, cut=lambda part, seed: [[i] for i in range(len(part))])
+    return (numbered for part, _ in batches for numbered in part)

@@ -81,10 +81,6 @@ class TrainingCost:
         self._targets: Any = None
         self._mix: tuple[list[str], _Quadratic] | None = None  # fusion and decoder, by tokens of the named streams
 
-    def wants(self, batch: Batch) -> bool:
-        """Whether the batch holds a modality that was not measured yet."""
-        return bool(present(batch) - set(self._streams))
-
     def measure(self, batch: Batch) -> None:
         """Measure what this batch has for the first time: encoders by its longest item, then what joins them."""
         new = present(batch) - set(self._streams)

@@ -7,45 +7,34 @@ import math
 import os
 import shutil
 import signal
-import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
 import torch
 
-from mmhub.build import build_model
 from mmhub.checkpoint import load, read_config, save
 from mmhub.config import Recipe, dump_recipe, override_recipe, read_recipe
-from mmhub.data.lengths import Lengths, measure_rows
-from mmhub.data.loader import Collate
-from mmhub.data.sources import Rows
 from mmhub.data.stream import Stream, join_states
-from mmhub.device import find_device, find_precision
-from mmhub.engine.compute import prepare_model
-from mmhub.engine.data import TrainingData, resolved, with_base_columns
+from mmhub.device import find_device
 from mmhub.engine.data import replace as with_values
-from mmhub.engine.features import open_features
-from mmhub.engine.feed import AUTO_ROWS, Feed, Turn, stand_in, stand_in_items
-from mmhub.engine.meter import Meter
-from mmhub.engine.optimizer import make_optimizer
-from mmhub.engine.parallel import Parallel
+from mmhub.engine.feed import Turn
 from mmhub.engine.profiler import Profiler
 from mmhub.engine.provenance import provenance
-from mmhub.engine.ranks import Ranks, is_lost, join
+from mmhub.engine.ranks import Ranks, is_lost, join, shared
 from mmhub.engine.report import Reporter, TrainRun, run_facts
+from mmhub.engine.setup import Setup
 from mmhub.engine.signals import StopSignal
-from mmhub.engine.state import Checkpoints, Position
+from mmhub.engine.state import Position
 from mmhub.engine.step import Stepper
-from mmhub.errors import InputError, Interrupted, MmhubError, UsageError
+from mmhub.errors import InputError, Interrupted, MmhubError
 from mmhub.evaluation import EvalOptions, EvaluationStopped, data_name, evaluate
 from mmhub.files import disk_errors, write_file
 from mmhub.hub.card import merge_card
-from mmhub.interfaces import Policy, find_task
 from mmhub.lineage import code_state
 from mmhub.model import Model
 from mmhub.weights import copy_parameters
@@ -94,247 +83,85 @@ def train(
     out = Path(out) if out is not None else Path("runs") / (name or recipe.task)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun, with the same arguments
     ranks = join(find_device(recipe.train.device))
+    resume = resume or any(ranks.gather(restarted))
     try:
-        return _Run(recipe, out, folder, ranks, resume=resume or restarted, quiet=quiet).train()
+        code = code_state(folder or Path.cwd())
+        setup = Setup(recipe, out, folder, ranks, resume=resume, quiet=quiet or not ranks.first)
+        return _Run(setup, out, code, quiet=quiet or not ranks.first).train()
     except RuntimeError as error:
         if not is_lost(error):
             raise
-        raise MmhubError("another process of this run has ended", "what it said itself tells why") from None
+        raise shared(MmhubError("another process of this run has ended", "what it said itself tells why")) from None
 
 
 class _Run:
-    """One run: everything between reading the recipe and the finished model folder."""
+    """One run, from its first step to the finished model folder."""
 
-    def __init__(
-        self, recipe: Recipe, out: Path, folder: Path | None, ranks: Ranks, *, resume: bool, quiet: bool
-    ) -> None:
-        self.recipe, self.out, self.folder = with_base_columns(recipe, out, folder, resume=resume), out, folder
-        self.ranks, self.device, self.quiet = ranks, ranks.device, quiet or not ranks.first
-        self.task = find_task(recipe.task)
-        self.options = recipe.train
-        if ranks.several and self.options.batch_size == "auto":
-            raise UsageError('train.batch_size = "auto" is for one process', "give a number of rows")
-        self.precision = find_precision(recipe.train.precision, self.device)
-        self.code = code_state(folder or Path.cwd())
-        if ranks.first:
-            self._check_out(resume)
-        ranks.barrier()
-        self.data = TrainingData(self.recipe, self.task, folder)
-        self.rows, self.valid = self.data.rows, self.data.valid
-        self.fingerprint = self.data.fingerprint()
-        self.checkpoints = Checkpoints(out / "checkpoints", self.options.keep, ranks)
-        state = self.checkpoints.newest(_warn) if resume else None
-        self.position = self.checkpoints.load_position(state) if state else self._start()
+    def __init__(self, setup: Setup, out: Path, code: Mapping[str, Any] | None, *, quiet: bool) -> None:
+        self.setup, self.out, self.code, self.quiet = setup, out, code, quiet
+        self.recipe, self.options, self.task, self.ranks = setup.recipe, setup.options, setup.task, setup.ranks
+        self.rows, self.valid, self.model, self.position = setup.rows, setup.valid, setup.model, setup.position
+        self.feed, self.meter, self.checkpoints = setup.feed, setup.meter, setup.checkpoints
         self.place = self.position.stream  # where the run was resumed, for ranks that have had no batch since
-        self._check_rows()
-        self._build(state)
-        self.feed = self._feed()
-        self.planned = self.feed.steps()
-        self.batches_per_epoch = self.feed.batches()
-        if ranks.first:
-            self._prepare_out()
-        ranks.barrier()
-        run = TrainRun(out, msgspec.to_builtins(self._resolved()), self.planned)
-        with disk_errors("the run", out):
+        self.planned, self.batches_per_epoch = self.feed.steps(), self.feed.batches()
+        self.saved_step = self.position.step if setup.restored else -1
+        self.told = False  # whether the meter's problem was
+        self.fresh = not (out.is_dir() and any(out.iterdir()))
+        self.ranks.barrier()  # none makes the folder before all have looked
+        try:
+            self._begin()
+        except BaseException:
+            self._forget_if_empty()
+            raise
+
+    def _begin(self) -> None:
+        """Make the run folder, and whatever writes into it."""
+        if self.ranks.first:
+            with disk_errors("the run", self.out):
+                self.out.mkdir(parents=True, exist_ok=True)
+                write_file(self.out / "recipe.toml", dump_recipe(self.setup.resolved))
+        self.ranks.barrier()
+        run = TrainRun(self.out, msgspec.to_builtins(self.setup.resolved), self.planned)
+        with disk_errors("the run", self.out):
             self.reporter = Reporter(
                 run,
                 quiet=self.quiet,
                 step=self.position.step,
                 lines=self.position.lines,
-                ranks=ranks,
-                facts=run_facts(self.model, self.device, self.precision, ranks),
+                ranks=self.ranks,
+                facts=run_facts(self.model, self.ranks.device, self.setup.precision, self.ranks),
             )
         self.stop = StopSignal(self.reporter.say_from_signal)
-        self.profiler = Profiler(out, self.options.profile, self.device, ranks.rank)
-        self.stepper = self._stepper()
-        self.saved_step = self.position.step if state else -1
-        self.told = False  # whether the meter's problem was
-        self._announce(state)
-
-    # -- setting up ---------------------------------------------------------------------------------------------
-
-    def _check_out(self, resume: bool) -> None:
-        there = next((path for path in (self.out, *self.out.parents) if path.exists()), None)
-        if there and not there.is_dir():
-            raise UsageError(f"'{there}' is a file", "name a folder with --out")
-        if self.out.is_dir() and any(self.out.iterdir()) and not resume:
-            raise UsageError(f"the run folder '{self.out}' exists", "add --resume to go on, or name another with --out")
-        stored = self.out / "recipe.toml"
-        if stored.exists():
-            self._check_same(read_recipe(stored))
-        elif self.out.is_dir() and any(self.out.iterdir()):
-            raise UsageError(f"'{self.out}' is no run folder, it has no recipe.toml", "name another with --out")
-
-    def _check_same(self, stored: Recipe) -> None:
-        """A resumed run must be the same run: only what changes no result may differ."""
-        for part in ("task", "seed", "model", "data", "train"):
-            old, new = getattr(stored, part), getattr(self._resolved(), part)
-            if part == "train":
-                old, new = (with_values(x, _FREE) for x in (old, new))
-            if part == "data":
-                old, new = (with_values(x, {"workers": 0}) for x in (old, new))
-            if old != new:
-                raise UsageError(
-                    f"[{part}] differs from the recipe this run in '{self.out}' was started with",
-                    "resume with the same recipe, or start a new run with another --out",
-                )
-
-    def _start(self) -> Position:
-        return Position(rows=self.data.count or 0, fingerprint=self.fingerprint)
-
-    def _check_rows(self) -> None:
-        """A resumed run must read the same data."""
-        hint = "restore the data, or start a new run with another --out"
-        if self.position.rows != (self.data.count or 0):
-            raise UsageError(
-                f"the training data has {self.data.count} rows, and {self.position.rows} when this run was started",
-                hint,
-            )
-        if self.position.fingerprint != self.fingerprint:
-            raise UsageError(f"'{self.rows.source}' has changed since this run was started", hint)
-
-    def _resolved(self) -> Recipe:
-        return resolved(self.recipe, self.folder)
-
-    def _prepare_out(self) -> None:
-        with disk_errors("the run", self.out):
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_file(self.out / "recipe.toml", dump_recipe(self._resolved()))
-
-    def _build(self, state: Path | None) -> None:
-        """Build or restore the model, put it on its device and on all ranks, and make its optimizer."""
-        self.model = self._model(state)
-        if not state:
-            self.position.parents = self.model.parents
-        self.model.unimodal_loss = self.options.unimodal_loss
-        self.model.to(self.device)
-        prepare_model(self.model, self.options, self.device, self.precision)
-        self.features, self.valid_features = self._frozen(self.rows, True), self._frozen(self.valid, False)
-        self.lengths = self._measure_rows(self.rows) if isinstance(self.rows, Rows) else None
-        self.valid_lengths = self._measure_rows(self.valid) if self.valid is not None else None
-        if self.ranks.several:
-            examples = stand_in_items(self._collate(), self._some_rows())
-            self.model.stand_ins = {name: items.to(self.device) for name, items in examples.items()}
-        self.meter = Meter(self.model, self.device, self.ranks, self.precision)
-        if self.ranks.several and (example := stand_in(self._collate(), self._some_rows())):
-            self.meter.measure(example.to(self.device))
-        self.parallel = Parallel(self.model, self.options, self.ranks, self.precision)
-        self.optimizer = make_optimizer(self.model, self.recipe, self.device)
-        if state:
-            self.checkpoints.load_tensors(state, self.model, self.optimizer)
-
-    def _model(self, state: Path | None) -> Model:
-        if state is not None:
-            model = self.checkpoints.load_model(state)
-            for modality, part in self.recipe.model.encoders.items():
-                if part.freeze:
-                    model.freeze(modality)
-            return model
-        try:
-            model = build_model(
-                self.task,
-                self.recipe.model,
-                self.data.values,
-                columns=self.data.columns,
-                folder=self.folder,
-                seed=self.recipe.seed,
-            )
-        except InputError as error:
-            if error.row is None or error.modality:
-                raise
-            raise self.data.at_target(error.row, error) from None
-        copy_parameters(model)
-        self.data.check_targets(model)
-        return model
-
-    def _collate(self) -> Collate:
-        return Collate(
-            rows=self.rows,
-            processors=self.model.processors,
-            inputs=dict(self.model.columns.inputs),
-            decoder=self.model.decoder,
-            target=self.recipe.data.target,
-            policy=self._policy(),
-            skip=self.recipe.data.on_error == "skip",
-        )
-
-    def _policy(self) -> Policy:
-        return Policy(urls=self.recipe.data.allow_urls)
-
-    def _feed(self) -> Feed:
-        """What this rank trains on."""
-        collate = replace(self._collate(), features=self.features)
-        if self.lengths is not None:
-            collate = replace(collate, read=self.lengths.read)
-        return Feed(self.recipe, self.rows, collate, self._measure_rows, self.lengths, self.ranks)
-
-    def _measure_rows(self, rows: Any) -> Lengths:
-        """Measure rows, and read once what is small; of all inputs, so that no cache decides what a batch is."""
-        model = self.model
-        return measure_rows(rows, model.processors, model.encoders, dict(model.columns.inputs), self._policy())
-
-    def _frozen(self, rows: Any, training: bool) -> dict[str, Any]:
-        if not isinstance(rows, Rows) or not self.model.frozen or not self.options.cache_features:
-            return {}
-        if training and self._seen_rows() < len(rows):
-            return {}
-        return open_features(
-            self.model,
-            rows,
-            dict(self.model.columns.inputs),
-            policy=self._policy(),
-            skip=self.recipe.data.on_error == "skip",
-            training=training,
-            precision=self.precision,
-            limit_gb=self.options.cache_gb,
-            workers=self.recipe.data.workers,
-            ranks=self.ranks,
-            say=self._say_early,
-        )
-
-    def _seen_rows(self) -> float:
-        """How many rows a run with `max_steps` looks at, at most."""
-        options = self.options
-        rows = math.inf if options.batch_tokens else AUTO_ROWS if options.batch_size == "auto" else options.batch_size
-        return options.max_steps * rows * options.accumulate if options.max_steps else math.inf
-
-    def _stepper(self) -> Stepper:
-        spare = stand_in(self.feed.collate, self._some_rows()) if self.ranks.several else None
-        return Stepper(
+        self.profiler = Profiler(self.out, self.options.profile, self.ranks.device, self.ranks.rank)
+        self.stepper = Stepper(
             self.recipe,
             self.model,
-            self.optimizer,
-            self.parallel,
+            self.setup.optimizer,
+            self.setup.parallel,
             self.ranks,
-            self.precision,
+            self.setup.precision,
             self.meter,
             self.planned,
-            spare.to(self.device) if spare else None,
+            self.setup.stand_in,
             self.rows.where,
             self.reporter.say,
         )
+        self._announce()
 
-    def _some_rows(self) -> Any:
-        if isinstance(self.rows, Rows):
-            return iter(self.rows)
-        return iter(self.rows)
-
-    def _say_early(self, text: str) -> None:
-        if not self.quiet:
-            print(text, file=sys.stderr)
-
-    def _announce(self, state: Path | None) -> None:
+    def _announce(self) -> None:
         parts = self.model.parts().values()
         count = sum(p.numel() for part in parts for p in part.parameters())
         trained = sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
-        dtype = "bf16" if self.precision == torch.bfloat16 else "fp32"
-        rows = f"{self.data.count} rows" if self.data.count is not None else f"streaming '{self.rows.source}'"
+        dtype = "bf16" if self.setup.precision == torch.bfloat16 else "fp32"
+        rows = (
+            f"{self.setup.data.count} rows" if self.setup.data.count is not None else f"streaming '{self.rows.source}'"
+        )
         several = f" x {self.ranks.world} ({self.options.parallel})" if self.ranks.several else ""
         self.reporter.say(
             f"{self.task.name}: {rows}, {count:,} parameters ({trained:,} trained), "
-            f"{self.planned} steps on {self.device.type}{several} in {dtype}"
+            f"{self.planned} steps on {self.ranks.device.type}{several} in {dtype}"
         )
-        if state:
+        if self.setup.restored:
             self.reporter.say(f"resuming from step {self.position.step}")
 
     # -- the loop -----------------------------------------------------------------------------------------------
@@ -347,21 +174,26 @@ class _Run:
                 self._epochs()
                 return self._finish()
         finally:
-            self.profiler.close()
-            self.reporter.close()
-            self.checkpoints.close()
-            if self.ranks.first:
-                self._forget_if_empty()
+            self._close()
+
+    def _close(self) -> None:
+        with ExitStack() as closing:
+            closing.callback(self._forget_if_empty)
+            for part in (self.checkpoints, self.reporter, self.profiler):
+                closing.callback(part.close)
 
     def _forget_if_empty(self) -> None:
         """A run that failed before its first step leaves nothing, so that the mended recipe can be run as it is."""
-        if self.position.step or any((self.out / name).exists() for name in ("checkpoints", "model")):
+        kept = self.position.step or any((self.out / name).exists() for name in ("checkpoints", "model"))
+        if kept or not self.fresh or not self.ranks.first or not self.out.is_dir():
             return
-        for name in ("recipe.toml", "metrics.jsonl", "sessions.jsonl"):
-            (self.out / name).unlink(missing_ok=True)
-        shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
+        for path in self.out.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         with suppress(OSError):
-            self.out.rmdir()  # whatever else is there stays
+            self.out.rmdir()
 
     def _epochs(self) -> None:
         self._evaluate_if_due()
@@ -370,7 +202,7 @@ class _Run:
             if self._done():
                 return
             if not self.position.step:
-                count = "" if self.data.count is None else f"{self.data.count} "
+                count = "" if self.setup.data.count is None else f"{self.setup.data.count} "
                 raise InputError(f"none of the {count}training rows could be read", "check the data")
             self.position.epoch, self.position.batches, self.position.stream = self.position.epoch + 1, 0, None
             self._evaluate_if_due()
@@ -379,8 +211,7 @@ class _Run:
         self.checkpoints.wait()  # decoding processes are forked now, which is safe from one thread alone
         turns = self.feed.turns(self.position)
         while not self._done():
-            with self.meter.waiting():
-                turn = next(turns, None)
+            turn = self._next(turns)
             rows = sum(batch.size for batch in turn.batches if batch) if turn else 0
             facts = (turn is not None, bool(turn and turn.error), len(turn.skipped) if turn else 0, bool(self.stop))
             total, going, failed, skipped, stopped = self.ranks.sum(rows, *facts)
@@ -397,6 +228,13 @@ class _Run:
             self._advance(turn)
             self._after_step()
 
+    def _next(self, turns: Iterator[Turn]) -> Turn | None:
+        with self.meter.waiting():
+            try:
+                return next(turns, None)
+            except MmhubError as error:  # a shard that cannot be read, a decoding process that is gone
+                return Turn(error=error)
+
     def _advance(self, turn: Turn | None) -> None:
         if turn:
             self.position.batches, self.position.stream = turn.count, turn.stream
@@ -409,12 +247,16 @@ class _Run:
         tired = patience > 0 and self.position.evaluations_without_gain >= patience
         return self.position.step >= self._last_step() or tired
 
-    def _shared_error(self, turn: Turn | None) -> InputError:
-        """The first rank's error that has one, on all ranks alike."""
+    def _shared_error(self, turn: Turn | None) -> MmhubError:
+        """The error of the first rank that has one, on all ranks alike."""
         own = turn.error if turn else None
-        found = self.ranks.gather([own.message, own.hint] if own else None)
-        message, hint = next(error for error in found if error)
-        return own if own and not self.ranks.several else InputError(message, hint)
+        if own and not self.ranks.several:
+            return own
+        found = self.ranks.gather([own.message, own.hint, own.exit_code] if own else None)
+        message, hint, code = next(error for error in found if error)
+        error = MmhubError(message, hint)
+        error.exit_code = code
+        return shared(error)
 
     def _tell_skipped(self, turn: Turn | None) -> None:
         for texts in self.ranks.gather(turn.skipped if turn else []):
@@ -475,7 +317,7 @@ class _Run:
         position.lines, position.world = self.reporter.lines, self.ranks.world
         whole = with_all_places(position, self.place, self.ranks)
         with self.meter.pausing():
-            self.checkpoints.save(self.model, self.optimizer, whole, wait=wait)
+            self.checkpoints.save(self.model, self.setup.optimizer, whole, wait=wait)
         self.saved_step = position.step
 
     def _save_and_stop(self) -> NoReturn:
@@ -530,7 +372,7 @@ class _Run:
 
     def _save_model(self) -> None:
         """Write the model to where people look for it."""
-        tensors = self.parallel.tensors()
+        tensors = self.setup.parallel.tensors()
         if self.ranks.first:
             with disk_errors("the model", self.out):
                 save(self.model, self.out / "model", tensors)
@@ -544,21 +386,23 @@ class _Run:
 
     def _measure(self, model: Model, *, subsets: bool, ranks: Ranks) -> dict[str, Any]:
         data = self.recipe.data
+        if ranks.several or model is self.model:
+            self.checkpoints.wait()  # decoding processes are forked, as in `_epoch`
         options = EvalOptions(
-            batch_size=max(self.feed.batch_size, 64),
+            batch_size=math.ceil(max(self.feed.batch_size, 64) / self.position.pieces),
             workers=data.workers,
             subsets=subsets,
             skip=data.on_error == "skip",
-            policy=self._policy(),
-            precision=self.precision,
+            policy=self.setup.policy,
+            precision=self.setup.precision,
             progress=self.reporter.watch,
             batch_tokens=self.options.batch_tokens,
-            lengths=self.valid_lengths,
-            features=self.valid_features,
+            lengths=self.setup.valid_lengths,
+            features=self.setup.valid_features,
             ranks=ranks if ranks.several else None,
             stop=self._stopping if model is self.model else None,
         )
-        with self.parallel.whole() if model is self.model else nullcontext():
+        with self.setup.parallel.whole() if model is self.model else nullcontext():
             return evaluate(model, self.valid, inputs=model.columns.inputs, target=data.target, options=options)
 
     def _stopping(self) -> bool:
@@ -591,8 +435,10 @@ class _Run:
         if self.valid is not None:
             best = load(folder)
             copy_parameters(best)
-            alone = Ranks(device=self.device)
-            report = self._measure(best.to(self.device), subsets=True, ranks=alone) | {"data": data_name(self.valid)}
+            alone = Ranks(device=self.ranks.device)
+            report = self._measure(best.to(self.ranks.device), subsets=True, ranks=alone) | {
+                "data": data_name(self.valid)
+            }
             report.pop("name")
             metrics = report["metrics"]
             with disk_errors("the model", folder):
@@ -620,15 +466,10 @@ class _Run:
 
 
 def with_all_places(position: Position, start: Any, ranks: Ranks) -> Position:
-    """The position with the places of all ranks in a stream, which is what a checkpoint holds."""
-    return with_values(position, {"stream": join_states([start, *ranks.gather(position.stream)])})
+    """The position with the places of all ranks in a stream, which is what a checkpoint holds.
 
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
-
-
-# What a resumed run may change, for it changes no result.
-_FREE = {
-    "checkpoint_every": 1, "keep": 1, "log_every": 1, "device": "", "parallel": "auto", "cache_gb": 1.0, "profile": 0
-}  # fmt: skip
+    `start` is the place the run was resumed from; a rank that has had no batch since has none of its own.
+    """
+    own = None if position.stream is start else position.stream
+    places = [place for place in [start, *ranks.gather(own)] if place and place["epoch"] == position.epoch]
+    return with_values(position, {"stream": join_states(places)})

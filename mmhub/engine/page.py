@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import tomlkit
+
 from mmhub.engine.chart import Curve, chart, short
+from mmhub.engine.provenance import public
 from mmhub.files import write_file
 
 METRICS, SESSIONS, PAGE = "metrics.jsonl", "sessions.jsonl", "report.html"
@@ -99,7 +103,7 @@ class _Run:
         self.sessions = _read_lines(folder / SESSIONS)
         starts = [entry for entry in self.sessions if "end" not in entry]
         self.facts: Mapping[str, Any] = starts[-1] if starts else {}
-        self.recipe = _read(folder / "recipe.toml")
+        self.recipe = _shown_recipe(folder)
         self.provenance = _read_json(folder / "model" / "provenance.json")
         self.task = str(self.facts.get("task") or self.provenance.get("task") or "run")
         self.report = _read_json(folder / "model" / "eval" / f"{self.task}.json")
@@ -221,13 +225,19 @@ def _model(run: _Run) -> str:
 
 def _data(run: _Run) -> str:
     rows = []
-    for split, facts in run.provenance.get("data", {}).items():
-        files = facts.get("files") or [{}]
-        rows += [
-            [split, file.get("name") or facts.get("id", ""), facts.get("rows", ""), _code(file.get("sha256", ""))]
-            for file in files
-        ]
-    return f"<h2>Data</h2>{_table(['split', 'file', 'rows in all', 'SHA-256'], rows)}" if rows else ""
+    for split, facts in (run.provenance.get("data") or run.facts.get("data") or {}).items():
+        for file in facts.get("files") or [facts]:
+            name = file.get("name") or facts.get("id") or facts.get("source", "")
+            rows.append([split, name, facts.get("rows") or "", _code(_mark(file))])
+    return f"<h2>Data</h2>{_table(['split', 'file', 'rows in all', 'SHA-256, or another mark'], rows)}" if rows else ""
+
+
+def _mark(file: Mapping[str, Any]) -> str:
+    """What identifies the content of a file of data, or of a list of them."""
+    if "sha256" in file:
+        return str(file["sha256"])
+    known = {key: value for key, value in file.items() if key not in ("name", "id", "source", "rows", "bytes", "files")}
+    return ", ".join(f"{key} {value}" for key, value in known.items() if isinstance(value, str))
 
 
 def _sessions(run: _Run) -> str:
@@ -301,6 +311,15 @@ def _duration(seconds: float) -> str:
     if whole < 60:
         return f"{seconds:.1f} s"
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _shown_recipe(folder: Path) -> str:
+    """The recipe as it may be shown to others; it stays on disk as it is."""
+    text = _read(folder / "recipe.toml")
+    try:
+        return tomlkit.dumps(public(tomllib.loads(text), folder.resolve()))
+    except tomllib.TOMLDecodeError:
+        return ""
 
 
 def _read(path: Path) -> str:

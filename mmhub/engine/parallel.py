@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmhub.batch import Batch, Output
@@ -28,10 +29,20 @@ class Parallel:
         self.model, self.ranks = model, ranks
         self.sharded = ranks.several and options.parallel == "fsdp"
         self._ddp: Any = None
+        if ranks.several and not any(parameter.requires_grad for parameter in model.parameters()):
+            return  # the optimizer says that nothing is trained
         if self.sharded:
             _shard(model, ranks, precision)
         elif ranks.several:
             self._ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> None:
+        """Run a batch once, for a sharded model learns in its first pass which module is the outermost."""
+        if self.sharded:
+            sharded: Any = self.model.eval()
+            sharded(batch)
+            sharded.reshard()
 
     def forward(self, batch: Batch) -> Output:
         output: Output = (self._ddp or self.model)(batch)
@@ -52,7 +63,13 @@ class Parallel:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Let parts of a sharded model be called by themselves, as evaluation does; every rank must take part."""
+        """Let parts of a model be called by themselves, as evaluation does; every rank must take part.
+
+        Statistics, such as those of batch norms, are the first rank's, which are also the ones that are saved.
+        """
+        if self.ranks.several:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
         if not self.sharded:
             yield
             return
@@ -92,14 +109,21 @@ def _shard(model: Model, ranks: Ranks, precision: torch.dtype) -> None:
     """Shard parameters, gradients and optimizer state: each repeated block by itself, and what is left together.
 
     What may be called more often on one rank than on another stays in the last group, whose weights are gathered once
-    a step: fusions (for every modality alone), and encoders that padding disturbs (for every length).
+    a step: fusions and decoders (for every modality alone), and encoders that padding disturbs (for every length).
+    Inputs are left as they are: autocast makes them small where a layer wants it.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     low = precision != torch.float32 and ranks.device.type == "cuda"
-    policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()
-    uneven = ("fusion.", *(f"encoders.{m}." for m, e in model.encoders.items() if not cast(Any, e).padding_invariant))
+    dtypes = {"param_dtype": precision, "reduce_dtype": torch.float32} if low else {}
+    policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
+    alone = ("decoder.",) if len(model.encoders) > 1 else ()
+    uneven = (
+        "fusion.",
+        *alone,
+        *(f"encoders.{m}." for m, e in model.encoders.items() if not cast(Any, e).padding_invariant),
+    )
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     try:
         for name, block in find_blocks(model):

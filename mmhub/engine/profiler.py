@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmhub.files import write_file
+from mmhub.records import cause
 
 WARM_UP = 3  # steps before the trace, in which memory is allocated and kernels are chosen
 
@@ -35,10 +37,16 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Write what was traced so far, if anything."""
+        """Write what was traced so far, if anything; where that fails a line says so, and training goes on."""
         if self._trace is None:
             return
         trace, self._trace, self._steps = self._trace, None, 0
+        try:
+            self._write(trace)
+        except (OSError, RuntimeError) as error:
+            print(f"warning: the trace is not written: {cause(error)}", file=sys.stderr)
+
+    def _write(self, trace: Any) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # what was launched belongs to the steps
         trace.__exit__(None, None, None)

@@ -19,6 +19,11 @@ from mmhub.data.sources import Rows
 from mmhub.data.stream import Stream
 from mmhub.model import Model
 
+_LOGIN = re.compile(r"(?<=://)[^/@\s'\"]*@")
+_QUERY = re.compile(r"(\w://[^\s'\"<>?]*)\?[^\s'\"<>]*")
+_PATH = re.compile(r"(\w+:)?(/|\.{1,2}/|~)(?!/)")
+_QUICK = 2**31  # bytes of data that are hashed at the start of a run
+
 
 def provenance(
     recipe: Recipe,
@@ -35,9 +40,6 @@ def provenance(
 
     `parents` and `code` are what `mmhub.lineage` says; `code` is None outside a git repository.
     """
-    data = {"train": _data(train)}
-    if valid is not None:
-        data["valid"] = _data(valid)
     settings = msgspec.to_builtins(recipe)
     return {
         "task": recipe.task,
@@ -48,10 +50,21 @@ def provenance(
         "versions": versions(model),
         "code": None if code is None else dict(code),
         "parents": [dict(parent) for parent in parents],
-        "data": data,
-        "train": settings["train"],
-        "model": _without_folders(settings["model"]),
+        "data": {"train": _data(train)} | ({} if valid is None else {"valid": _data(valid)}),
+        "train": public(settings["train"]),
+        "model": public(settings["model"]),
     }
+
+
+def known_data(train: Rows | Stream, valid: Rows | None) -> dict[str, Any]:
+    """Return what can soon be said of the data: for what would take long to hash, its name, rows and bytes."""
+    found = {}
+    for split, rows in (("train", train), ("valid", valid)):
+        if isinstance(rows, Rows) and rows.bytes > _QUICK:
+            found[split] = {"id": public(rows.source), "rows": len(rows), "bytes": rows.bytes}
+        elif rows is not None:
+            found[split] = _data(rows)
+    return found
 
 
 def _data(rows: Rows | Stream) -> dict[str, Any]:
@@ -63,15 +76,33 @@ def _data(rows: Rows | Stream) -> dict[str, Any]:
     return {"id": source} | facts if named else facts  # else it names files, which stand there anyway
 
 
-def _without_folders(value: Any) -> Any:
-    """Keep the last part of anything that looks like a path to a file."""
-    if isinstance(value, dict):
-        return {key: _without_folders(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(item) for item in value]
-    if isinstance(value, str) and value.startswith(("/", "./", "../", "~")):
-        return Path(value).name
-    return value
+def public(value: Any, folder: Path | None = None) -> Any:
+    """Return plain data as it may leave this machine: without logins and signatures in addresses, or folders of paths.
+
+    A path inside of `folder` is shown from there, any other by its last part.
+
+    >>> public(["s3://ada:pw@host/x?X-Amz-Signature=1", "/home/ada/train.csv", "sql:/home/ada/sales.db", "org/model"])
+    ['s3://host/x', 'train.csv', 'sql:sales.db', 'org/model']
+    """
+    if isinstance(value, Mapping):
+        return {key: public(item, folder) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(item, folder) for item in value]
+    if not isinstance(value, str):
+        return value
+    match, path = _PATH.match(value), Path(value).expanduser() if value[:1] in "/~" else Path(value)
+    if folder is not None and path.is_absolute() and path.is_relative_to(folder):
+        return path.relative_to(folder).as_posix()
+    if match or path.is_absolute():
+        return (match[1] or "" if match else "") + path.name
+    return public_text(value)
+
+
+def public_text(text: str) -> str:
+    """Return a text without logins and signatures in its addresses, the home folder written as ~."""
+    shown = _QUERY.sub(r"\1", _LOGIN.sub("", text))
+    home = str(Path.home())
+    return re.sub(rf"{re.escape(home)}(?=[/\\'\"\s:;,]|$)", "~", shown) if home not in ("/", "") else shown
 
 
 def hardware() -> str:

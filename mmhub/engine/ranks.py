@@ -8,12 +8,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mmhub.errors import MmhubError, UsageError
 
 _CPU = torch.device("cpu")
 _TIMEOUT = timedelta(minutes=30)  # how long a process may wait for another, for instance while that one evaluates
@@ -79,9 +81,14 @@ def join(device: torch.device) -> Ranks:
     """Join the group that `torchrun` launched this process into, until the process ends; alone without it."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
         return Ranks(device=device)
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            count = f"{torch.cuda.device_count()} GPUs"
+            raise UsageError(f"process {local} of this machine has no GPU: there are {count}", "start one for each")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -95,6 +102,15 @@ def _leave() -> None:
     if dist.is_available() and dist.is_initialized():
         gc.collect()  # what is left of a model wrapped for the group would outlive the group's threads
         dist.destroy_process_group()
+
+
+_E = TypeVar("_E", bound=MmhubError)
+
+
+def shared(error: _E) -> _E:
+    """Mark an error that all processes raise alike, so that one of them says it for all."""
+    error.shared = True  # type: ignore[attr-defined]
+    return error
 
 
 def is_lost(error: RuntimeError) -> bool:

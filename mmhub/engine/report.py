@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mmhub.data.sources import Rows
+from mmhub.data.stream import Stream
 from mmhub.engine.chart import short
 from mmhub.engine.page import METRICS, SESSIONS, write_page
-from mmhub.engine.provenance import hardware, versions
+from mmhub.engine.provenance import hardware, known_data, public, public_text, versions
 from mmhub.engine.ranks import Ranks
 from mmhub.files import write_file
 from mmhub.model import Model
@@ -33,12 +35,19 @@ class TrainRun:
     """What trackers learn about a run (hook `mmhub_train_callbacks`)."""
 
     folder: Path
-    config: Mapping[str, Any]  # the resolved recipe as plain data
+    config: Mapping[str, Any]  # the resolved recipe as plain data, without logins and folders
     total_steps: int
 
 
-def run_facts(model: Model, device: torch.device, precision: torch.dtype, ranks: Ranks) -> dict[str, Any]:
-    """What report.html says about the model and the machine, as JSON data."""
+def run_facts(
+    model: Model,
+    device: torch.device,
+    precision: torch.dtype,
+    ranks: Ranks,
+    train: Rows | Stream | None = None,
+    valid: Rows | None = None,
+) -> dict[str, Any]:
+    """What report.html says about the model, the machine and the data, as JSON data."""
     parts = {}
     for role, part in model.parts().items():
         source = model.sources.get(role)
@@ -58,6 +67,7 @@ def run_facts(model: Model, device: torch.device, precision: torch.dtype, ranks:
         "processes": ranks.world,
         "hardware": hardware(),
         "versions": versions(model),
+        "data": known_data(train, valid) if train is not None and ranks.first else {},
     }
 
 
@@ -79,7 +89,8 @@ class Reporter:
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         first = ranks is None or ranks.first
-        self.run, self.quiet, self.lines, self._first = run, quiet or not first, lines, first
+        self.run = run = replace(run, config=public(run.config))
+        self.quiet, self.lines, self._first = quiet or not first, lines, first
         self._path, self._step = run.folder / METRICS, step
         on_terminal = not self.quiet and sys.stderr.isatty()
         self._plain = not self.quiet and not on_terminal
@@ -150,7 +161,7 @@ class Reporter:
         error = sys.exception()
         failed = error is not None and error is not self._outer
         end = (" ".join(str(error).split()) or type(error).__name__) if failed else "finished"
-        self._note(self._entry() | {"end": end})
+        self._note(self._entry() | {"end": public_text(end)})
         try:
             write_page(self.run.folder)
         except Exception as problem:  # the run is worth more than its picture

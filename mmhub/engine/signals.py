@@ -1,20 +1,27 @@
-"""Stop signals while training: the first lets the step finish and saves, the second stops at once."""
+"""Stop signals while training: the first lets the step finish and saves, a second Ctrl-C stops at once.
+
+A second SIGTERM within half a minute does not: a cluster may send it to `torchrun` and to each process, and `torchrun`
+passes it on.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+_PATIENCE = 30.0  # seconds after which a second signal of any kind stops at once
 
 
 class StopSignal:
     """Remember the first Ctrl-C or SIGTERM; `number` is 0 until then."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.number = 0
+        self.number, self._since = 0, 0.0
         self._say = say
 
     def __bool__(self) -> bool:
@@ -32,8 +39,10 @@ class StopSignal:
             if os.getpid() != main:  # a decoding worker, which Ctrl-C reaches too; the main process ends it
                 return
             if self.number:
-                raise KeyboardInterrupt
-            self.number = number
+                if self.number == number == signal.SIGINT or time.monotonic() - self._since > _PATIENCE:
+                    raise KeyboardInterrupt
+                return
+            self.number, self._since = number, time.monotonic()
             self._say("stopping after this step; once more to stop at once")
 
         old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}

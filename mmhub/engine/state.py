@@ -104,6 +104,10 @@ def step_name(step: int) -> str:
     return f"step-{step:08}"
 
 
+class _Missing(MmhubError):
+    """Another process has not written its part; if it can say why, that is the better error."""
+
+
 class Checkpoints:
     """The checkpoints of one run, the newest `keep` of them; all ranks call each method, and see the same `folder`.
 
@@ -180,10 +184,11 @@ class Checkpoints:
         facts = None
         if error is not None:
             facts = [getattr(error, "message", None) or f"{type(error).__name__}: {error}", getattr(error, "hint", "")]
+            facts.append(isinstance(error, _Missing))
         failed = [(rank, found) for rank, found in enumerate(self.ranks.gather(facts)) if found]
         if not failed:
             return
-        rank, (message, hint) = failed[-1]  # the first one fails too where another does
+        rank, (message, hint, _) = min(failed, key=lambda one: one[1][2])  # the first that does not blame another
         if error is not None and rank == self.ranks.rank:
             raise error
         raise MmhubError(message, hint)
@@ -256,7 +261,7 @@ class Checkpoints:
         """Wait until every rank has written its file and said so; return what they are.
 
         Raises:
-            MmhubError: one says it cannot, or says nothing for too long.
+            _Missing: one says it cannot, or says nothing for too long.
         """
         begin, found = time.monotonic(), dict[str, FileRecord]()
         for rank in range(self.ranks.world):
@@ -266,7 +271,7 @@ class Checkpoints:
                 silent = seconds > (min(self._timeout, 10.0) if self._closing.is_set() else self._timeout)
                 if silent or (aside / f"{stem}.failed").exists():
                     reason = f"wrote nothing in {seconds:.0f} s" if silent else "could not write its part"
-                    raise MmhubError(
+                    raise _Missing(
                         f"no training checkpoint in '{self.folder}': process {rank} {reason}",
                         "every process must see the same run folder",
                     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mmhub.batch import Batch
 from mmhub.config import Recipe
@@ -55,15 +56,17 @@ class Stepper:
         self.model.train()
         for params in self.optimizer.param_groups:
             params["lr"] = params["base_lr"] * self.rate(position.step)
-        (loss,) = self.ranks.sum(self._backward(turn, rows, position))
+        own = self._backward(turn, rows, position)
+        clipped = clip_gradients(self.trained, self.options.clip_norm or math.inf)
+        share, norm = torch.stack([own, clipped.to(own)]).tolist()  # one wait for the GPU a step
+        (loss,) = self.ranks.sum(share)
         self._check_finite(loss, "loss", turn, position)
-        norm = float(clip_gradients(self.trained, self.options.clip_norm or math.inf))
         self._check_finite(norm, "gradient norm", turn, position)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
-    def _backward(self, turn: Turn, rows: float, position: Position) -> float:
+    def _backward(self, turn: Turn, rows: float, position: Position) -> Tensor:
         """Leave the gradient of the mean loss; with `batch_size = "auto"` in pieces that fit into memory."""
         while True:
             try:
@@ -75,7 +78,7 @@ class Stepper:
                 if not self._smaller_pieces(turn, position):
                     raise self._out_of_memory(position) from None
 
-    def _gradients(self, pieces: list[tuple[Batch, int]], rows: float) -> float:
+    def _gradients(self, pieces: list[tuple[Batch, int]], rows: float) -> Tensor:
         loss = torch.zeros((), device=self.device)
         for number, (batch, weight) in enumerate(pieces, 1):
             with self.parallel.synchronised(last=number == len(pieces)):
@@ -87,7 +90,7 @@ class Stepper:
                 (part * self.parallel.scale).backward()
             if weight:
                 self.meter.count(batch)
-        return float(loss)
+        return loss
 
     def _pieces(self, turn: Turn, split: int) -> list[tuple[Batch, int]]:
         """What is computed one after the other, with its rows; on several ranks equally many on each."""

@@ -69,8 +69,8 @@ def copy_tensors(model: Model, optimizer: Any, buffers: dict[str, Tensor], *, fi
     pieces = {name: _own_piece(tensor, name, first) for name, tensor in found.items()}
     written = {name: piece for name, piece in pieces.items() if piece is not None}
     tensors = {name: _copy(name, piece, buffers) for name, (piece, _) in written.items()}
-    if any(piece.is_cuda for piece, _ in written.values()):
-        torch.cuda.current_stream().synchronize()
+    for device in {piece.device for piece, _ in written.values() if piece.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
     boxes = {name: box for name, (_, box) in written.items() if box is not None}
     trained = _trained_names(optimizer, names)
     return Copied(tensors, boxes, numbers, trained, tied, any(map(_is_sharded, found.values())))

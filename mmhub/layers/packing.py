@@ -52,7 +52,7 @@ def packed_attention(
     `lengths` are the sequences' tokens in order; build a `Packing` once where several layers share them. Key and value
     may have fewer heads, a divisor of the query's (grouped queries, Ainslie et al., arXiv:2305.13245).
 
-    On CUDA in half precision and without dropout this is torch's variable-length flash attention; on a CPU sequences of
+    On CUDA (compute capability 8.0) in half precision and without dropout this is torch's variable-length flash attention; on a CPU sequences of
     equal length are computed together, fastest where they stand next to each other; else they are padded.
 
     Raises:
@@ -75,7 +75,8 @@ def packed_attention(
 def _has_kernel(query: Tensor, dropout: float) -> bool:
     width = query.shape[-1]
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and not dropout and width % 8 == 0 and width <= 256
+    fits = query.is_cuda and half and not dropout and width % 8 == 0 and width <= 256
+    return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)  # as flash attention asks for
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, packing: Packing, causal: bool, scale: float | None) -> Tensor:

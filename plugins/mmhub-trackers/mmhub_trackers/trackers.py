@@ -8,18 +8,23 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+_PATIENCE = 60.0  # seconds for which the end of a run waits for a tracker
 _PROJECT = "mmhub"  # where a tracker wants a project and its own variable names none
 
 
 class WandbTracker:
     """Weights & Biases: https://docs.wandb.ai. Without a login, and with WANDB_MODE=offline, it writes files only."""
+
+    def __init__(self) -> None:
+        self._outer = sys.exception()
 
     def on_start(self, run: Any) -> None:
         import wandb
@@ -42,11 +47,15 @@ class WandbTracker:
         self._run.log(_numbers(metrics) | {"step": step})
 
     def on_end(self, run: Any) -> None:
-        self._run.finish(exit_code=int(_failed()))
+        code = int(_failed(self._outer))
+        _bounded("wandb", lambda: self._run.finish(exit_code=code))
 
 
 class MLflowTracker:
     """MLflow: https://mlflow.org; the server is what MLFLOW_TRACKING_URI names, else files of this machine."""
+
+    def __init__(self) -> None:
+        self._outer = sys.exception()
 
     def on_start(self, run: Any) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a dead server would hold training for minutes
@@ -67,7 +76,7 @@ class MLflowTracker:
         self._client.log_batch(self._id, metrics=batch)
 
     def on_end(self, run: Any) -> None:
-        self._client.set_terminated(self._id, status="KILLED" if _failed() else "FINISHED")
+        self._client.set_terminated(self._id, status="KILLED" if _failed(self._outer) else "FINISHED")
 
     def _create(self, run: Any) -> str:
         from mlflow.entities import Param
@@ -103,7 +112,7 @@ class TrackioTracker:
 
     def on_end(self, run: Any) -> None:
         with redirect_stdout(sys.stderr):
-            self._trackio.finish()
+            _bounded("trackio", self._trackio.finish)
 
 
 TRACKERS = {"wandb": WandbTracker, "mlflow": MLflowTracker, "trackio": TrackioTracker}
@@ -121,9 +130,33 @@ def _flat(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]
             yield f"{above}{key}", value
 
 
-def _failed() -> bool:
-    """Whether an exception is what ends the run, such as an interruption."""
-    return sys.exception() is not None
+def _failed(outer: BaseException | None) -> bool:
+    """Whether an exception ends the run, such as an interruption, and not one that the caller was dealing with."""
+    error = sys.exception()
+    return error is not None and error is not outer
+
+
+def _bounded(name: str, finish: Callable[[], Any]) -> None:
+    """Finish sending, but do not let a server that does not answer hold the end of a run for long.
+
+    Raises:
+        TimeoutError: it took too long; the thread is left behind, and what was not sent stays in the run folder.
+    """
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            finish()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name=f"{name} finish", daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    if thread.is_alive():
+        raise TimeoutError(f"{name} did not finish in {_PATIENCE:.0f} s")
+    if failed:
+        raise failed[0]
 
 
 def _new() -> str:

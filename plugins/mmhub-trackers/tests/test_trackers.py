@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -35,13 +36,19 @@ def fake(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> Modul
     return module
 
 
-def start(folder: Path) -> Any:
+def start(folder: Path, ends: BaseException | None = None) -> Any:
     """One session of training in `folder`."""
     run = SimpleNamespace(folder=folder, config=CONFIG, total_steps=2)
     (tracker,) = mmhub_trackers.mmhub_train_callbacks(run=run)
     tracker.on_start(run)
     tracker.on_log(1, METRICS)
-    tracker.on_end(run)
+    try:
+        if ends:
+            raise ends
+    except BaseException:
+        tracker.on_end(run)
+    else:
+        tracker.on_end(run)
     return tracker
 
 
@@ -89,11 +96,36 @@ def test_an_interrupted_run_is_told_apart(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("MMHUB_TRACKERS", "wandb")
     run = SimpleNamespace(log=Recorder(), finish=Recorder(), define_metric=Recorder())
     fake(monkeypatch, "wandb", init=Recorder(run))
-    try:
-        raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        start(tmp_path)
+    start(tmp_path, ends=KeyboardInterrupt())
     assert run.finish.calls == [((), {"exit_code": 1})]
+
+
+def test_an_exception_that_the_caller_deals_with_is_not_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMHUB_TRACKERS", "wandb")
+    run = SimpleNamespace(log=Recorder(), finish=Recorder(), define_metric=Recorder())
+    fake(monkeypatch, "wandb", init=Recorder(run))
+    try:
+        raise ValueError("something before")
+    except ValueError:
+        start(tmp_path)
+    assert run.finish.calls == [((), {"exit_code": 0})]
+
+
+def test_a_server_that_does_not_answer_does_not_hold_the_end_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMHUB_TRACKERS", "wandb")
+    monkeypatch.setattr("mmhub_trackers.trackers._PATIENCE", 0.1)
+    answer = threading.Event()
+    run = SimpleNamespace(log=Recorder(), finish=lambda exit_code: answer.wait(20), define_metric=Recorder())
+    fake(monkeypatch, "wandb", init=Recorder(run))
+    try:
+        with pytest.raises(TimeoutError, match="wandb did not finish"):
+            start(tmp_path)
+    finally:
+        answer.set()
 
 
 class Client:

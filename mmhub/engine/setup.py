@@ -1,0 +1,237 @@
+"""Everything a run needs before its first step: checked, built or restored, and shared out over the processes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mmhub.batch import Batch
+from mmhub.build import build_model
+from mmhub.config import Recipe, read_recipe
+from mmhub.data.lengths import Lengths, measure_rows
+from mmhub.data.loader import Collate
+from mmhub.data.sources import Rows
+from mmhub.device import find_precision
+from mmhub.engine.compute import prepare_model
+from mmhub.engine.data import TrainingData, resolved, with_base_columns
+from mmhub.engine.data import replace as with_values
+from mmhub.engine.features import open_features
+from mmhub.engine.feed import AUTO_ROWS, Feed, stand_in, stand_in_items
+from mmhub.engine.meter import Meter
+from mmhub.engine.optimizer import make_optimizer
+from mmhub.engine.parallel import Parallel
+from mmhub.engine.ranks import Ranks, shared
+from mmhub.engine.state import Checkpoints, Position
+from mmhub.errors import InputError, MmhubError, UsageError
+from mmhub.interfaces import Policy, find_task
+from mmhub.model import Model
+from mmhub.weights import copy_parameters
+
+# What a resumed run may change, for it changes no result.
+_FREE = {
+    "checkpoint_every": 1, "keep": 1, "log_every": 1, "device": "", "parallel": "auto", "cache_gb": 1.0, "profile": 0
+}  # fmt: skip
+
+
+class Setup:
+    """The parts of a run by name; nothing is written yet.
+
+    Attributes:
+        recipe, resolved: as given, and with absolute paths. data: rows and columns. restored: a checkpoint was read.
+        position: how far the run has come. model, optimizer, parallel, meter, feed, checkpoints: what trains it.
+        stand_in: for a rank without rows, on several. valid_lengths, valid_features: of the validation rows.
+    """
+
+    def __init__(
+        self, recipe: Recipe, out: Path, folder: Path | None, ranks: Ranks, *, resume: bool, quiet: bool
+    ) -> None:
+        self.recipe, self.folder = with_base_columns(recipe, out, folder, resume=resume), folder
+        self.resolved = resolved(self.recipe, folder)
+        self.ranks, self.device, self._quiet = ranks, ranks.device, quiet
+        self.task, self.options = find_task(recipe.task), recipe.train
+        if ranks.several and self.options.batch_size == "auto":
+            raise UsageError('train.batch_size = "auto" is for one process', "give a number of rows")
+        self.precision = find_precision(recipe.train.precision, self.device)
+        if ranks.first:
+            self._check_out(out, resume)
+        ranks.barrier()
+        self.data = TrainingData(self.recipe, self.task, folder)
+        self.rows, self.valid = self.data.rows, self.data.valid
+        self.checkpoints = Checkpoints(out / "checkpoints", self.options.keep, ranks)
+        state = self.checkpoints.newest(_warn) if resume else None
+        self.restored = state is not None
+        self._fingerprint = self.data.fingerprint()
+        self.position = self.checkpoints.load_position(state) if state else self._start()
+        self._check_rows()
+        self._build(state)
+        self.feed = self._feed()
+        self._check_agreement()
+
+    @property
+    def policy(self) -> Policy:
+        return Policy(urls=self.recipe.data.allow_urls)
+
+    def _check_out(self, out: Path, resume: bool) -> None:
+        there = next((path for path in (out, *out.parents) if path.exists()), None)
+        if there and not there.is_dir():
+            raise UsageError(f"'{there}' is a file", "name a folder with --out")
+        if out.is_dir() and any(out.iterdir()) and not resume:
+            raise UsageError(f"the run folder '{out}' exists", "add --resume to go on, or name another with --out")
+        stored = out / "recipe.toml"
+        if stored.exists():
+            self._check_same(read_recipe(stored), out)
+        elif out.is_dir() and any(out.iterdir()):
+            raise UsageError(f"'{out}' is no run folder, it has no recipe.toml", "name another with --out")
+
+    def _check_same(self, stored: Recipe, out: Path) -> None:
+        """A resumed run must be the same run: only what changes no result may differ."""
+        for part in ("task", "seed", "model", "data", "train"):
+            old, new = getattr(stored, part), getattr(self.resolved, part)
+            if part == "train":
+                old, new = (with_values(x, _FREE) for x in (old, new))
+            if part == "data":
+                old, new = (with_values(x, {"workers": 0}) for x in (old, new))
+            if old != new:
+                raise UsageError(
+                    f"[{part}] differs from the recipe this run in '{out}' was started with",
+                    "resume with the same recipe, or start a new run with another --out",
+                )
+
+    def _start(self) -> Position:
+        return Position(rows=self.data.count or 0, fingerprint=self._fingerprint)
+
+    def _check_rows(self) -> None:
+        """A resumed run must read the same data."""
+        hint = "restore the data, or start a new run with another --out"
+        if self.position.rows != (self.data.count or 0):
+            raise UsageError(
+                f"the training data has {self.data.count} rows, and {self.position.rows} when this run was started",
+                hint,
+            )
+        if self.position.fingerprint != self._fingerprint:
+            raise UsageError(f"'{self.rows.source}' has changed since this run was started", hint)
+
+    def _check_agreement(self) -> None:
+        """All processes must have derived the same batches and vocabularies, or rows would be lost without a word."""
+        if not self.ranks.several:
+            return
+        digest = hashlib.sha256(self.feed.digest())
+        for processor in self.model.processors.values():
+            for content in processor.files().values():
+                digest.update(content)
+        if len({*self.ranks.gather(digest.hexdigest())}) > 1:
+            raise shared(MmhubError("the processes read different data", "every machine must see the same files"))
+
+    def _build(self, state: Path | None) -> None:
+        """Build or restore the model, put it on its device and on all ranks, and make its optimizer."""
+        self.model = self._model(state)
+        if not state:
+            self.position.parents = self.model.parents
+        self.model.unimodal_loss = self.options.unimodal_loss
+        self.model.to(self.device)
+        prepare_model(self.model, self.options, self.device, self.precision)
+        self._features, self.valid_features = self._frozen(self.rows, True), self._frozen(self.valid, False)
+        self._lengths = self._measure_rows(self.rows) if isinstance(self.rows, Rows) else None
+        self.valid_lengths = self._measure_rows(self.valid) if self.valid is not None else None
+        self.meter = Meter(self.model, self.device, self.ranks, self.precision)
+        self.stand_in = self._stand_in() if self.ranks.several else None
+        if self.stand_in is not None:
+            self.meter.measure(self.stand_in)
+        self.parallel = Parallel(self.model, self.options, self.ranks, self.precision)
+        if self.stand_in is not None:
+            self.parallel.prepare(self.stand_in)
+        self.optimizer = make_optimizer(self.model, self.recipe, self.device)
+        if state:
+            self.checkpoints.load_tensors(state, self.model, self.optimizer)
+
+    def _model(self, state: Path | None) -> Model:
+        if state is not None:
+            model = self.checkpoints.load_model(state)
+            for modality, part in self.recipe.model.encoders.items():
+                if part.freeze:
+                    model.freeze(modality)
+            return model
+        try:
+            model = build_model(
+                self.task,
+                self.recipe.model,
+                self.data.values,
+                columns=self.data.columns,
+                folder=self.folder,
+                seed=self.recipe.seed,
+            )
+        except InputError as error:
+            if error.row is None or error.modality:
+                raise
+            raise self.data.at_target(error.row, error) from None
+        copy_parameters(model)
+        self.data.check_targets(model)
+        return model
+
+    def _collate(self) -> Collate:
+        return Collate(
+            rows=self.rows,
+            processors=self.model.processors,
+            inputs=dict(self.model.columns.inputs),
+            decoder=self.model.decoder,
+            target=self.recipe.data.target,
+            policy=self.policy,
+            skip=self.recipe.data.on_error == "skip",
+        )
+
+    def _feed(self) -> Feed:
+        """What this rank trains on."""
+        collate = replace(self._collate(), features=self._features)
+        if self._lengths is not None:
+            collate = replace(collate, read=self._lengths.read)
+        return Feed(self.recipe, self.rows, collate, self._measure_rows, self._lengths, self.ranks)
+
+    def _measure_rows(self, rows: Any) -> Lengths:
+        """Measure rows, and read once what is small; of all inputs, so that no cache decides what a batch is."""
+        model, folder = self.model, None if isinstance(self.rows, Rows) else self.rows.folder
+        inputs = dict(model.columns.inputs)
+        return measure_rows(rows, model.processors, model.encoders, inputs, self.policy, folder=folder)
+
+    def _frozen(self, rows: Any, training: bool) -> dict[str, Any]:
+        if not isinstance(rows, Rows) or not self.model.frozen or not self.options.cache_features:
+            return {}
+        if training and self._seen_rows() < len(rows):
+            return {}
+        return open_features(
+            self.model,
+            rows,
+            dict(self.model.columns.inputs),
+            policy=self.policy,
+            skip=self.recipe.data.on_error == "skip",
+            training=training,
+            precision=self.precision,
+            limit_gb=self.options.cache_gb,
+            workers=self.recipe.data.workers,
+            ranks=self.ranks,
+            say=self._say,
+        )
+
+    def _seen_rows(self) -> float:
+        """How many rows a run with `max_steps` looks at, at most."""
+        options = self.options
+        rows = math.inf if options.batch_tokens else AUTO_ROWS if options.batch_size == "auto" else options.batch_size
+        return options.max_steps * rows * options.accumulate if options.max_steps else math.inf
+
+    def _stand_in(self) -> Batch:
+        """A batch for when this rank has none, and in the model an item of each modality for when it has none."""
+        examples = stand_in_items(self._collate(), self.rows)
+        known = {name: items.to(self.device) for name, items in examples.items()}
+        self.model.stand_ins = {name: items for name, items in known.items() if name not in self._features}
+        return stand_in(replace(self._collate(), features=self._features), self.rows).to(self.device)
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            print(text, file=sys.stderr)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
