@@ -95,7 +95,7 @@ def _facts(options: argparse.Namespace) -> list[str]:
         "# Training a text classifier",
         "",
         f"- date: {datetime.now(UTC):%Y-%m-%d}; commit: {_commit()}",
-        f"- command: `{command}`; {options.rounds} rounds, {options.epochs} epochs",
+        f"- command: `{command}` (rounds: {options.rounds}, epochs: {options.epochs})",
         f"- machine: {machine} at the start; Python {platform.python_version()}",
         f"- versions: {', '.join(f'{name} {version(name)}' for name in libraries)}",
     ]

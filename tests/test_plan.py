@@ -131,6 +131,12 @@ def test_in_order_the_longest_come_first() -> None:
     assert plan_in_order(0, None, batch_size=2) == []
 
 
+def test_a_window_of_whole_batches_leaves_none_smaller() -> None:
+    sizes = np.arange(3 * 137) % 11
+    known = Lengths({"numbers": sizes}, {"numbers": sizes})
+    assert {len(part) for part in plan_window(len(sizes), lengths=known, batch_size=3, seed=1)} == {3}
+
+
 # -- lengths
 
 
@@ -292,19 +298,22 @@ def test_measuring_obeys_the_policy_and_fetches_nothing(tmp_path: Path, monkeypa
     assert known.positions["audio"].tolist() == [0, 1600, 1600, 0]
 
 
-def test_relative_paths_in_rows_of_a_stream_start_from_their_own_folder(tmp_path: Path) -> None:
+def test_relative_paths_in_rows_of_a_stream_start_from_their_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     (tmp_path / "a" / "x.flac").write_bytes(flac(1))
+    monkeypatch.chdir(tmp_path / "a")
     processor = AudioProcessor(AudioProcessor.Config(sample_rate=8000))
     known = measure_rows(
-        [(7, {"x": "x.flac"}), (9, {"x": "x.flac"})],
+        [(7, {"x": "x.flac"}), (9, {"x": "x.flac"}), (11, {"x": "x.flac"}), (12, {"x": ["x.flac"]})],
         {"audio": processor},
         {"audio": Whole()},
         {"audio": "x"},
         folder={7: tmp_path / "a", 9: tmp_path / "b"}.get,
     )
-    assert known.positions["audio"].tolist() == [1600, 0]
+    assert known.positions["audio"].tolist() == [1600, 0, 0, 0], "what only the current folder has is not measured"
 
 
 def raise_input() -> Any:

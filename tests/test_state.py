@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from mmhub.build import compose
 from mmhub.engine import state as state_module
+from mmhub.engine import tensors as tensors_module
 from mmhub.engine.ranks import Ranks
 from mmhub.engine.state import Checkpoints, Position, step_name
 from mmhub.engine.tensors import Copied, Stored, _read_box, _state_like, parameter_names
@@ -599,6 +601,16 @@ def test_all_ranks_pass_over_what_one_of_them_finds_damaged(pair: Path, tmp_path
     found = on_threads(3, lambda ranks: Checkpoints(folder, 2, ranks).newest(said.append))
     assert found == [folder / step_name(1)] * 3
     assert len(said) == 1
+
+
+def test_every_device_that_tensors_come_from_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[str] = []
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device=None: SimpleNamespace(synchronize=lambda: waited.append(device))
+    )
+    tensors: Any = [SimpleNamespace(is_cuda=gpu != "cpu", device=gpu) for gpu in ("cuda:0", "cpu", "cuda:1", "cuda:1")]
+    tensors_module._await_copies(tensors)
+    assert sorted(waited) == ["cuda:0", "cuda:1"]
 
 
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from mmhub.engine.flops import TrainingCost
 from mmhub.engine.meter import Meter
 from mmhub.engine.page import write_page
 from mmhub.engine.profiler import WARM_UP, Profiler
+from mmhub.engine.provenance import public
 from mmhub.engine.ranks import Ranks
 from mmhub.engine.report import Reporter, TrainRun, run_facts
 from mmhub.errors import Interrupted
@@ -466,7 +467,8 @@ def test_nothing_secret_leaves_with_the_page_or_a_tracker(
     tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    folder, seen = tmp_path / "run", []
+    seen: list[TrainRun] = []
+    folder = tmp_path / "run"
     folder.mkdir()
     recipe = {
         "data": {
@@ -491,6 +493,20 @@ def test_nothing_secret_leaves_with_the_page_or_a_tracker(
     for text in ("https://host/a.tar", "sql:sales.db", '"valid.csv"', '"b/c.csv"', "'s3://host/a' for '~/x/valid.csv'"):
         assert text in page, text
     assert (folder / "recipe.toml").read_bytes() == raw
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("~", "~"), ("~nobody-knows/x.csv", "x.csv"), ("/home/ada2/x", "x"), ("./a/b.csv", "b.csv"),
+        ("/data/s*/", "s*"), ("org/model", "org/model"), ("mmhub-text/transformer", "mmhub-text/transformer"),
+        ("text: 1/2?", "text: 1/2?"), ("cannot read '/home/ada'", "cannot read '~'"),
+        ("in /home/ada2/x", "in /home/ada2/x"), (3, 3), (None, None),
+    ],
+)  # fmt: skip
+def test_only_folders_and_secrets_are_left_out(text: Any, shown: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert public(text) == shown
 
 
 def test_the_page_of_an_interrupted_run_knows_its_data(tmp_path: Path, model: Model) -> None:

@@ -5,6 +5,7 @@ Reading a text is how it is measured, so its token ids are kept and read once in
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -97,7 +98,19 @@ def _values(
         cells = rows.column(column)
         return (usable(modality, cell, rows.folder(i), alone) for i, cell in enumerate(cells))
     start = folder or (lambda number: None)
-    return (usable(modality, row.get(column), start(number), alone) for number, row in rows)
+    values = (usable(modality, row.get(column), start(number), alone) for number, row in rows)
+    return values if modality == "text" else map(_placed, values)
+
+
+def _placed(value: Any) -> Any:
+    """Take what is found from the current folder alone for missing: batches must not depend on that folder."""
+    if isinstance(value, list):
+        return [part for part in value if not (isinstance(part, str) and _is_here(part))]
+    return None if isinstance(value, str) and _is_here(value) else value
+
+
+def _is_here(text: str) -> bool:
+    return not os.path.isabs(text) and os.path.exists(text)
 
 
 class _Meter:

@@ -188,6 +188,7 @@ class Stream:
         lanes, own = len(shares), batch_shares(batch_size, world)[rank]
         if rank == 0:
             self._tell_absent()
+            self.fingerprint()  # of the files as they are now
         places = {str(lane): (state or {"at": {}})["at"].get(str(lane)) for lane in range(rank, lanes, world)}
         places = {lane: place for lane, place in places.items() if place is not None}
         self.skipped += sum(place["skipped"] for place in places.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -12,6 +14,7 @@ import msgspec
 from mmhub.build import local_name
 from mmhub.checkpoint import read_config
 from mmhub.config import Recipe, read_recipe
+from mmhub.data.addresses import expand_braces
 from mmhub.data.loader import epoch_order, usable
 from mmhub.data.sources import Rows, open_rows, require_columns
 from mmhub.data.stream import Stream, open_stream, wants_stream
@@ -83,8 +86,6 @@ class TrainingData:
 
     def fingerprint(self) -> str:
         """Return a hash of what the training rows are read from, '' where finding out would take long."""
-        import hashlib
-
         if isinstance(self.rows, Stream) or self.rows.bytes > _HASHED:
             return ""
         facts = self.rows.fingerprint()
@@ -171,6 +172,9 @@ def _absolute(source: Any, folder: Path | None) -> Any:
     for base in (folder, Path.cwd()):
         if base is not None and source and (base / source).exists():
             return str((base / source).resolve())
+    for base in (folder, Path.cwd()):  # a pattern
+        if base is not None and source and any(glob.glob(str(base / name)) for name in expand_braces(source)):
+            return str(base.resolve() / source)
     return source
 
 

@@ -171,7 +171,7 @@ def stand_in(collate: Collate, rows: Rows | Stream) -> Batch:
         InputError: there is none.
     """
     single = replace(collate, skip=True, seed=None)
-    for numbered in _numbered(rows):
+    for numbered in rows.numbered() if isinstance(rows, Stream) else enumerate(rows):
         if (loaded := single([numbered])).batch is not None:
             return loaded.batch
     raise InputError("none of the training rows could be read", "check the data")
@@ -194,10 +194,3 @@ def stand_in_items(collate: Collate, rows: Rows | Stream) -> dict[str, Items]:
             raise InputError(f"no training row has a readable {name} in column '{column}'", hint)
         found[name] = item
     return found
-
-
-def _numbered(rows: Rows | Stream) -> Iterator[tuple[int, dict[str, Any]]]:
-    if isinstance(rows, Rows):
-        return enumerate(rows)
-    batches = rows.batches(0, seed=0, rank=0, world=1, cut=lambda part, seed: [[i] for i in range(len(part))])
-    return (numbered for part, _ in batches for numbered in part)

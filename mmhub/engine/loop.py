@@ -30,7 +30,7 @@ from mmhub.engine.report import Reporter, TrainRun, run_facts
 from mmhub.engine.setup import Setup
 from mmhub.engine.signals import StopSignal
 from mmhub.engine.state import Position
-from mmhub.engine.step import Stepper
+from mmhub.engine.step import Stepper, is_out_of_memory
 from mmhub.errors import InputError, Interrupted, MmhubError
 from mmhub.evaluation import EvalOptions, EvaluationStopped, data_name, evaluate
 from mmhub.files import disk_errors, write_file
@@ -129,7 +129,7 @@ class _Run:
                 step=self.position.step,
                 lines=self.position.lines,
                 ranks=self.ranks,
-                facts=run_facts(self.model, self.ranks.device, self.setup.precision, self.ranks),
+                facts=run_facts(self.model, self.ranks.device, self.setup.precision, self.ranks, self.rows, self.valid),
             )
         self.stop = StopSignal(self.reporter.say_from_signal)
         self.profiler = Profiler(self.out, self.options.profile, self.ranks.device, self.ranks.rank)
@@ -402,8 +402,16 @@ class _Run:
             ranks=ranks if ranks.several else None,
             stop=self._stopping if model is self.model else None,
         )
-        with self.setup.parallel.whole() if model is self.model else nullcontext():
-            return evaluate(model, self.valid, inputs=model.columns.inputs, target=data.target, options=options)
+        try:
+            with self.setup.parallel.whole() if model is self.model else nullcontext():
+                return evaluate(model, self.valid, inputs=model.columns.inputs, target=data.target, options=options)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            size = f"{options.batch_size} rows"
+            raise MmhubError(
+                f"out of memory in an evaluation with batches of {size}", "lower train.batch_size"
+            ) from None
 
     def _stopping(self) -> bool:
         return self.ranks.sum(bool(self.stop))[0] > 0
@@ -425,8 +433,9 @@ class _Run:
         self.reporter.say(f"done in {seconds:.0f} s, best at step {position.best_step or position.step}: {folder}")
         if position.skipped:
             self.reporter.say(f"{position.skipped} unreadable rows were skipped")
-        if isinstance(self.rows, Stream) and self.rows.skipped:
-            self.reporter.say(f"{self.rows.skipped} unreadable shards or rows of the stream were skipped")
+        (skipped,) = self.ranks.sum(self.rows.skipped if isinstance(self.rows, Stream) else 0)
+        if skipped:
+            self.reporter.say(f"{skipped:.0f} unreadable shards or rows of the stream were skipped")
         return TrainResult(self.out, folder, metrics, position.step, round(seconds, 3))
 
     def _describe(self, folder: Path, seconds: float) -> dict[str, Any]:

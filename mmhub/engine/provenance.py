@@ -15,12 +15,11 @@ import msgspec
 import torch
 
 from mmhub.config import Recipe
+from mmhub.data.parts import without_secrets
 from mmhub.data.sources import Rows
 from mmhub.data.stream import Stream
 from mmhub.model import Model
 
-_LOGIN = re.compile(r"(?<=://)[^/@\s'\"]*@")
-_QUERY = re.compile(r"(\w://[^\s'\"<>?]*)\?[^\s'\"<>]*")
 _PATH = re.compile(r"(\w+:)?(/|\.{1,2}/|~)(?!/)")
 _QUICK = 2**31  # bytes of data that are hashed at the start of a run
 
@@ -90,19 +89,19 @@ def public(value: Any, folder: Path | None = None) -> Any:
         return [public(item, folder) for item in value]
     if not isinstance(value, str):
         return value
-    match, path = _PATH.match(value), Path(value).expanduser() if value[:1] in "/~" else Path(value)
+    match, path = _PATH.match(value), Path(os.path.expanduser(value))
     if folder is not None and path.is_absolute() and path.is_relative_to(folder):
         return path.relative_to(folder).as_posix()
     if match or path.is_absolute():
-        return (match[1] or "" if match else "") + path.name
+        return (match[1] or "" if match else "") + Path(value).name
     return public_text(value)
 
 
 def public_text(text: str) -> str:
     """Return a text without logins and signatures in its addresses, the home folder written as ~."""
-    shown = _QUERY.sub(r"\1", _LOGIN.sub("", text))
-    home = str(Path.home())
-    return re.sub(rf"{re.escape(home)}(?=[/\\'\"\s:;,]|$)", "~", shown) if home not in ("/", "") else shown
+    shown = without_secrets(text)
+    home = os.path.expanduser("~").rstrip("/")  # ~ itself where nobody knows this user
+    return re.sub(rf"{re.escape(home)}(?=[/\\'\"\s:;,]|$)", "~", shown) if home else shown
 
 
 def hardware() -> str:

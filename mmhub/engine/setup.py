@@ -19,7 +19,7 @@ from mmhub.device import find_precision
 from mmhub.engine.compute import prepare_model
 from mmhub.engine.data import TrainingData, resolved, with_base_columns
 from mmhub.engine.data import replace as with_values
-from mmhub.engine.features import open_features
+from mmhub.engine.features import open_features, show_progress
 from mmhub.engine.feed import AUTO_ROWS, Feed, stand_in, stand_in_items
 from mmhub.engine.meter import Meter
 from mmhub.engine.optimizer import make_optimizer
@@ -197,9 +197,13 @@ class Setup:
         return measure_rows(rows, model.processors, model.encoders, inputs, self.policy, folder=folder)
 
     def _frozen(self, rows: Any, training: bool) -> dict[str, Any]:
-        if not isinstance(rows, Rows) or not self.model.frozen or not self.options.cache_features:
+        if rows is None or not self.model.frozen or not self.options.cache_features:
             return {}
-        if training and self._seen_rows() < len(rows):
+        reason = "rows of a stream pass once" if not isinstance(rows, Rows) else ""
+        if not reason and training and self._seen_rows() < len(rows):
+            reason = "this run does not see every row"
+        if reason:
+            self._say(f"features of frozen encoders are not kept: {reason}")
             return {}
         return open_features(
             self.model,
@@ -213,6 +217,7 @@ class Setup:
             workers=self.recipe.data.workers,
             ranks=self.ranks,
             say=self._say,
+            progress=None if self._quiet else show_progress,
         )
 
     def _seen_rows(self) -> float:

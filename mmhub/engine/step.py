@@ -73,7 +73,7 @@ class Stepper:
                 seed_step(row_seed(self.recipe.seed, self.ranks.rank), position.step)
                 return self._gradients(self._pieces(turn, position.pieces), rows)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if not self._smaller_pieces(turn, position):
                     raise self._out_of_memory(position) from None
@@ -131,6 +131,6 @@ class Stepper:
         )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out; on the CPU PyTorch has no class for it."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -7,7 +7,7 @@ read into any other. Files, folders and their order are left to `mmhub.engine.st
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,7 @@ def copy_tensors(model: Model, optimizer: Any, buffers: dict[str, Tensor], *, fi
     pieces = {name: _own_piece(tensor, name, first) for name, tensor in found.items()}
     written = {name: piece for name, piece in pieces.items() if piece is not None}
     tensors = {name: _copy(name, piece, buffers) for name, (piece, _) in written.items()}
-    for device in {piece.device for piece, _ in written.values() if piece.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
+    _await_copies(piece for piece, _ in written.values())
     boxes = {name: box for name, (_, box) in written.items() if box is not None}
     trained = _trained_names(optimizer, names)
     return Copied(tensors, boxes, numbers, trained, tied, any(map(_is_sharded, found.values())))
@@ -143,6 +142,12 @@ def _copy(name: str, tensor: Tensor, buffers: dict[str, Tensor]) -> Tensor:
     if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
         buffer = buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return buffer.copy_(tensor, non_blocking=True)
+
+
+def _await_copies(tensors: Iterable[Tensor]) -> None:
+    """Wait for what was copied from each GPU; the current device's stream knows nothing of another's."""
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 # -- out of files -----------------------------------------------------------------------------------------------

@@ -46,9 +46,8 @@ class Attention(Fusion):
         pooled = {name: s.pooled for name, s in inputs.items() if s.pooled}
         self.pooled_norms = nn.ModuleDict({name: nn.LayerNorm(width) for name, width in pooled.items()})
         self.pooled_projections = nn.ModuleDict({name: nn.Linear(width, dim) for name, width in pooled.items()})
-        for name in (
-            () if config.tokens else pooled
-        ):  # kept for older checkpoints; distributed training wants no idle ones
+        idle = () if config.tokens else pooled  # kept for older checkpoints; what never learns must not seem to
+        for name in idle:
             self.token_norms[name].requires_grad_(False)
             self.token_projections[name].requires_grad_(False)
         self.kinds = nn.ParameterDict({name: _vector(dim) for name in inputs})

@@ -52,8 +52,9 @@ def packed_attention(
     `lengths` are the sequences' tokens in order; build a `Packing` once where several layers share them. Key and value
     may have fewer heads, a divisor of the query's (grouped queries, Ainslie et al., arXiv:2305.13245).
 
-    On CUDA (compute capability 8.0) in half precision and without dropout this is torch's variable-length flash attention; on a CPU sequences of
-    equal length are computed together, fastest where they stand next to each other; else they are padded.
+    On CUDA (compute capability 8.0 and newer) in half precision and without dropout this is torch's variable-length
+    flash attention; on a CPU sequences of equal length are computed together, fastest where they stand next to each
+    other; else they are padded.
 
     Raises:
         ValueError: the lengths do not add up to the tokens.
