@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import re
 import shutil
@@ -698,6 +699,7 @@ def one_of(rank: int, world: int, mode: str, folder: Path) -> None:
     checkpoints.save(model, optimizer, position, wait=True)
     sharded = [t for t in model.parameters() if hasattr(t, "placements")]
     assert len(sharded) == (len(list(model.parameters())) if mode != "ddp" else 0)
+    gc.collect()  # a model wrapped for the group must not outlive the group's threads
     dist.destroy_process_group()
 
 
