@@ -115,7 +115,7 @@ def _train(out: Path, say: _Say, quiet: bool) -> Any:
 
     say.step(f"Train: {_short(out / 'data' / 'recipe.toml')}, an image and an audio encoder joined by learned gates")
     result = train(out / "data" / "recipe.toml", out / "run", quiet=quiet)
-    say(f"{result.steps} steps in {result.seconds:.0f} s; curves in {_short(out / 'run' / 'metrics.jsonl')}")
+    say(f"{result.steps} steps in {result.seconds:.0f} s; curves in {_short(out / 'run' / 'report.html')}")
     return result
 
 

@@ -314,7 +314,7 @@ class _Run:
     def _save(self, *, wait: bool = False) -> None:
         position = self.position
         position.seconds, self.clock = self._seconds(), time.perf_counter()
-        position.lines, position.world = self.reporter.lines, self.ranks.world
+        position.lines = self.reporter.lines
         whole = with_all_places(position, self.place, self.ranks)
         with self.meter.pausing():
             self.checkpoints.save(self.model, self.setup.optimizer, whole, wait=wait)

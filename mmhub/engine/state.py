@@ -72,7 +72,6 @@ class Position(msgspec.Struct):
     rows: int = 0  # of the training data
     parents: list[dict[str, str]] = []  # what the weights started from
     stream: dict[str, Any] | None = None  # where streamed data goes on
-    world: int = 1  # processes
     pieces: int = 1  # in which a batch is computed, with batch_size = "auto"
     fingerprint: str = ""  # of the training data
 
@@ -333,13 +332,6 @@ class Checkpoints:
         fill_model(model, _stored(path))
         return model
 
-    def load_structure(self, path: Path) -> Model:
-        """Build a checkpoint's model without weights, to be sharded before `load_tensors` fills it.
-
-        Its parameters are on the meta device; `load_tensors` moves it to the ranks' device.
-        """
-        return load_structure(path / "model")
-
     def load_tensors(self, path: Path, model: Model, optimizer: Any = None) -> None:
         """Fill parameters and buffers of a model, sharded or not, and an optimizer's state, of any number of ranks.
 
@@ -348,7 +340,6 @@ class Checkpoints:
         Raises:
             MmhubError: the recipe trains other tensors. TrustError: the checkpoint does not fit the model.
         """
-        materialize(model, self.ranks.device)
         stored = _stored(path)
         fill_model(model, stored)
         if optimizer is not None:
