@@ -26,6 +26,8 @@ class Items:
     mask: Tensor  # (N, S) bool
     rows: Tensor  # (N,) long, the batch row of each item, ascending
     batch: int  # B
+    marks: Tensor | None = None  # (N, S) bool, what the processor marked: where words begin, or what is trained
+    continues: Tensor | None = None  # (B,) bool, rows whose first item goes on where the batch before stopped
 
     def __len__(self) -> int:
         return int(self.rows.shape[0])
@@ -36,11 +38,18 @@ class Items:
         return self.mask.sum(1)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Items:
-        data, mask, rows = (t.to(device, non_blocking=non_blocking) for t in (self.data, self.mask, self.rows))
-        return replace(self, data=data, mask=mask, rows=rows)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Items:
-        return replace(self, data=self.data.pin_memory(), mask=self.mask.pin_memory(), rows=self.rows.pin_memory())
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Items:
+        known = {name: getattr(self, name) for name in _ITEM_TENSORS}
+        changed: dict[str, Any] = {name: change(part) for name, part in known.items() if part is not None}
+        return replace(self, **changed)
+
+
+_ITEM_TENSORS = ("data", "mask", "rows", "marks", "continues")
 
 
 @dataclass
@@ -52,6 +61,9 @@ class Features:
     ids: Tensor | None = None  # (B, T) long, -1 where a position is not a text token
     loss: Tensor | None = None  # (B, T) bool, positions that are training targets
     pooled: Tensor | None = None  # (B or N, P), the encoder's own summary of an item when it has one
+    marks: Tensor | None = None  # (B or N, T) bool, what the processor marked: where a word of the input begins
+    parts: Tensor | None = None  # (B, T) long, ascending numbers of the texts of a row; None = one text a row
+    continues: Tensor | None = None  # (B,) bool, rows whose first text goes on where the batch before stopped
 
     @property
     def lengths(self) -> Tensor:
@@ -62,6 +74,18 @@ class Features:
         """Rows that hold at least one real token, (B,) bool."""
         return self.mask.any(1)
 
+    def select(self, rows: Tensor) -> Features:
+        """Return the features of these rows, (R,) long."""
+        return self._each(lambda tensor: tensor[rows])
+
+    def emptied(self) -> Features:
+        """Return as many rows without any token."""
+
+        def empty(tensor: Tensor) -> Tensor:
+            return torch.zeros_like(tensor if tensor is self.pooled or tensor is self.continues else tensor[:, :1])
+
+        return self._each(empty)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Features:
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
@@ -69,35 +93,45 @@ class Features:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Features:
-        parts = (self.tokens, self.mask, self.ids, self.loss, self.pooled)
-        return Features(*(None if part is None else change(part) for part in parts))  # type: ignore[arg-type]
+        found = {name: part for name, part in vars(self).items() if part is not None}
+        return replace(self, **{name: change(part) for name, part in found.items()})
 
     def to_rows(self, rows: Tensor, batch: int) -> Features:
         """Gather items into batch rows: tokens of one row's items follow each other, summaries are averaged.
 
         Rows without an item come out fully masked and zero.
         """
-        n, t, d = self.tokens.shape
-        one_each = n == batch and bool((rows == torch.arange(batch, device=rows.device)).all())
+        one_each = len(self.tokens) == batch and bool((rows == torch.arange(batch, device=rows.device)).all())
         if one_each:
             return self
-        lengths = self.lengths
-        totals = lengths.new_zeros(batch).index_add_(0, rows, lengths)
-        before = lengths.cumsum(0) - lengths  # tokens of all earlier items
-        first = (totals.cumsum(0) - totals)[rows]  # tokens of all earlier rows (items are sorted by row)
-        position = (before - first)[:, None] + torch.arange(t, device=rows.device)[None]
-        width = max(int(totals.max()), 1) if batch else 1
-        tokens = self.tokens.new_zeros(batch, width, d)
+        where, width = places_in_rows(self.mask, rows, batch)
+        tokens = self.tokens.new_zeros(batch, width, self.tokens.shape[2])
         mask = self.mask.new_zeros(batch, width)
-        where = (rows[:, None].expand(n, t)[self.mask], position[self.mask])
         tokens = tokens.index_put(where, self.tokens[self.mask])
         mask[where] = True
+        marks = None if self.marks is None else mask.new_zeros(batch, width).index_put(where, self.marks[self.mask])
         pooled = None
         if self.pooled is not None:
-            counts = torch.zeros(batch, device=rows.device).index_add_(0, rows, torch.ones(n, device=rows.device))
+            counts = torch.zeros(batch, device=rows.device).index_add_(
+                0, rows, torch.ones(len(rows), device=rows.device)
+            )
             pooled = self.pooled.new_zeros(batch, self.pooled.shape[1]).index_add(0, rows, self.pooled)
             pooled = pooled / counts.clamp(min=1)[:, None].to(pooled.dtype)
-        return Features(tokens=tokens, mask=mask, pooled=pooled)
+        return Features(tokens=tokens, mask=mask, pooled=pooled, marks=marks)
+
+
+def places_in_rows(mask: Tensor, rows: Tensor, batch: int) -> tuple[tuple[Tensor, Tensor], int]:
+    """Return where the real positions of items (N, S) stand once items of one row follow each other, and the width.
+
+    The places are (row, column), each (number of real positions,); items are sorted by row.
+    """
+    lengths = mask.sum(1)
+    totals = lengths.new_zeros(batch).index_add_(0, rows, lengths)
+    before = lengths.cumsum(0) - lengths  # positions of all earlier items
+    first = (totals.cumsum(0) - totals)[rows]  # positions of all earlier rows
+    position = (before - first)[:, None] + torch.arange(mask.shape[1], device=rows.device)[None]
+    width = max(int(totals.max()), 1) if batch else 1
+    return (rows[:, None].expand(mask.shape)[mask], position[mask]), width
 
 
 Bundle = dict[str, Features]  # "text", "image", "audio", ..., "fused"
@@ -114,12 +148,8 @@ def only(bundle: Bundle, names: Sequence[str], rows: Tensor) -> Bundle:
     """The given rows with the streams in `names` alone, the others as if they had never been there."""
     parts: Bundle = {}
     for name, features in bundle.items():
-        tokens, mask = features.tokens[rows], features.mask[rows]
-        pooled = None if features.pooled is None else features.pooled[rows]
-        if name not in names:
-            tokens, mask = torch.zeros_like(tokens[:, :1]), torch.zeros_like(mask[:, :1])
-            pooled = None if pooled is None else torch.zeros_like(pooled)
-        parts[name] = replace(features, tokens=tokens, mask=mask, pooled=pooled)
+        found = features.select(rows)
+        parts[name] = found if name in names else found.emptied()
     return parts
 
 
@@ -159,9 +189,16 @@ class Batch:
     items: dict[str, Items]
     size: int
     targets: Any = None  # what Decoder.encode_targets returned
+    weights: Tensor | None = None  # (B,) what each row counts in the mean loss, such as its tokens; None = the same
     raw_targets: list[Any] = field(default_factory=list)
+    raw: list[dict[str, Any]] = field(default_factory=list)  # raw inputs, for decoders whose answers point into them
     index: list[int] = field(default_factory=list)  # row numbers in the data source
     features: dict[str, Encoded] = field(default_factory=dict)
+
+    @property
+    def weight(self) -> float:
+        """What the batch counts beside others: its rows, or their targets where the loss is a mean over those."""
+        return float(self.size) if self.weights is None else float(self.weights.sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         items = {name: part.to(device, non_blocking) for name, part in self.items.items()}
@@ -188,6 +225,8 @@ class Batch:
             items={name: _items_of(part, start, end) for name, part in self.items.items()},
             size=end - start,
             targets=self.targets[rows] if self.targets is not None else None,
+            weights=None if self.weights is None else self.weights[rows],
+            raw=self.raw[rows],
             raw_targets=self.raw_targets[rows],
             index=self.index[rows],
             features={name: _encoded_of(part, start, end) for name, part in self.features.items()},
@@ -200,7 +239,9 @@ def _items_of(items: Items, start: int, end: int) -> Items:
     data, mask = items.data[keep], items.mask[keep]
     width = max(int(mask.sum(1).max()), 1) if len(mask) and mask.shape[1] else mask.shape[1]
     data = data[:, :width] if data.ndim > 1 and data.shape[1] == mask.shape[1] else data
-    return Items(data, mask[:, :width], items.rows[keep] - start, end - start)
+    marks = None if items.marks is None else items.marks[keep][:, :width]
+    continues = None if items.continues is None else items.continues[start:end]
+    return Items(data, mask[:, :width], items.rows[keep] - start, end - start, marks, continues)
 
 
 def _encoded_of(encoded: Encoded, start: int, end: int) -> Encoded:

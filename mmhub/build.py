@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmhub.checkpoint import load_encoder
+from mmhub.checkpoint import load_decoder, load_encoder
 from mmhub.config import ModelRecipe, PartRecipe
 from mmhub.errors import InputError, UsageError, did_you_mean
 from mmhub.hub.pull import find_pretrained, load, pull
-from mmhub.interfaces import Encoder, Task, decode_config, encode_config, find_task
+from mmhub.interfaces import Encoder, Stream, Task, TextDecoder, decode_config, encode_config, find_task
 from mmhub.lineage import parent_of
 from mmhub.model import Columns, Model
 from mmhub.names import resolve
@@ -25,7 +26,7 @@ Values = Callable[[str], Iterable[Any]]  # modality, or "target", to all its tra
 def compose(
     task: str = "classification",
     *,
-    encoders: Mapping[str, str | Mapping[str, Any]],
+    encoders: Mapping[str, str | Mapping[str, Any]] | None = None,
     fusion: str | Mapping[str, Any] | None = None,
     decoder: str | Mapping[str, Any] | None = None,
     tokenizer: Mapping[str, Any] | None = None,
@@ -43,7 +44,7 @@ def compose(
     ...         decoder={"use": "classification", "config": {"labels": ["cat", "dog"]}})  # doctest: +SKIP
     """
     table = {
-        "encoders": {name: _as_part(part) for name, part in encoders.items()},
+        "encoders": {name: _as_part(part) for name, part in (encoders or {}).items()},
         "fusion": None if fusion is None else _as_part(fusion),
         "decoder": None if decoder is None else _as_part(decoder),
         "tokenizer": None if tokenizer is None else dict(tokenizer),
@@ -73,28 +74,103 @@ def build_model(
     torch.manual_seed(seed)
     if recipe.base:
         return _from_base(task, recipe, values, columns, folder)
-    if not recipe.encoders:
+    parts = _encoder_parts(task, recipe)
+    if not parts and not task.reads_text:
         raise UsageError("the recipe names no encoder", "add [model.encoders.text], .image or .audio")
     encoders: dict[str, Encoder] = {}
     sources: dict[str, Component] = {}
     parents: list[dict[str, str]] = []
-    for modality, part in recipe.encoders.items():
-        role = f"{modality}_encoder"
-        encoders[modality], sources[role], origin = _encoder(modality, part, recipe, values, folder)
+    words = find_component("decoder", (recipe.decoder or PartRecipe()).use or task.decoder).load().marks_words
+    for modality, part in parts.items():
+        role, given = f"{modality}_encoder", _inputs_of(task, values)
+        encoders[modality], sources[role], origin = _encoder(modality, part, recipe, given, folder, words)
         if origin is not None:
             parents.append(parent_of(resolve(local_name(part.init, folder)), origin, role))
     missing = [m for m in task.required if m not in encoders]
     if missing:
         raise UsageError(f"{task.name} needs the modality {missing[0]!r}", f"add [model.encoders.{missing[0]}]")
     streams = {modality: encoder.stream for modality, encoder in encoders.items()}
-    fusion, sources["fusion"] = _fusion(recipe, streams)
-    decoder, sources["decoder"] = _decoder(task, recipe, values, fusion.outputs)
+    fusion, decoder, origin = _fusion_and_decoder(task, recipe, values, folder, streams, sources)
+    if origin is not None:
+        assert recipe.decoder is not None
+        parents.append(parent_of(resolve(local_name(recipe.decoder.init, folder)), origin, "decoder"))
+    decoder.tie(encoders)
+    if decoder.marks_words:
+        _mark_words(encoders["text"].processor)
     model = Model(task, encoders, fusion, decoder, sources, columns)
     model.parents = parents
-    for modality, part in recipe.encoders.items():
+    _adapt(model, parts, recipe.decoder, folder)
+    for modality, part in parts.items():
         if part.freeze:
             model.freeze(modality)
+    if recipe.decoder is not None and recipe.decoder.freeze:
+        decoder.requires_grad_(False)
     return model
+
+
+def _encoder_parts(task: Task, recipe: ModelRecipe) -> dict[str, PartRecipe]:
+    """The encoders to build; a pretrained sequence-to-sequence decoder without any brings its own model's."""
+    decoder = recipe.decoder
+    whole = decoder is not None and decoder.use.rpartition("/")[2] == "transformers-seq2seq"
+    if recipe.encoders or not whole or task.required != ("text",):
+        return recipe.encoders
+    assert decoder is not None
+    shared = {key: value for key, value in decoder.config.items() if key == "config"}
+    return {"text": PartRecipe(use="transformers", init=decoder.init, config=shared, lora=decoder.lora)}
+
+
+def _inputs_of(task: Task, values: Values) -> Values:
+    """What processors learn from; where a text is turned into another, both share one vocabulary."""
+    if task.name != "translation":
+        return values
+    return lambda name: chain(values("text"), values("target")) if name == "text" else values(name)
+
+
+def _fusion_and_decoder(
+    task: Task,
+    recipe: ModelRecipe,
+    values: Values,
+    folder: Path | None,
+    streams: Mapping[str, Stream],
+    sources: dict[str, Component],
+) -> tuple[Any, Any, Path | None]:
+    """Build both; a decoder that reads text comes first, for it is its embeddings that the fusion joins with others."""
+    component = find_component("decoder", (recipe.decoder or PartRecipe()).use or task.decoder)
+    if component.load().reads_text:
+        if "text" in streams:
+            raise UsageError(f"{component.id} reads the text itself", "remove [model.encoders.text]")
+        decoder, sources["decoder"], origin = _decoder(task, recipe, values, {}, folder)
+        fusion, sources["fusion"] = _fusion(recipe, {**streams, "text": Stream(decoder.dim)}, "interleave")
+        return fusion, decoder, origin
+    fusion, sources["fusion"] = _fusion(recipe, streams, "streams" if len(streams) == 1 else "attention")
+    decoder, sources["decoder"], origin = _decoder(task, recipe, values, fusion.outputs, folder)
+    return fusion, decoder, origin
+
+
+def _mark_words(processor: Any) -> None:
+    """Let the text processor mark where words begin, for a decoder that answers about them."""
+    if not hasattr(processor, "words"):
+        raise UsageError(f"the text encoder's {type(processor).__name__} cannot mark words", "use another text encoder")
+    processor.words = True
+
+
+def _adapt(
+    model: Model,
+    parts: Mapping[str, PartRecipe],
+    decoder: PartRecipe | None,
+    folder: Path | None,
+    base: str = "",
+) -> None:
+    """Give the parts that ask for it low-rank adapters; `base` is the name of the whole model they are for, if any."""
+    wanted = {f"{modality}_encoder": part for modality, part in parts.items()} | (
+        {"decoder": decoder} if decoder is not None else {}
+    )
+    for role, part in wanted.items():
+        if part.lora is None:
+            continue
+        from mmhub.adapters import apply_lora
+
+        apply_lora(model, role, part.lora, local_name(part.init, folder) if part.init else base)
 
 
 def _from_base(task: Task, recipe: ModelRecipe, values: Values, columns: Columns | None, folder: Path | None) -> Model:
@@ -113,27 +189,36 @@ def _from_base(task: Task, recipe: ModelRecipe, values: Values, columns: Columns
             raise UsageError(f"{recipe.base!r} has no {modality!r} encoder", f"it has {', '.join(model.encoders)}")
         if part.freeze:
             model.freeze(modality)
-    if recipe.decoder:
-        model.decoder, model.sources["decoder"] = _decoder(task, recipe, values, model.fusion.outputs)
+    new = recipe.decoder is not None and (recipe.decoder.use or recipe.decoder.config or recipe.decoder.init)
+    if new:
+        model.decoder, model.sources["decoder"], _ = _decoder(task, recipe, values, model.fusion.outputs, folder)
+        if model.decoder.marks_words:
+            _mark_words(model.processors["text"])
     elif task.name not in model.decoder.tasks:
         raise UsageError(
             f"the decoder of {recipe.base!r}, {model.sources['decoder'].id}, does not serve the task {task.name!r}",
             f'give it a new one: [model.decoder] use = "{task.decoder}"',
         )
-    unknown = [m for m in (columns.inputs if columns else ()) if m not in model.encoders]
+    unknown = [m for m in (columns.inputs if columns else ()) if m not in model.modalities]
     if unknown:
         raise UsageError(
             f"data.inputs feeds {unknown[0]!r}, and {recipe.base!r} has no such encoder",
-            f"it has {', '.join(model.encoders)}",
+            f"it has {', '.join(model.modalities)}",
         )
     model.columns = columns or model.columns
+    _adapt(model, recipe.encoders, None if new else recipe.decoder, folder, base=name)
+    if recipe.decoder is not None and recipe.decoder.freeze:
+        model.decoder.requires_grad_(False)
     return model
 
 
 def _encoder(
-    modality: str, part: PartRecipe, recipe: ModelRecipe, values: Values, folder: Path | None
+    modality: str, part: PartRecipe, recipe: ModelRecipe, values: Values, folder: Path | None, words: bool
 ) -> tuple[Encoder, Component, Path | None]:
-    """An encoder, the component it was built from, and the folder or file its weights came from."""
+    """An encoder, the component it was built from, and the folder or file its weights came from.
+
+    `words`: the text processor has to mark where words begin.
+    """
     where = f"model.encoders.{modality}"
     if not part.use and not part.init:
         raise UsageError(f"{where}: the key 'use' is missing", "name a component, see `mmhub plugins ls`")
@@ -152,6 +237,8 @@ def _encoder(
     if path is not None:
         return cls.from_library(config, path, recipe.tokenizer), component, path
     processor = cls.make_processor(config, recipe.tokenizer)
+    if words and modality == "text":
+        _mark_words(processor)
     if processor.needs_fit:
         processor.fit(_not_empty(values(modality), modality))
     return cls(config, processor), component, None
@@ -185,24 +272,50 @@ def _from_checkpoint(
     return encoder, component
 
 
-def _fusion(recipe: ModelRecipe, streams: Mapping[str, Any]) -> tuple[Any, Component]:
-    part = recipe.fusion or PartRecipe(use="streams" if len(streams) == 1 else "attention")
+def _fusion(recipe: ModelRecipe, streams: Mapping[str, Any], default: str) -> tuple[Any, Component]:
+    part = recipe.fusion or PartRecipe(use=default)
     _no_init(part, "model.fusion")
-    component = find_component("fusion", part.use or "attention")
+    component = find_component("fusion", part.use or default)
     cls: Any = component.load()
     config = decode_config(cls.Config, part.config, "model.fusion.config")
     return cls(config, streams), component
 
 
-def _decoder(task: Task, recipe: ModelRecipe, values: Values, streams: Mapping[str, Any]) -> tuple[Any, Component]:
+def _decoder(
+    task: Task, recipe: ModelRecipe, values: Values, streams: Mapping[str, Any], folder: Path | None
+) -> tuple[Any, Component, Path | None]:
+    """A decoder, the component it was built from, and the folder or file its weights came from."""
     part = recipe.decoder or PartRecipe(use=task.decoder)
-    _no_init(part, "model.decoder")
+    kind, path, _ = find_pretrained(local_name(part.init, folder)) if part.init else ("", None, None)
+    if kind == "mmhub":
+        assert path is not None
+        decoder, component = load_decoder(path, streams)
+        _check_decoder(task, type(decoder), component)
+        return decoder, component, path
     component = find_component("decoder", part.use or task.decoder)
     cls: Any = component.load()
     _check_decoder(task, cls, component)
     config = decode_config(cls.Config, part.config, "model.decoder.config")
-    config = cls.fit(config, values("target"))
-    return cls(config, streams), component
+    if path is not None:
+        decoder = cls.from_library(config, path, streams, recipe.tokenizer)
+        if isinstance(decoder, TextDecoder):
+            _with_ends(decoder.processor)
+        return decoder, component, path
+    if not issubclass(cls, TextDecoder):
+        return cls(cls.fit(config, values("target")), streams), component, None
+    processor = cls.make_processor(config, recipe.tokenizer)
+    if processor.needs_fit:
+        texts = values("text") if cls.reads_text else values("target")
+        if not cls.reads_text and task.name == "translation":
+            texts = chain(values("text"), texts)
+        processor.fit(_not_empty(texts, "text"))
+    _with_ends(processor)
+    return cls(config, streams, processor), component, None
+
+
+def _with_ends(processor: Any) -> None:
+    """Let documents end with the end token, if there is one: the model is trained on whole ones now."""
+    processor.ends = processor.end_id is not None
 
 
 def _check_decoder(task: Task, decoder: Any, component: Component) -> None:
@@ -212,8 +325,8 @@ def _check_decoder(task: Task, decoder: Any, component: Component) -> None:
 
 
 def _no_init(part: PartRecipe, where: str) -> None:
-    if part.init or part.freeze:
-        raise UsageError(f"{where}: init and freeze are for encoders", "use model.base to go on with a whole model")
+    if part.init or part.freeze or part.lora:
+        raise UsageError(f"{where}: init, freeze and lora are for encoders and decoders", "leave them out")
 
 
 def local_name(name: str, folder: Path | None) -> str:

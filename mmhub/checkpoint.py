@@ -23,10 +23,20 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from mmhub import __version__
+from mmhub.adapters import (
+    AdapterRecord,
+    BaseRecord,
+    adapter_of,
+    check_peft,
+    inject,
+    is_adapter,
+    read_adapter,
+    write_adapters,
+)
 from mmhub.errors import MmhubError, NotFoundError, PluginError, TrustError, UsageError, did_you_mean
 from mmhub.files import disk_errors, new_folder, sha256, write_file
 from mmhub.hashes import Facts, remember, sha256_of
-from mmhub.interfaces import Encoder, decode_config, encode_config, find_task
+from mmhub.interfaces import Encoder, Stream, TextDecoder, decode_config, encode_config, find_task
 from mmhub.model import Columns, Model
 from mmhub.plugins import Component, get_index
 from mmhub.records import cause
@@ -35,6 +45,7 @@ from mmhub.requirements import explain_unmet, unmet_requirements
 from mmhub.weights import (
     Stored,
     all_finite,
+    assign,
     fill,
     meta_parameters,
     named_tensors,
@@ -51,7 +62,7 @@ ALLOWED = re.compile(
     r"README\.md|config\.json|provenance\.json|eval/[\w.-]+\.json|LICENSE(\.txt|\.md)?"
     r"|model\.safetensors(\.index\.json)?|model-[A-Za-z0-9_-]+\.safetensors"
     r"|(tokenizer|tokenizer_config|preprocessor_config|processor_config|generation_config)(-[A-Za-z0-9_-]+)?\.json"
-    r"|chat_template(-[A-Za-z0-9_-]+)?\.jinja|adapter_config\.json|adapter_model\.safetensors"
+    r"|chat_template(-[A-Za-z0-9_-]+)?\.jinja|adapter_config(-[A-Za-z0-9_-]+)?\.json|adapter_model(-[A-Za-z0-9_-]+)?\.safetensors"
 )
 _PROCESSOR_FILE = re.compile(
     r"(tokenizer|tokenizer_config|preprocessor_config|processor_config)\.json|chat_template\.jinja"
@@ -75,6 +86,7 @@ class ComponentRecord(msgspec.Struct):
     config: dict[str, Any] = {}
     weights: str = ""
     processor: ProcessorRecord | None = None
+    adapter: AdapterRecord | msgspec.UnsetType = msgspec.UNSET
 
 
 class FileRecord(msgspec.Struct):
@@ -90,6 +102,7 @@ class DataRecord(msgspec.Struct):
     inputs: dict[str, str] = {}
     target: str = ""
     columns: list[str] = []
+    document: str = "row"
 
 
 class CheckpointConfig(msgspec.Struct):
@@ -148,7 +161,11 @@ def _keep_others(old: Path, new: Path) -> None:
 def _write_checkpoint(model: Model, folder: Path, tensors: Mapping[str, Tensor] | None) -> dict[str, Facts]:
     """Write all files, and return what is known of them."""
     state, tied = state_of(model.parts()) if tensors is None else (tensors, named_tensors(model.parts())[1])
-    config = write_structure(structure_of(model, tied), folder, state)
+    structure = structure_of(model, tied)
+    state, adapters = write_adapters(model.parts(), state, folder)
+    for role, record in adapters.items():
+        structure.config.components[role].adapter = record
+    config = write_structure(structure, folder, state)
     finite: Facts = {"finite": True} if all_finite(state.values()) else {}
     return {
         name: {"sha256": record.sha256} | (finite if name.endswith(".safetensors") else {})
@@ -170,12 +187,18 @@ def structure_of(model: Model, tied: Mapping[str, str]) -> Structure:
     config = CheckpointConfig(
         mmhub_format=FORMAT,
         task=model.task.name,
-        components={role: _record(model, role, part, files) for role, part in model.parts().items()},
+        components={
+            role: msgspec.structs.replace(_record(model, role, part, files), adapter=adapter_of(part) or msgspec.UNSET)
+            for role, part in model.parts().items()
+        },
         library_version=__version__,
         tied=dict(tied),
         requires=_requires(model),
         data=DataRecord(
-            inputs=dict(model.columns.inputs), target=model.columns.target, columns=list(model.columns.names)
+            inputs=dict(model.columns.inputs),
+            target=model.columns.target,
+            columns=list(model.columns.names),
+            document=model.columns.document,
         ),
     )
     return Structure(config, files)
@@ -204,7 +227,7 @@ def _record(model: Model, role: str, part: nn.Module, shared: dict[str, bytes]) 
     """Describe one part, and add its processor's files to those of the parts before."""
     component = model.sources[role]
     processor = None
-    if isinstance(part, Encoder):
+    if isinstance(part, (Encoder, TextDecoder)):
         files = {}
         for name, content in part.processor.files().items():
             if not _PROCESSOR_FILE.fullmatch(name):
@@ -315,20 +338,38 @@ def _config_problem(config: CheckpointConfig) -> str | None:
     for role, record in config.components.items():
         if role not in ("fusion", "decoder") and not role.endswith("_encoder"):
             return f"lists the component {role!r}, which is no encoder, fusion or decoder"
-        used = [record.weights] if record.weights else []
-        unlisted = [
-            f for f in (*used, *(record.processor.files.values() if record.processor else ())) if f not in config.files
-        ]
+        unlisted = sorted(part_files(record) - config.files.keys())
         if unlisted:
             return f"uses the file {unlisted[0]!r}, which it does not list"
+        problem = _adapter_problem(record.adapter) if record.adapter else None
+        if problem:
+            return f"gives the {role} an adapter {problem}"
     tensors = (*config.tied, *config.tied.values())
     homeless = [name for name in tensors if name.partition(".")[0] not in config.components]
     if homeless:
         return f"ties the tensor {homeless[0]!r}, which belongs to no component"
     missing = {"fusion", "decoder"} - set(config.components)
-    if missing or len(config.components) < 3:
-        return f"lacks {' and '.join(sorted(missing)) or 'an encoder'}"
+    if missing:
+        return f"lacks {' and '.join(sorted(missing))}"
     return None
+
+
+def _adapter_problem(adapter: AdapterRecord) -> str | None:
+    if adapter.rank < 1 or not 0 <= adapter.dropout < 1:
+        return f"of rank {adapter.rank} and dropout {adapter.dropout}"
+    if adapter.weights and adapter.base is None:
+        return "without naming what it is for"
+    base = adapter.base
+    hub = base is None or re.fullmatch("[0-9a-f]{40}", base.commit)
+    local = base is None or re.fullmatch("[0-9a-f]{64}", base.sha256)
+    return None if hub or local else f"for {base.name!r} without its commit or sha256"  # type: ignore[union-attr]
+
+
+def part_files(record: ComponentRecord) -> set[str]:
+    """Return the files that one part uses: of its processor, and its weights or their index, and its adapter's."""
+    processor = set(record.processor.files.values()) if record.processor else set()
+    adapter = record.adapter.weights if record.adapter else ""
+    return (processor | {record.weights, adapter}) - {""}
 
 
 def _finite(text: str) -> float:
@@ -340,6 +381,8 @@ def _finite(text: str) -> float:
 
 def check_requirements(name: str, config: CheckpointConfig, role: str | None = None) -> None:
     """Raise PluginError with one install line if a plugin the checkpoint, or one part of it, needs is missing."""
+    if any(record.adapter for one, record in config.components.items() if role in (None, one)):
+        check_peft()
     owner = config.components[role].use.rpartition("/")[0] if role else None
     requires = [entry for entry in config.requires if owner is None or entry.get("distribution") == owner]
     unmet = unmet_requirements(requires, get_index())
@@ -404,7 +447,8 @@ def load(folder: Path, *, allow_partial: bool = False, name: str = "", verified:
     # What a partial load leaves without values must have started fresh, so that nothing is built on meta then.
     model = _build_model(config, folder, nullcontext if allow_partial else meta_parameters)
     model.name = name or str(folder)
-    fill(model.parts(), stored_weights(folder, config), allow_partial=allow_partial)
+    known = _adapt(model.parts(), config, folder, model.fusion.outputs)
+    fill(model.parts(), stored_weights(folder, config), allow_partial=allow_partial, known=known)
     return model.eval()
 
 
@@ -421,9 +465,64 @@ def load_structure(folder: Path) -> Model:
     model = _build_model(config, folder, meta_parameters)
     model.name = str(folder)
     parts = model.parts()
+    for role, record in config.components.items():
+        if record.adapter:
+            inject(parts[role], record.adapter, empty=True)
     for alias, source in config.tied.items():
         tie(parts, alias, source)
     return model.eval()
+
+
+def _adapt(
+    parts: Mapping[str, nn.Module], config: CheckpointConfig, folder: Path, streams: Mapping[str, Stream]
+) -> dict[str, Tensor]:
+    """Give parts the adapters they were saved with; return the weights of their bases and adapters, by `role.name`.
+
+    Where an adapter has no file of its own, all of the part's weights are in the checkpoint, as of any other part.
+    """
+    known: dict[str, Tensor] = {}
+    for role, part in parts.items():
+        record = config.components[role].adapter
+        if not record:
+            continue
+        if record.weights:
+            assert record.base is not None
+            _fill_from_base(role, part, record.base, streams)
+        inject(part, record, empty=True)
+        if record.weights:
+            parameters = part.named_parameters(remove_duplicate=False)
+            known |= {f"{role}.{key}": tensor.data for key, tensor in parameters if not is_adapter(key)}
+            known |= read_adapter(role, part, folder / record.weights)
+    return known
+
+
+def _fill_from_base(role: str, part: Any, base: BaseRecord, streams: Mapping[str, Stream]) -> None:
+    """Give a part the weights that its adapter is for: those of an mmhub checkpoint, or of another library's model.
+
+    Raises:
+        NotFoundError, NetworkError: they are not here. TrustError: they are not what they were, or do not fit.
+    """
+    from mmhub.hub.pull import find_base  # a base may have to be fetched; the hub stands above this module
+
+    folder = find_base(base, role)
+    if is_checkpoint(folder):
+        config, theirs = read_config(folder), find_part(base, role)
+        if theirs not in config.components:
+            raise TrustError(f"the base '{base.name}' has no {theirs}", "fetch the checkpoint again")
+        verify_files(folder, config, part_files(config.components[theirs]))
+        stored = stored_weights(folder, config)
+        verify_files(folder, config, weight_files(stored, {theirs}))
+        fill({theirs: part}, stored, allow_partial=False)
+        return
+    read = type(part).from_library
+    made = read(part.config, folder) if isinstance(part, Encoder) else read(part.config, folder, streams)
+    assign(role, part, made.state_dict(), f"'{base.name}'")
+
+
+def find_part(base: BaseRecord, role: str) -> str:
+    """Return the role that the weights of a base have in a checkpoint of ours."""
+    named = base.component or role
+    return named if named == "decoder" or named.endswith("_encoder") else f"{named}_encoder"
 
 
 def _build_model(config: CheckpointConfig, folder: Path, building: Callable[[], AbstractContextManager[None]]) -> Model:
@@ -438,10 +537,15 @@ def _build_model(config: CheckpointConfig, folder: Path, building: Callable[[], 
         if role.endswith("_encoder")
     }
     streams = {modality: encoder.stream for modality, encoder in encoders.items()}
+    record = config.components["decoder"]
     with building():
-        fusion = _build(sources["fusion"], config.components["fusion"], streams)
-        decoder = _build(sources["decoder"], config.components["decoder"], fusion.outputs)
-    columns = Columns(config.data.inputs, config.data.target, tuple(config.data.columns))
+        if sources["decoder"].load().reads_text:
+            decoder = _build_decoder(sources["decoder"], record, folder, {})
+            fusion = _build(sources["fusion"], config.components["fusion"], {**streams, "text": Stream(decoder.dim)})
+        else:
+            fusion = _build(sources["fusion"], config.components["fusion"], streams)
+            decoder = _build_decoder(sources["decoder"], record, folder, fusion.outputs)
+    columns = Columns(config.data.inputs, config.data.target, tuple(config.data.columns), config.data.document)
     return Model(task, encoders, fusion, decoder, sources, columns)
 
 
@@ -452,13 +556,27 @@ def load_encoder(folder: Path, role: str) -> tuple[Encoder, Component]:
     check_requirements(str(folder), config, role)
     record = config.components[role]
     component = find_component(role, record.use)
-    files = set(record.processor.files.values()) if record.processor else set()
-    verify_files(folder, config, files | {record.weights})
+    verify_files(folder, config, part_files(record))
     stored = stored_weights(folder, config)
     verify_files(folder, config, weight_files(stored, {role}))
     encoder = _build_encoder(component, record, folder, meta_parameters)
-    fill({role: encoder}, stored, allow_partial=False)
+    fill({role: encoder}, stored, allow_partial=False, known=_adapt({role: encoder}, config, folder, {}))
     return encoder, component
+
+
+def load_decoder(folder: Path, streams: Mapping[str, Any]) -> tuple[Any, Component]:
+    """Build the decoder of the checkpoint in `folder`, to read `streams`, with its own weights alone."""
+    config, role = read_config(folder), "decoder"
+    check_requirements(str(folder), config, role)
+    record = config.components[role]
+    component = find_component(role, record.use)
+    verify_files(folder, config, part_files(record))
+    stored = stored_weights(folder, config)
+    verify_files(folder, config, weight_files(stored, {role}))
+    with meta_parameters():
+        decoder = _build_decoder(component, record, folder, streams)
+    fill({role: decoder}, stored, allow_partial=False, known=_adapt({role: decoder}, config, folder, streams))
+    return decoder, component
 
 
 def stored_weights(folder: Path, config: CheckpointConfig) -> Stored:
@@ -475,18 +593,30 @@ def _build_encoder(
 ) -> Encoder:
     cls: Any = component.load()
     config = _decode(component, cls, record)
+    processor = _load_processor(component, cls, config, record, folder)
+    with building():
+        encoder: Encoder = cls(config, processor)
+    return encoder
+
+
+def _load_processor(component: Component, cls: Any, config: Any, record: ComponentRecord, folder: Path) -> Any:
     saved = record.processor or ProcessorRecord()
     files = {name: (folder / place).read_bytes() for name, place in saved.files.items()}
     try:
-        processor = cls.load_processor(config, saved.state, files)
+        return cls.load_processor(config, saved.state, files)
     except (UsageError, KeyError, TypeError, ValueError) as error:
         raise TrustError(
             f"'{folder}' holds a state that the processor of {component.id} cannot read: {error!r}",
             "fetch the checkpoint again",
         ) from None
-    with building():
-        encoder: Encoder = cls(config, processor)
-    return encoder
+
+
+def _build_decoder(component: Component, record: ComponentRecord, folder: Path, streams: Mapping[str, Any]) -> Any:
+    cls: Any = component.load()
+    if not issubclass(cls, TextDecoder):
+        return _build(component, record, streams)
+    config = _decode(component, cls, record)
+    return cls(config, streams, _load_processor(component, cls, config, record, folder))
 
 
 def _build(component: Component, record: ComponentRecord, streams: Mapping[str, Any]) -> Any:

@@ -17,6 +17,18 @@ class _Table(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A table of a recipe: unknown keys are errors."""
 
 
+class LoraRecipe(_Table):
+    """Low-rank adapters (Hu et al., arXiv:2106.09685): they alone are trained of a part that wraps transformers.
+
+    `targets` names the layers that get one, by the end of their names; none = the library's choice for the model.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: list[str] = []
+
+
 class PartRecipe(_Table):
     """One component: `use` names it, `config` is its own configuration, `init` a source of pretrained weights."""
 
@@ -25,6 +37,7 @@ class PartRecipe(_Table):
     init: str = ""
     freeze: bool = False
     lr_multiplier: float = 1.0
+    lora: LoraRecipe | None = None
 
 
 class ModelRecipe(_Table):
@@ -52,6 +65,8 @@ class DataRecipe(_Table):
 
     `valid_fraction` splits a validation set off the training rows when `valid` is not given. `stream` reads the
     training rows in passing instead of by position, shuffled among `shuffle_rows` neighbours; `mix` streams several.
+    For a language model `document` says what one text is: "row", "file" (all rows, each a line), "blank-line"
+    (rows up to an empty one), or a regular expression that begins with "^" and finds the first line of each.
     """
 
     train: Source = ""
@@ -60,9 +75,10 @@ class DataRecipe(_Table):
     shuffle_rows: int = 10_000
     valid: Source = ""
     valid_fraction: float = 0.0
-    inputs: dict[str, str] = {}
+    inputs: dict[str, str] = {}  # a list of columns, or "a+b", makes one input of several, such as a pair of texts
     target: str = ""
     columns: list[str] = []
+    document: str = "row"
     on_error: Literal["stop", "skip"] = "stop"
     allow_urls: bool = False
     workers: int | Literal["auto"] = "auto"
@@ -79,12 +95,13 @@ class TrainRecipe(_Table):
     max_steps: int = 0  # 0 = no limit besides epochs
     batch_size: int | Literal["auto"] = 32  # rows; with batch_tokens their largest number
     batch_tokens: int = 0  # padded tokens of all modalities per batch, 0 = batches of batch_size rows
+    block_size: int = 0  # tokens a language model predicts in one row of a batch, 0 = its context, or 64 for recurrent
     group_by_length: bool = True  # batch rows of like length together
     accumulate: int = 1  # batches per optimizer step
     optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     min_learning_rate: float = 0.0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "inverse-sqrt", "constant"] = "cosine"
     warmup: float = 0.06
     weight_decay: float = 0.01
     clip_norm: float = 1.0  # 0 = off
@@ -160,7 +177,7 @@ def check_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
     from mmhub.interfaces.config import decode_config
     from mmhub.interfaces.task import find_task
 
-    recipe = decode_config(Recipe, table, where)
+    recipe = decode_config(Recipe, _join_columns(table), where)
     find_task(recipe.task)
     _check_ranges(recipe, where)
     return recipe
@@ -169,8 +186,21 @@ def check_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
 _AT_LEAST_ONE = ("epochs", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every")
 _NOT_NEGATIVE = (
     "learning_rate", "min_learning_rate", "warmup", "weight_decay", "clip_norm", "max_steps", "patience", "eval_every",
-    "batch_tokens", "cache_gb", "profile",
+    "batch_tokens", "block_size", "cache_gb", "profile",
 )  # fmt: skip
+
+
+def _join_columns(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Write several columns of one input as `mmhub.data.cells` does: "premise+hypothesis"."""
+    data = table.get("data")
+    if not isinstance(data, Mapping) or not isinstance(data.get("inputs"), Mapping):
+        return dict(table)
+    inputs = {m: "+".join(c) if _are_texts(c) else c for m, c in data["inputs"].items()}
+    return {**table, "data": {**data, "inputs": inputs}}
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(part, str) for part in value)
 
 
 def _check_ranges(recipe: Recipe, where: str) -> None:
@@ -197,6 +227,9 @@ def _check_ranges(recipe: Recipe, where: str) -> None:
     for number, part in enumerate(data.mix, 1):
         if not 0 < part.weight < math.inf:
             raise UsageError(f"{where}: the weight of data.mix {number} is {part.weight}", "it must be above 0")
+    if train.schedule == "inverse-sqrt" and not train.warmup:
+        problem = f'{where}: train.schedule = "inverse-sqrt" falls from the end of the warm-up, and there is none'
+        raise UsageError(problem, "set train.warmup")
     if train.batch_tokens and train.batch_size == "auto":
         raise UsageError(f'{where}: train.batch_tokens and batch_size = "auto" are both given', "keep one")
     if data.valid and data.valid_fraction:

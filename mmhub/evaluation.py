@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmhub.batch import Batch, only, rows_with
+from mmhub.batch import Batch, Bundle, Output, only, rows_with
+from mmhub.data.cells import parts_of
 from mmhub.data.lengths import Lengths, measure_rows
 from mmhub.data.loader import Collate, Kept, Loaded, load_batches, on_device, worker_count
 from mmhub.data.plan import plan_in_order
 from mmhub.data.sources import Rows, open_rows, require_columns
 from mmhub.errors import InputError, MmhubError, UsageError
-from mmhub.interfaces import Policy
+from mmhub.generate.write import write as write_texts
+from mmhub.interfaces import Policy, TextDecoder
 from mmhub.metrics import measure
 from mmhub.model import Model
 
@@ -39,13 +41,16 @@ class EvaluationStopped(Exception):
 class Tally:
     """Of one subset of modalities: (row, prediction, reference) of every row in any order, and the loss of batches."""
 
-    answers: list[tuple[int, dict[str, Any], Any]] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)  # each the sum over a batch's rows
+    answers: list[tuple[int, dict[str, Any] | None, Any]] = field(default_factory=list)  # None: not asked for
+    losses: list[tuple[float, float]] = field(default_factory=list)  # of each batch its weight, and that times the loss
 
-    def report(self, metrics: Sequence[str]) -> dict[str, float]:
+    def report(self, metrics: Sequence[str]) -> dict[str, Any]:
         answers = sorted(self.answers, key=lambda answer: answer[0])
-        loss = {"loss": math.fsum(self.losses) / len(answers)} if self.losses else {}
-        return measure(metrics, [one for _, one, _ in answers], [one for _, _, one in answers]) | loss
+        weight = math.fsum(weight for weight, _ in self.losses)
+        loss = {"loss": math.fsum(loss for _, loss in self.losses) / weight} if weight else {}
+        given = [(one, reference) for _, one, reference in answers if one is not None]
+        found = measure(metrics, [one for one, _ in given], [reference for _, reference in given]) if given else {}
+        return found | loss
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ class EvalOptions:
 
     A batch has at most `batch_size` rows and `batch_tokens` padded tokens, 0 for no limit. `lengths` are those of the
     rows, if they are known. `stop` is asked between batches whether to end with `EvaluationStopped`. Where `ranks` are
-    several, all of them call `evaluate`, and each measures its share.
+    several, all of them call `evaluate`, and each measures its share. Where answers are texts, `write` says whether
+    they are written, which takes long; without, the loss alone is measured. `document`, `window` and `stride` are for
+    language models: see `mmhub.perplexity`.
     """
 
     batch_size: int = 64
@@ -62,6 +69,10 @@ class EvalOptions:
     lengths: Lengths | None = None
     workers: int | str = "auto"
     subsets: bool = True
+    write: bool = True
+    document: str = ""
+    window: int = 0
+    stride: int = 0
     skip: bool = False
     policy: Policy = field(default_factory=Policy)
     precision: torch.dtype = torch.float32
@@ -97,11 +108,14 @@ def evaluate(
         model = load(model)
     rows = data if isinstance(data, Rows) else open_rows(data, columns=list(columns or model.columns.names) or None)
     wanted = input_columns(model, rows, inputs)
+    options = options or EvalOptions()
+    if model.task.name == "language-modelling":
+        return _measure_language(model, rows, wanted["text"], options)
     target = target or model.columns.target
     if not target:
         raise UsageError("no target column is known", "add --target-column NAME")
     require_columns(rows, [target], "name the column with --target-column")
-    tallies, skipped = _run(model, rows, wanted, target, options or EvalOptions())
+    tallies, skipped = _run(model, rows, wanted, target, options)
     everything = tallies.pop(())
     if not everything.answers:
         raise InputError(f"none of the {len(rows)} rows could be evaluated", "check the data")
@@ -130,10 +144,19 @@ def input_columns(model: Model, rows: Rows, inputs: Mapping[str, str] | None) ->
         raise UsageError(f"this model has no input {unknown[0]!r}", f"it takes {', '.join(model.modalities)}")
     require_columns(rows, list(given.values()), "name the columns with --inputs")
     known = {m: model.columns.inputs.get(m, m) for m in model.modalities} | given
-    present = {m: column for m, column in known.items() if column in rows.columns}
+    there = rows.columns
+    present = {m: column for m, column in known.items() if set(parts_of(column, there)) <= set(there)}
     if not present:
         require_columns(rows, list(known.values()), "name the columns with --inputs")
     return present
+
+
+def _measure_language(model: Model, rows: Rows, column: str, options: EvalOptions) -> dict[str, Any]:
+    """Measure a language model: perplexity by token, word and byte, and how exactly that was computed."""
+    from mmhub.perplexity import measure_rows as measure_texts
+
+    report = measure_texts(model, rows, column, options)
+    return {"name": model.name, "task": model.task.name, "subsets": {}} | report
 
 
 Tallies = dict[tuple[str, ...], Tally]
@@ -141,10 +164,11 @@ Tallies = dict[tuple[str, ...], Tally]
 
 def _run(model: Model, rows: Rows, inputs: Mapping[str, str], target: str, options: EvalOptions) -> tuple[Tallies, int]:
     subsets = _subsets(tuple(m for m in model.modalities if m in inputs)) if options.subsets else []
+    subsets = [subset for subset in subsets if set(model.task.required) <= set(subset)]
     tallies: Tallies = {subset: Tally() for subset in [(), *subsets]}
     processors = {name: model.processors[name] for name in inputs}
     unread = {name: column for name, column in inputs.items() if name not in options.features}
-    lengths = options.lengths or measure_rows(rows, processors, model.encoders, unread, options.policy)
+    lengths = options.lengths or measure_rows(rows, processors, model.readers, unread, options.policy)
     collate = Collate(
         rows=rows,
         processors=processors,
@@ -176,10 +200,10 @@ def _measure_all(model: Model, share: _Share, parts: Iterator[Loaded], tallies: 
         skipped += len(part.skipped) if own else 0
         latest = part.batch or latest
         if part.batch is not None and own:
-            _measure_batch(model, part.batch, tallies, options.precision, share.several)
+            _measure_batch(model, part.batch, tallies, options.precision, share.several, options.write)
         elif share.several:
             unused = {subset: Tally() for subset in tallies}
-            _measure_batch(model, latest, unused, options.precision, share.several)
+            _measure_batch(model, latest, unused, options.precision, share.several, options.write)
     return skipped
 
 
@@ -237,12 +261,18 @@ class _Share:
 
 @torch.inference_mode()
 def _measure_batch(
-    model: Model, batch: Batch, tallies: Mapping[tuple[str, ...], Tally], precision: torch.dtype, always: bool
+    model: Model,
+    batch: Batch,
+    tallies: Mapping[tuple[str, ...], Tally],
+    precision: torch.dtype,
+    always: bool,
+    write: bool,
 ) -> None:
     """Add a batch to the tallies. `always` decodes a subset that no row has as well, and forgets the result."""
     with torch.autocast(model.device.type, precision, enabled=precision != torch.float32):
         bundle = model.encode(batch.items, batch.size, batch.features)
         references = model.decoder.references(batch.raw_targets)
+        weights = torch.ones(batch.size) if batch.weights is None else batch.weights
         for subset, tally in tallies.items():
             keep = rows_with(bundle, subset)
             if not len(keep):
@@ -253,14 +283,26 @@ def _measure_batch(
             part = bundle if whole else only(bundle, subset, keep)
             targets = batch.targets if whole else _pick(batch.targets, keep)
             output = model.decode(part, targets)
-            answers = model.decoder.predict(output, details=False)
             rows = keep.tolist()
+            answers = _answers(model, batch, part, output, rows, write)
             if batch.index:
                 tally.answers += [
                     (batch.index[i], answer, references[i]) for i, answer in zip(rows, answers, strict=True)
                 ]
             if output.loss is not None:
-                tally.losses.append(float(output.loss) * len(rows))
+                weight = float(weights[keep.to(weights.device)].sum())
+                tally.losses.append((weight, float(output.loss) * weight))
+
+
+def _answers(
+    model: Model, batch: Batch, part: Bundle, output: Output, rows: list[int], write: bool
+) -> Sequence[dict[str, Any] | None]:
+    """What the model answers to some rows of a batch."""
+    if isinstance(model.decoder, TextDecoder):
+        written = write_texts(model.decoder, model.fusion(part)) if write else []
+        return [{"text": texts[0].text} for texts in written] if write else [None] * len(rows)
+    raw = [batch.raw[row] for row in rows] if batch.raw else []
+    return model.answers(replace(batch, raw=raw), output, details=False)
 
 
 def _subsets(modalities: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -85,7 +85,7 @@ def mmhub_write_foreign(  # type: ignore[empty-body]
     with an empty folder; it raises UsageError if the model cannot be expressed there, for instance for its head.
 
     Args:
-        encoder: the model's only encoder.
+        encoder: the model's only encoder; of a language model, which reads text itself, its decoder.
         decoder: its head, None if it has none.
         layout: "transformers", "sentence-transformers", "timm", or what a plugin calls its own.
     """

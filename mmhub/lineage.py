@@ -30,16 +30,16 @@ def parent_of(resolved: Resolved, found: Path, part: str) -> dict[str, str]:
         facts |= {"name": f"{resolved.repo_id}{component}", "repo": resolved.repo_id or ""}
         return facts | ({"commit": found.name} if _COMMIT.fullmatch(found.name) else {})
     component = f"#{resolved.component}" if resolved.component else ""
-    return facts | {"name": found.name + component, "sha256": _digest(found)}
+    return facts | {"name": found.name + component, "sha256": digest(found)}
 
 
-def _digest(found: Path) -> str:
-    """The hash of a file; of a folder, the hash over the names and hashes of its configuration and weights."""
+def digest(found: Path) -> str:
+    """Return the hash of a file; of a folder, the hash over the names and hashes of its configuration and weights."""
     if found.is_file():
         return sha256_of(found)
     lines = hashlib.sha256()
-    for path in sorted([*found.glob("*.safetensors"), *found.glob("config.json")]):
-        lines.update(f"{sha256_of(path)}  {path.name}\n".encode())
+    for path in sorted([*found.glob("*.safetensors"), *found.glob("*/*.safetensors"), *found.glob("config.json")]):
+        lines.update(f"{sha256_of(path)}  {path.relative_to(found).as_posix()}\n".encode())
     return lines.hexdigest()
 
 

@@ -6,18 +6,29 @@ decoder's output into answers. Training, saving and publishing are left to other
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from mmhub.batch import Batch, Bundle, Encoded, Features, Items, Output, only, pad_sequences, rows_with
+from mmhub.batch import (
+    Batch,
+    Bundle,
+    Encoded,
+    Features,
+    Items,
+    Output,
+    only,
+    pad_sequences,
+    places_in_rows,
+    rows_with,
+)
 from mmhub.errors import InputError, UsageError, did_you_mean
 from mmhub.guard import Guards
-from mmhub.interfaces import Decoder, Encoder, Fusion, Policy, Task
+from mmhub.interfaces import Decoder, Encoder, Fusion, Generation, LanguageModel, Policy, Task, TextDecoder
 from mmhub.layers import summary
 
 if TYPE_CHECKING:
@@ -31,6 +42,7 @@ class Columns:
     inputs: Mapping[str, str] = field(default_factory=dict)
     target: str = ""
     names: tuple[str, ...] = ()  # the columns of a table without a header
+    document: str = "row"  # what one text of a language model is, as `data.document` of a recipe says it
 
 
 class Model(nn.Module):
@@ -64,11 +76,18 @@ class Model(nn.Module):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        return tuple(self.encoders)
+        """What a sample may hold: the modalities of the encoders, and text where the decoder reads it."""
+        return (*self.encoders, *(("text",) if self.decoder.reads_text else ()))
 
     @property
     def processors(self) -> dict[str, Any]:
-        return {name: encoder.processor for name, encoder in self.encoders.items()}
+        found = {name: encoder.processor for name, encoder in self.encoders.items()}
+        return found | ({"text": self.decoder.processor} if self.decoder.reads_text else {})
+
+    @property
+    def readers(self) -> dict[str, Any]:
+        """By modality what reads it: the encoders, and the decoder if it reads text."""
+        return dict(self.encoders.items()) | ({"text": self.decoder} if self.decoder.reads_text else {})
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +141,27 @@ class Model(nn.Module):
         A modality in `features` is not run again.
         """
         known = features or {}
-        return {name: self._by_row(name, known.get(name, items.get(name)), size) for name in self.encoders}
+        bundle = {name: self._by_row(name, known.get(name, items.get(name)), size) for name in self.encoders}
+        return bundle | ({"text": self.text_stream(items.get("text"), size)} if self.decoder.reads_text else {})
+
+    def text_stream(self, items: Items | None, size: int) -> Features:
+        """Embed token ids for a decoder that reads text: the texts of one row behind each other, (B, T, D)."""
+        decoder: Any = self.decoder
+        if items is None or not len(items):
+            nothing = torch.zeros(size, 1, dtype=torch.long, device=self.device)
+            items = Items(nothing, nothing.bool(), torch.arange(size, device=self.device), size)
+        ids, mask, marks, parts = items.data, items.mask, items.marks, None
+        if len(items) != size or bool((items.rows != torch.arange(size, device=items.rows.device)).any()):
+            where, width = places_in_rows(mask, items.rows, size)
+            numbers = torch.arange(len(items), device=ids.device)[:, None].expand(ids.shape)
+            ids, parts = (part.new_zeros(size, width).index_put(where, part[mask]) for part in (ids, numbers))
+            marks = None if marks is None else marks.new_zeros(size, width).index_put(where, marks[mask])
+            mask = mask.new_zeros(size, width).index_put(where, mask[mask])
+        tokens = decoder.embed(ids)
+        if not bool(mask.all()):
+            tokens = tokens * mask.unsqueeze(-1).to(tokens.dtype)
+        ids = ids.masked_fill(~mask, -1)
+        return Features(tokens, mask, ids=ids, loss=marks, parts=parts, continues=items.continues)
 
     def encode_items(self, name: str, items: Items) -> Features:
         """Run one encoder on its N >= 1 items, without gradients where it is frozen: (N, T, D)."""
@@ -140,7 +179,11 @@ class Model(nn.Module):
     def _by_row(self, name: str, items: Items | Encoded | None, size: int) -> Features:
         if items is None or not len(items):
             return self._absent(name, size, None if isinstance(items, Encoded) else self.stand_ins.get(name))
-        features = items.features if isinstance(items, Encoded) else self.encode_items(name, items)
+        if isinstance(items, Encoded):
+            return items.features.to_rows(items.rows, size)
+        features = self.encode_items(name, items)
+        if items.marks is not None:
+            features = replace(features, marks=items.marks)
         return features.to_rows(items.rows, size)
 
     def _absent(self, name: str, size: int, stand_in: Items | None) -> Features:
@@ -162,22 +205,23 @@ class Model(nn.Module):
 
     def _collate(self, samples: Sequence[Mapping[str, Any]], policy: Policy, first: int) -> Batch:
         for row, sample in enumerate(samples, first):
-            self._check_sample(row, sample)
+            self.check_sample(row, sample)
         items = {}
         for name, processor in self.processors.items():
             try:
                 items[name] = processor([sample.get(name) for sample in samples], policy)
             except InputError as error:
                 raise _at_sample(error, first + (error.row or 0)) from None
-        return Batch(items=items, size=len(samples))
+        return Batch(items=items, size=len(samples), raw=[dict(sample) for sample in samples])
 
-    def _check_sample(self, row: int, sample: Mapping[str, Any]) -> None:
+    def check_sample(self, row: int, sample: Mapping[str, Any]) -> None:
+        """Raise UsageError or InputError, with its `row`, for a sample that this model cannot read."""
         if not isinstance(sample, Mapping):
             raise UsageError(
                 f"sample {row} is a {type(sample).__name__}", "a sample is a dict of modality to raw input"
             )
         for key in sample:
-            if key not in self.encoders:
+            if key not in self.modalities:
                 hint = did_you_mean(str(key), self.modalities) or f"it takes {', '.join(self.modalities)}"
                 raise UsageError(f"this model has no input {key!r}", hint)
         if all(map(_is_missing, sample.values())):
@@ -202,18 +246,87 @@ class Model(nn.Module):
             InputError: a raw input cannot be read; `row` is its position in `samples`.
         """
         samples = [samples] if isinstance(samples, Mapping) else samples
-        if self._guards is None:
-            self._guards = Guards(self)
+        if isinstance(self.decoder, TextDecoder):
+            return self.generate(samples, batch_size=batch_size, policy=policy)
 
         def answer(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-            batches = self._batches(samples, batch_size, policy)
-            return [one for batch in batches for one in self.decoder.predict(self(batch), details=details)]
+            found: list[dict[str, Any]] = []
+            for batch in self._batches(samples, batch_size, policy):
+                try:
+                    found += self.answers(batch, self(batch), details)
+                except InputError as error:
+                    raise _at_sample(error, len(found) + (error.row or 0)) from None
+            return found
 
-        if not self._guards:
+        return self.guarded(samples, answer)
+
+    def answers(self, batch: Batch, output: Output, details: bool = True) -> list[dict[str, Any]]:
+        """Return what the decoder answers to a batch, one a row."""
+        found = self.decoder.predict(output, details=details)
+        return self.decoder.locate(found, batch.raw, self.processors) if self.decoder.points else found
+
+    def guarded(
+        self,
+        samples: Sequence[Mapping[str, Any]],
+        answer: Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]],
+    ) -> list[dict[str, Any]]:
+        """Answer samples by `answer`, as far as the guards of plugins let through."""
+        if not self.has_guards:
             return answer(samples)
         for row, sample in enumerate(samples):
-            self._check_sample(row, sample)
+            self.check_sample(row, sample)
+        assert self._guards is not None
         return self._guards.answer(samples, answer)
+
+    @property
+    def has_guards(self) -> bool:
+        """Do plugins guard this model? They are found when first asked for."""
+        if self._guards is None:
+            self._guards = Guards(self)
+        return bool(self._guards)
+
+    # -- from texts to texts; the modules that do it stand above this one -----------------------------------------
+
+    def generate(
+        self,
+        samples: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        settings: Generation | None = None,
+        **options: Any,
+    ) -> list[dict[str, Any]]:
+        """Write a text for each sample: {"text", "finish", ...}; see `mmhub.generate.generate`."""
+        from mmhub.generate import generate
+
+        samples = [samples] if isinstance(samples, Mapping) else samples
+        return generate(self, samples, settings, **options)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], settings: Generation | None = None, **options: Any) -> str:
+        """Answer the last of `messages`, each {"role": "system" | "user" | "assistant", "content": text}."""
+        from mmhub.generate import chat
+
+        return chat(self, messages, settings, **options)
+
+    def score(self, texts: str | Sequence[str], *, end: bool | None = None) -> list[float]:
+        """Return each text's log-probability by the chain rule, log P(w1) + log P(w2 | w1) + ..., in nats.
+
+        `end` says whether the end of the text is part of it; None: as the model was trained.
+
+        Raises:
+            UsageError: the model is no language model. InputError: a text cannot be read.
+        """
+        from mmhub.perplexity import score_texts
+
+        return [found.logprob for found in score_texts(self, [texts] if isinstance(texts, str) else texts, end=end)]
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The decoder, where it is a language model.
+
+        Raises:
+            UsageError: it is not.
+        """
+        if not isinstance(self.decoder, LanguageModel):
+            raise UsageError(f"{self.name or 'this model'} is for {self.task.name}", "name a language model")
+        return self.decoder
 
     @torch.no_grad()
     def embed(

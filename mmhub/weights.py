@@ -243,8 +243,14 @@ def _read_index(stored: Stored, name: str) -> dict[str, set[str]]:
     return found
 
 
-def fill(parts: Mapping[str, nn.Module], stored: Stored, *, allow_partial: bool) -> None:
-    """Assign the tensors of the files to the parts, strictly, and tie again what was tied.
+def fill(
+    parts: Mapping[str, nn.Module],
+    stored: Stored,
+    *,
+    allow_partial: bool,
+    known: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Assign the tensors of the files, and `known` ones from elsewhere, to the parts, strictly; tie what was tied.
 
     Raises:
         TrustError: a file is damaged, or what it holds does not fit (a warning alone with `allow_partial`), or a
@@ -253,6 +259,8 @@ def fill(parts: Mapping[str, nn.Module], stored: Stored, *, allow_partial: bool)
     paths = [stored.folder / file for file in sorted(weight_files(stored, parts))]
     found, problems, whole = _read_parts(stored, parts, paths)
     _check_finite(stored, parts, found, paths, whole)
+    problems += [f"{name} is in '{stored.folder}' and in its base" for name in found.keys() & (known or {}).keys()]
+    found |= known or {}
     tied = {alias: source for alias, source in stored.tied.items() if alias.partition(".")[0] in parts}
     for alias, source in tied.items():
         if source in found:
@@ -265,8 +273,7 @@ def fill(parts: Mapping[str, nn.Module], stored: Stored, *, allow_partial: bool)
     for role, part in parts.items():
         problems += _assign(role, part, mine[role], allow_partial)
     if problems:
-        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        line = f"the weights in '{stored.folder}' do not fit the model: {shown}"
+        line = _misfit_line(f"'{stored.folder}'", problems)
         if not allow_partial:
             raise TrustError(line, "fetch the checkpoint again")
         print(f"warning: {line}", file=sys.stderr)
@@ -274,6 +281,22 @@ def fill(parts: Mapping[str, nn.Module], stored: Stored, *, allow_partial: bool)
     for alias, source in tied.items():
         if {alias, source} <= names:
             tie(parts, alias, source)
+
+
+def assign(role: str, part: nn.Module, found: Mapping[str, Tensor], source: str) -> None:
+    """Give a part exactly the tensors `found`, without copying them.
+
+    Raises:
+        TrustError: they are others than it has, or of other shapes; `source` says where they are from.
+    """
+    problems = _assign(role, part, found, allow_partial=False)
+    if problems:
+        raise TrustError(_misfit_line(source, problems), "fetch the checkpoint again")
+
+
+def _misfit_line(source: str, problems: Sequence[str]) -> str:
+    shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+    return f"the weights in {source} do not fit the model: {shown}"
 
 
 def _read_parts(

@@ -16,7 +16,18 @@ from torch import Tensor, nn
 
 from mmhub.batch import Bundle, Features, Output
 from mmhub.errors import InputError
-from mmhub.interfaces import ComponentConfig, Decoder, Encoder, Fusion, Policy, Processor, Stream
+from mmhub.interfaces import (
+    ComponentConfig,
+    Decoder,
+    Encoder,
+    Fusion,
+    LanguageModel,
+    LanguageProcessor,
+    Policy,
+    Processor,
+    Stream,
+    own_stream,
+)
 from mmhub.layers import masked_mean, summary
 
 
@@ -515,6 +526,164 @@ class NoTask(Sign):
     tasks = ("juggling",)
 
 
+# -- language models
+
+
+class WordLengths(LanguageProcessor):
+    """Each word is one token: how many letters it has, up to 15."""
+
+    begin_id: int | None = 2
+    end_id: int | None = 3
+    ends = True
+    stop_ids: tuple[int, ...] = (3,)
+    vocab_size = 20
+
+    def read(self, raw: Any, policy: Policy, rng: torch.Generator | None = None) -> Tensor:
+        return F.pad(self.prompt(raw, policy), (0, 1), value=3)
+
+    def prompt(self, raw: Any, policy: Policy) -> Tensor:
+        return torch.tensor([2, *(4 + min(len(word), 15) for word in raw.split())])
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], policy: Policy) -> Tensor:
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join("o" * (i - 4) for i in ids if i >= 4)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], files: Mapping[str, bytes]) -> Self:
+        return cls()
+
+
+class Fading(LanguageModel):
+    """The state is the token's embedding, and half the state before; a linear layer makes logits of it."""
+
+    stateful = True
+    make: ClassVar[type[WordLengths]] = WordLengths
+
+    class Config(ComponentConfig, frozen=True):
+        dim: int = 8
+
+    def __init__(self, config: Config, inputs: Mapping[str, Stream], processor: Any) -> None:
+        super().__init__(config, inputs, processor)
+        self.dim = config.dim
+        self.words, self.out = nn.Embedding(20, config.dim), nn.Linear(config.dim, 20)
+        self.carried: dict[str, Tensor] = {}
+
+    @classmethod
+    def make_processor(cls, config: Config, tokenizer: Mapping[str, Any] | None = None) -> WordLengths:
+        return cls.make()
+
+    @classmethod
+    def load_processor(cls, config: Config, state: Mapping[str, Any], files: Mapping[str, bytes]) -> WordLengths:
+        return cls.make.from_state(state, files)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.words(ids)
+        return found
+
+    def starts(self, stream: Features) -> Tensor:
+        """Where a text of a row begins anew, (B, T)."""
+        assert stream.ids is not None
+        parts = torch.zeros_like(stream.ids) if stream.parts is None else stream.parts
+        return F.pad(parts[:, 1:] != parts[:, :-1], (1, 0))
+
+    def before(self, stream: Features) -> Tensor:
+        """The state the first text of each row starts from, (B, D)."""
+        nothing = torch.zeros_like(stream.tokens[:, 0])
+        if stream.continues is None or not self.carried:
+            return nothing
+        return torch.where(stream.continues[:, None], self.carried["state"], nothing)
+
+    def states(self, stream: Features) -> Tensor:
+        state, starts, found = self.before(stream), self.starts(stream), []
+        for place in range(stream.tokens.shape[1]):
+            state = state * 0.5 * ~starts[:, place, None] + stream.tokens[:, place]
+            found.append(state)
+        states = torch.stack(found, 1)
+        if stream.continues is not None:
+            self.carried = {"state": self.at(states, stream.lengths - 2).detach()}
+        return states
+
+    def at(self, states: Tensor, places: Tensor) -> Tensor:
+        return states[torch.arange(len(states)), places.clamp(min=0)]
+
+    def forward(self, bundle: Bundle, targets: Tensor | None = None) -> Output:
+        if targets is None:
+            return Output(self.begin(bundle)[0])
+        return Output(torch.zeros(len(targets), 0), self._costs(bundle).sum() / targets.sum().clamp(min=1))
+
+    def token_losses(self, bundle: Bundle, targets: Any = None) -> Tensor:
+        return self._costs(bundle).float()
+
+    def _costs(self, bundle: Bundle) -> Tensor:
+        stream = own_stream(bundle)
+        assert stream.ids is not None
+        wanted = stream.mask & F.pad(stream.mask[:, :-1], (1, 0)) & ~self._firsts(stream)
+        logits = self.out(self.states(stream))[:, :-1].transpose(1, 2)
+        costs = F.cross_entropy(logits, stream.ids[:, 1:].clamp(min=0), reduction="none")
+        return F.pad(costs, (1, 0)) * wanted
+
+    def _firsts(self, stream: Features) -> Tensor:
+        return Fading.starts(self, stream)
+
+    def begin(self, bundle: Bundle) -> tuple[Tensor, Any]:
+        stream = own_stream(bundle)
+        state = self.at(self.states(stream), stream.lengths - 1)
+        return self.out(state), state
+
+    def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        state = state * 0.5 + self.embed(ids[:, None])[:, 0]
+        return self.out(state), state
+
+    def select(self, state: Any, rows: Tensor) -> Any:
+        return state[rows]
+
+
+class SummedCosts(Fading):
+    def forward(self, bundle: Bundle, targets: Tensor | None = None) -> Output:
+        output = super().forward(bundle, targets)
+        loss = None if output.loss is None or targets is None else output.loss * targets.sum()
+        return Output(output.logits, loss)
+
+
+class ForgetsInSteps(Fading):
+    def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return super().step(ids, 0 * state)
+
+
+class KeepsTheOrder(Fading):
+    def select(self, state: Any, rows: Tensor) -> Any:
+        return state[: len(rows)]
+
+
+class SeesOtherTexts(Fading):
+    def starts(self, stream: Features) -> Tensor:
+        return stream.mask & False
+
+
+class NeverGoesOn(Fading):
+    def before(self, stream: Features) -> Tensor:
+        return torch.zeros_like(stream.tokens[:, 0])
+
+
+class PlacesInEmbeddings(Fading):
+    def embed(self, ids: Tensor) -> Tensor:
+        return super().embed(ids) + torch.arange(ids.shape[1])[:, None]
+
+
+class Endless(WordLengths):
+    def read(self, raw: Any, policy: Policy, rng: torch.Generator | None = None) -> Tensor:
+        return self.prompt(raw, policy)
+
+
+class NeverEnds(Fading):
+    make = Endless
+
+
 # fault: the checks that must find it, of which the first is the one it was planted for
 FAULTS: dict[type[Any], tuple[str, ...]] = {
     FloatMask: ("mask",),
@@ -571,5 +740,12 @@ FAULTS: dict[type[Any], tuple[str, ...]] = {
     Unlearning: ("loss-decreases",),
     LogitsOfBatch: ("batch-invariance",),
     ReadsTheFirst: ("streams",),
+    SummedCosts: ("token-losses",),
+    ForgetsInSteps: ("step-by-step",),
+    KeepsTheOrder: ("select",),
+    SeesOtherTexts: ("texts-apart",),
+    NeverGoesOn: ("goes-on",),
+    PlacesInEmbeddings: ("embed",),
+    NeverEnds: ("text-processor",),
 }
-CLEAN: tuple[type[Any], ...] = (Clean, Migrating, Mean, Sign)
+CLEAN: tuple[type[Any], ...] = (Clean, Migrating, Mean, Sign, Fading)

@@ -217,7 +217,12 @@ def test_config_json_holds_names_numbers_and_hashes_and_no_import_path(saved: Pa
         name: {"sha256": sha256(saved / name), "bytes": (saved / name).stat().st_size}
         for name in ("model.safetensors", "tokenizer.json")
     }
-    assert table["data"] == {"inputs": {"image": "picture"}, "target": "label", "columns": ["picture", "label"]}
+    assert table["data"] == {
+        "inputs": {"image": "picture"},
+        "target": "label",
+        "columns": ["picture", "label"],
+        "document": "row",
+    }
     assert not [word for word in ("mmhub_image", "mmhub.", "auto_map", "torch", str(saved.parent)) if word in text]
 
 

@@ -61,7 +61,7 @@ def test_from_a_recipe_to_a_model_loaded_by_name(project: Path, here: Run, cli: 
     trained = result(*here("train", "shapes.toml", "--json", "-q"))
     assert set(trained) == {"out", "model", "metrics", "steps", "seconds"}
     assert (trained["out"], trained["model"], trained["steps"]) == ("runs/shapes", "runs/shapes/model", 36)
-    assert set(trained["metrics"]) == {"accuracy", "f1", "loss"}
+    assert set(trained["metrics"]) == {"accuracy", "f1", "ece", "loss"}
 
     report = result(*here("eval", "runs/shapes/model", "--data", "valid.parquet", "--json"))
     assert (report["task"], report["rows"]) == ("classification", 16)

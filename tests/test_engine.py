@@ -81,7 +81,7 @@ def test_metrics_hold_step_epoch_loss_rate_norm_and_validation(tables: Path, tmp
     assert set(steps[0]) == {"step", "epoch", "loss", "learning_rate", "gradient_norm", "seconds", "speed"}
     assert steps[0]["speed"]["samples_per_second"] > 0
     assert [line["step"] for line in found if "valid" in line] == [2, 4]
-    assert set(found[-1]["valid"]) == {"accuracy", "f1", "loss"}
+    assert set(found[-1]["valid"]) == {"accuracy", "f1", "ece", "loss"}
 
 
 def test_a_run_of_one_epoch_is_validated_and_logged_too(tables: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_the_report_has_the_documented_schema(model: Model, table: Path) -> None
     report = evaluate(model, str(table))
     assert (report["name"], report["task"], report["rows"], report["skipped"]) == ("shapes", "classification", 24, 0)
     assert set(report) == {"name", "task", "rows", "skipped", "metrics", "subsets"}
-    assert set(report["metrics"]) == {"accuracy", "f1", "loss"}
+    assert set(report["metrics"]) == {"accuracy", "f1", "ece", "loss"}
     assert {name: values["rows"] for name, values in report["subsets"].items()} == {
         "image": 16, "audio": 16, "image+audio": 8,
     }  # fmt: skip

@@ -16,7 +16,8 @@ import mmhub
 from mmhub.checkpoint import read_config
 from mmhub.errors import ExitCode, MmhubError, PluginError, TrustError, UsageError
 from mmhub.hub.client import cache_dir
-from mmhub.hub.foreign import load_foreign, recognise, write_layout
+from mmhub.hub.foreign import join, load_foreign, recognise, write_layout
+from mmhub.interfaces import ForeignParts, Generation, Policy
 from mmhub.plugins import get_index
 from tests.fake_parts import fake_model
 from tests.fake_plugins import Site, make_site, run
@@ -249,7 +250,7 @@ def test_a_missing_plugin_is_named_before_any_weights_are_fetched(
     [
         ({"auto_map": {"AutoModel": "modeling.Evil"}}, "", "brings code of its own (auto_map in config.json)"),
         ({}, "model.safetensors", "has no safetensors weights; mmhub does not read pickle files"),
-        ({"architectures": ["BertLMHeadModel"]}, "", "a BertLMHeadModel writes text, which mmhub does not do yet"),
+        ({"architectures": ["BertLMHeadModel"]}, "", "a 'bert' is a language model only with is_decoder = true"),
         ({"model_type": ["bert"]}, "", "model of type ['bert'], which the installed mmhub-text does not read"),
         ({"model_type": "no-such-model"}, "", "model of type 'no-such-model', which the installed mmhub-text does not"),
     ],
@@ -265,6 +266,72 @@ def test_a_repository_that_is_refused_costs_one_line(
         mmhub.load(REPO)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
+
+
+@pytest.fixture
+def writers(tmp_path: Path) -> Path:
+    """A folder with a language model and one with a translator, as transformers saved them."""
+    from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+
+    tokenizer = tiny_tokenizer()
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    torch.manual_seed(0)
+    language = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **ids)
+    GPT2LMHeadModel(language).save_pretrained(tmp_path / "language")
+    translator = T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0, **ids)
+    T5ForConditionalGeneration(translator).save_pretrained(tmp_path / "translator")
+    for name in ("language", "translator"):
+        tokenizer.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "roles"),
+    [
+        ("language", "language-modelling", ["fusion", "decoder"]),
+        ("translator", "translation", ["text_encoder", "fusion", "decoder"]),
+    ],
+)
+def test_a_model_that_writes_text_loads_writes_is_saved_and_written_back(
+    writers: Path, name: str, task: str, roles: list[str], tmp_path: Path
+) -> None:
+    model = mmhub.load(str(writers / name))
+    assert (model.task.name, model.modalities, list(model.sources)) == (task, ("text",), roles)
+    samples = [{"text": "the cat sat"}, {"text": "a"}]
+    answers = model.predict(samples)
+    assert all(isinstance(answer["text"], str) for answer in answers)
+    model.save(tmp_path / "saved")
+    assert mmhub.load(str(tmp_path / "saved")).predict(samples) == answers
+    again = mmhub.load(str(write_layout(model, tmp_path / "back")))
+    assert again.predict(samples) == answers
+
+
+@pytest.mark.parametrize("name", ["language", "translator"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_model_writes_the_tokens_that_transformers_writes(writers: Path, name: str, beams: int) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    kind: Any = AutoModelForCausalLM if name == "language" else AutoModelForSeq2SeqLM
+    theirs, model = kind.from_pretrained(writers / name).eval(), mmhub.load(str(writers / name))
+    texts = ["the cat sat", "a", "on the mat the cat sat"]
+    answers = model.generate([{"text": text} for text in texts], Generation(max_new_tokens=8, beams=beams))
+    for text, answer in zip(texts, answers, strict=True):
+        ids = model.processors["text"]([text], Policy()).data
+        written = theirs.generate(ids, max_new_tokens=8, num_beams=beams, do_sample=False)[0]
+        written = written[ids.shape[1] :] if name == "language" else written[1:]
+        assert answer["text"] == model.decoder.processor.decode(written.tolist())  # type: ignore[union-attr, operator]
+
+
+def test_a_language_model_of_ours_has_no_other_layout(tmp_path: Path) -> None:
+    config = {"use": "rnn-lm", "config": {"dim": 8, "embedding_dim": 8}}
+    model = mmhub.compose("language-modelling", decoder=config, tokenizer={"kind": "byte"})
+    with pytest.raises(UsageError, match="the transformers layout cannot hold a mmhub-text/rnn-lm decoder"):
+        write_layout(model, tmp_path / "out")
+
+
+def test_a_plugin_must_give_an_encoder_or_what_reads_text() -> None:
+    with pytest.raises(PluginError, match="without an encoder and without a decoder that reads text"):
+        join(ForeignParts(task="language-modelling"), "x")
 
 
 def test_a_damaged_safetensors_file_is_refused_before_a_library_sees_it(classifier: Path) -> None:

@@ -55,14 +55,17 @@ layers
 fusion embedding
 model
 weights
+adapters
 checkpoint
 lineage
 hub
 data metrics
 optim
 build
+generate
 evaluation
-engine generate explain
+perplexity
+engine explain
 testing demo
 cli
 __main__
@@ -71,6 +74,10 @@ __main__
 LATE = {
     ("config", "interfaces"): "the names of tasks are checked where a recipe is read",
     ("model", "checkpoint"): "Model.save is where people look for it",
+    ("model", "generate"): "Model.generate and Model.chat are where people look for them",
+    ("model", "perplexity"): "Model.score is where people look for it",
+    ("evaluation", "perplexity"): "what is measured of a language model is perplexity",
+    ("checkpoint", "hub"): "the base of an adapter may have to be fetched",
 }
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 RING_0 = (

@@ -76,4 +76,4 @@ def test_predictions_and_references_must_pair_up() -> None:
 
 
 def test_every_task_names_metrics_that_exist() -> None:
-    assert {name for task in TASKS.values() for name in task.metrics} == set(METRICS)
+    assert {name for task in TASKS.values() for name in task.metrics} <= set(METRICS)

@@ -16,7 +16,7 @@ from torch import nn
 from mmhub.build import compose
 from mmhub.config import Recipe, check_recipe
 from mmhub.engine.optimizer import MuonAndAdamW, _keep_masters, hidden_matrices, make_optimizer
-from mmhub.errors import MmhubError
+from mmhub.errors import MmhubError, UsageError
 from mmhub.model import Model
 from mmhub.optim import learning_rate_factor, learning_rate_groups, seed_step
 
@@ -281,3 +281,14 @@ def test_the_rate_warms_up_and_falls_to_its_minimum() -> None:
     assert found[4:] == sorted(found[4:], reverse=True)
     assert found[20] == pytest.approx(0.1)
     assert learning_rate_factor(9, 20, recipe(schedule="constant", warmup=0)) == 1.0
+
+
+def test_the_inverse_square_root_falls_from_the_end_of_the_warm_up_whatever_the_length_of_the_run() -> None:
+    settings = recipe(schedule="inverse-sqrt", warmup=4, learning_rate=1.0)
+    found = [learning_rate_factor(step, 20, settings) for step in (0, 3, 4, 16, 64)]
+    assert found == [0.2, 0.8, 1.0, 0.5, 0.25]
+    assert found == [learning_rate_factor(step, 10_000, settings) for step in (0, 3, 4, 16, 64)]
+    floored = recipe(schedule="inverse-sqrt", warmup=4, learning_rate=1.0, min_learning_rate=0.4)
+    assert learning_rate_factor(64, 20, floored) == 0.4
+    with pytest.raises(UsageError, match="needs warm-up steps"):
+        learning_rate_factor(0, 20, recipe(schedule="inverse-sqrt", warmup=0))

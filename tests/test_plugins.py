@@ -60,7 +60,7 @@ def test_a_component_answers_to_its_full_id(site: Site) -> None:
 
 def test_the_core_lists_its_fusions() -> None:
     names = [component.spec.name for component in get_index().components("fusion") if component.distribution == "mmhub"]
-    assert names == ["streams", "concat", "gated", "attention"]
+    assert names == ["streams", "concat", "gated", "attention", "interleave"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -223,6 +224,7 @@ def _about_text(name: str, found: Resolved, about: Description) -> str:
         "size": size_text(about.size) if about.size is not None else "",
         "updated": about.updated[:10],
         "downloads": "" if about.downloads is None else str(about.downloads),
+        "base": ", ".join(map(_base_text, about.bases)),
         "needs": ", ".join(about.requires),
         "missing": ", ".join(about.unmet),
         "loads": about.loadable,
@@ -236,6 +238,14 @@ def _about_text(name: str, found: Resolved, about: Description) -> str:
     if found.kind == "hub" and not about.cached and about.library in ("mmhub", ""):
         blocks.append(f"to have it here: mmhub pull {printable(name)}")
     return "\n\n".join(block for block in blocks if block)
+
+
+def _base_text(base: dict[str, Any]) -> str:
+    """Such as 'org/bert @ 0123456789ab (438 MB, fetched with it)'."""
+    where = f"{base['name']} @ {base['commit'][:12]}" if base["commit"] else base["name"]
+    size = size_text(base["bytes"]) if base["bytes"] is not None else "of unknown size"
+    here = "on this machine" if not base["commit"] else "cached" if base["cached"] else "fetched with it"
+    return f"{where} ({size}, {here})"
 
 
 def _parts_text(about: Description) -> str:
@@ -261,16 +271,37 @@ def _licences_text(about: Description) -> str:
 
 
 def _result_text(result: dict[str, Any]) -> str:
+    from mmhub.metrics import flat
+
     subsets = result["subsets"] if isinstance(result["subsets"], dict) else {}
     rows = {"all inputs": result["metrics"], **subsets}
-    rows = {label: one for label, one in rows.items() if isinstance(one, dict)}
-    keys = [key for key, value in result["metrics"].items() if isinstance(value, (int, float))]
+    rows = {label: flat(one) for label, one in rows.items() if isinstance(one, dict)}
+    keys = list(rows.get("all inputs", ()))
     cells = [
-        (short(label, 40), *(f"{one[key]:.4g}" if isinstance(one.get(key), (int, float)) else "" for key in keys))
-        for label, one in rows.items()
+        (short(label, 40), *(f"{one[key]:.4g}" if key in one else "" for key in keys)) for label, one in rows.items()
     ]
     title = f"measured on {printable(result['data'] or 'held-out data')} ({printable(result['rows'])} rows)"
     return f"{title}\n" + table(["inputs", *(short(key, 20) for key in keys)], cells)
+
+
+# --- merge
+
+
+@models.command()
+@click.argument("name")
+@click.argument("out", type=click.Path(path_type=Path))
+@result_options
+def merge(name: str, out: Path, as_json: bool) -> None:
+    """Write the model NAME to the folder OUT with its low-rank adapters added to the weights they change.
+
+    The result is an ordinary checkpoint that needs neither the base nor peft.
+    """
+    from mmhub.adapters import merge as run
+    from mmhub.hub import load
+
+    folder = run(load(name)).save(out)
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    emit({"name": name, "path": str(folder), "files": files}, as_json, str(folder))
 
 
 # --- which

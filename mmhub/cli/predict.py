@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ import click
 
 from mmhub.cli.options import columns_options, device_option, parse_mapping, parse_names, urls_option
 from mmhub.cli.output import emit, json_option, note, quiet_option
+from mmhub.cli.writing import read_settings, writing_options
 from mmhub.errors import InputError, NotFoundError, UsageError, did_you_mean
+
+Answer = Callable[[list[dict[str, Any]], int], list[dict[str, Any]]]
 
 
 @click.command()
 @click.argument("name")
 @click.option("--text", multiple=True, help="A text (repeatable).")
+@click.option("--text-pair", "pairs", multiple=True, help="A second text beside each --text (repeatable).")
 @click.option("--image", multiple=True, metavar="FILE", help="An image file (repeatable).")
 @click.option("--audio", multiple=True, metavar="FILE", help="An audio file (repeatable).")
 @click.option("--input", "others", multiple=True, metavar="MODALITY=VALUE", help="Any other modality (repeatable).")
@@ -23,6 +28,7 @@ from mmhub.errors import InputError, NotFoundError, UsageError, did_you_mean
 @columns_options
 @click.option("--out", type=click.Path(path_type=Path), help="Write one JSON line a sample to this file.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@writing_options
 @device_option
 @urls_option
 @quiet_option
@@ -30,6 +36,7 @@ from mmhub.errors import InputError, NotFoundError, UsageError, did_you_mean
 def predict(
     name: str,
     text: tuple[str, ...],
+    pairs: tuple[str, ...],
     image: tuple[str, ...],
     audio: tuple[str, ...],
     others: tuple[str, ...],
@@ -38,6 +45,7 @@ def predict(
     columns: str | None,
     out: Path | None,
     batch_size: int,
+    writing: dict[str, Any],
     device: str,
     allow_urls: bool,
     quiet: bool,
@@ -46,9 +54,10 @@ def predict(
     """Run the model NAME on one or more samples.
 
     Several modalities given once each make one sample; options given several times make several samples, paired in
-    order. A modality left out is missing, and models that fuse modalities cope with that.
+    order. A modality left out is missing, and models that fuse modalities cope with that. The options of generation,
+    from --max-new-tokens to --stop, are for models that write texts.
     """
-    given = {"text": list(text), "image": list(image), "audio": list(audio)}
+    given: dict[str, list[Any]] = {"text": _pairs(text, pairs), "image": list(image), "audio": list(audio)}
     for part in others:
         key, value = _pair(part)
         given.setdefault(key, []).append(value)
@@ -67,10 +76,17 @@ def predict(
 
     model = load(name, device=device)
     policy = Policy(urls=allow_urls)
-    if data:
-        predictions = _predict_table(model, data, inputs, columns, batch_size, policy)
-    else:
-        predictions = _predict_samples(model, samples, batch_size, policy)
+    settings = read_settings(model, writing) if writing else None
+
+    def answer(samples: list[dict[str, Any]], first: int = 0) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = (
+            model.predict(samples, batch_size=batch_size, policy=policy)
+            if settings is None
+            else model.generate(samples, settings, batch_size=batch_size, policy=policy, first=first)
+        )
+        return found
+
+    predictions = _predict_table(model, answer, data, inputs, columns, batch_size) if data else answer(samples)
     if out:
         _write(out, predictions)
         note(f"{len(predictions)} predictions in {out}", quiet)
@@ -94,7 +110,16 @@ def _pair(part: str) -> tuple[str, str]:
     return key, value
 
 
-def _zip(given: dict[str, list[str]]) -> list[dict[str, Any]]:
+def _pairs(texts: tuple[str, ...], seconds: tuple[str, ...]) -> list[Any]:
+    """The texts, each with its second one if there are any."""
+    if not seconds:
+        return list(texts)
+    if len(texts) != len(seconds):
+        raise UsageError(f"{len(texts)} --text and {len(seconds)} --text-pair do not pair up", "give both as often")
+    return [{"text": a, "text_pair": b} for a, b in zip(texts, seconds, strict=True)]
+
+
+def _zip(given: dict[str, list[Any]]) -> list[dict[str, Any]]:
     counts = {len(values) for values in given.values()}
     if len(counts) > 1:
         shown = ", ".join(f"{len(values)} {key}" for key, values in given.items())
@@ -102,14 +127,10 @@ def _zip(given: dict[str, list[str]]) -> list[dict[str, Any]]:
     return [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
 
 
-def _predict_samples(model: Any, samples: list[dict[str, Any]], batch_size: int, policy: Any) -> list[dict[str, Any]]:
-    answers: list[dict[str, Any]] = model.predict(samples, batch_size=batch_size, policy=policy)
-    return answers
-
-
 def _predict_table(
-    model: Any, data: str, inputs: str | None, columns: str | None, batch_size: int, policy: Any
+    model: Any, answer: Answer, data: str, inputs: str | None, columns: str | None, batch_size: int
 ) -> list[dict[str, Any]]:
+    from mmhub.data.cells import cell
     from mmhub.data.loader import usable
     from mmhub.data.sources import open_rows
     from mmhub.evaluation import input_columns
@@ -120,11 +141,11 @@ def _predict_table(
     for start in range(0, len(rows), batch_size):
         stop = min(start + batch_size, len(rows))
         samples = [
-            {m: usable(m, rows[i].get(c), rows.folder(i), len(wanted) == 1) for m, c in wanted.items()}
+            {m: usable(m, cell(rows[i], c), rows.folder(i), len(wanted) == 1) for m, c in wanted.items()}
             for i in range(start, stop)
         ]
         try:
-            answers += model.predict(samples, batch_size=batch_size, policy=policy)
+            answers += answer(samples, start)
         except InputError as error:
             place = rows.where(start + (error.row or 0))
             column = f", column '{wanted[error.modality]}'" if error.modality in wanted else ""

@@ -38,11 +38,12 @@ def train(recipe: Path, out: Path | None, overrides: tuple[str, ...], resume: bo
     with _one_voice():
         _check_parts(read_recipe(recipe, overrides))  # a wrong recipe is reported before torch loads
         from mmhub.engine import train as run
+        from mmhub.metrics import flat
 
         result = run(recipe, out, resume=resume, quiet=quiet, overrides=overrides)
     if os.environ.get("RANK", "0") != "0":
         return
-    shown = "  ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
+    shown = "  ".join(f"{key} {value:.4f}" for key, value in flat(result.metrics).items())
     model = _as_name(result.model)
     data = {
         "out": str(result.out),

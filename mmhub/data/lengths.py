@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmhub.data.cells import cell
 from mmhub.data.loader import ReadItems, usable
 from mmhub.data.sources import Rows
 from mmhub.errors import InputError
@@ -51,13 +52,14 @@ class Lengths:
 def measure_rows(
     rows: Rows | Sequence[tuple[int, Mapping[str, Any]]],
     processors: Mapping[str, Any],
-    encoders: Any,
+    readers: Any,
     inputs: Mapping[str, str],
     policy: Policy | None = None,
     progress: Progress | None = None,
     folder: Callable[[int], Path | None] | None = None,
 ) -> Lengths:
-    """Measure the inputs of all rows; `inputs` maps modality to column, `encoders` modality to encoder.
+    """Measure the inputs of all rows; `inputs` maps modality to column, `readers` modality to encoder
+    (or a decoder that reads text).
 
     Rows of a stream are pairs of number and row; `folder` tells the folder from which relative paths in a row of that
     number start (`Stream.folder`), as it does where they are decoded.
@@ -71,7 +73,7 @@ def measure_rows(
     sizes: dict[str, NDArray[np.int64]] = {}
     read: dict[str, ReadItems] = {}
     for name, column in inputs.items():
-        meter = _Meter(processors[name], encoders[name].token_count, policy, space)
+        meter = _Meter(processors[name], readers[name].token_count, policy, space)
         values = _values(rows, name, column, len(inputs) == 1, folder)
         if name not in variable:
             first = next((size for value in islice(values, _TRIES) if (size := meter.measure(value))[0]), (0, 0))
@@ -98,7 +100,7 @@ def _values(
         cells = rows.column(column)
         return (usable(modality, cell, rows.folder(i), alone) for i, cell in enumerate(cells))
     start = folder or (lambda number: None)
-    values = (usable(modality, row.get(column), start(number), alone) for number, row in rows)
+    values = (usable(modality, cell(row, column), start(number), alone) for number, row in rows)
     return values if modality == "text" else map(_placed, values)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmhub.batch import Batch, Encoded
+from mmhub.data.cells import cell
 from mmhub.errors import InputError, MmhubError
 from mmhub.interfaces import Decoder, Policy
 
@@ -149,17 +150,30 @@ class Collate:
                 batch.features[name] = self.features[name].take(batch.index)
             else:
                 batch.items[name] = self.processors[name](values, self.policy, seeds, self._known(name, batch.index))
-        if self.decoder is not None and self.target:
+        decoder: Any = self.decoder
+        if decoder is not None and decoder.points:
+            batch.raw = [{name: values[row] for name, values in raw.items()} for row in range(len(samples))]
+        if decoder is not None and decoder.reads_text:
+            batch.targets = decoder.count_targets(batch.items["text"])
+        elif decoder is not None and self.target:
             batch.raw_targets = [row.get(self.target) for _, row in samples]
-            batch.targets = self.decoder.encode_targets(batch.raw_targets)
+            batch.targets = self._targets(batch)
+        batch.weights = decoder.weigh(batch.targets) if batch.targets is not None else None
         return batch
+
+    def _targets(self, batch: Batch) -> Any:
+        """Encode the targets; of a decoder that points into its input, beside that."""
+        decoder: Any = self.decoder
+        if hasattr(decoder, "encode_pointed"):
+            return decoder.encode_pointed(batch.raw_targets, batch.raw, self.processors)
+        return decoder.encode_targets(batch.raw_targets)
 
     def _raw(self, modality: str, column: str, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> list[Any]:
         """One raw input a row, None where there is none; of features that are kept, whether there are any."""
         kept, alone = self.features.get(modality), len(self.inputs) == 1
         if kept is not None:
             return [True if kept.has(i) else None for i, _ in samples]
-        return [usable(modality, row.get(column), self.rows.folder(i), alone) for i, row in samples]
+        return [usable(modality, cell(row, column), self.rows.folder(i), alone) for i, row in samples]
 
     def _known(self, modality: str, numbers: Sequence[int]) -> list[list[Tensor] | None] | None:
         known = self.read.get(modality)
@@ -188,6 +202,8 @@ def usable(modality: str, value: Any, folder: Path | None = None, alone: bool = 
     The empty text is a text where text is the only input (`alone`), and a missing one beside others. A list of raw
     inputs loses those that are missing; a list that holds numbers is data, and its gaps are part of it.
     """
+    if modality == "text" and isinstance(value, Mapping):  # a pair of texts
+        return value
     if isinstance(value, Mapping) and value.get("bytes") is None and "array" not in value:
         return usable(modality, value.get("path"), folder, alone)
     if isinstance(value, (list, tuple)) and not _holds_number(value):

@@ -17,6 +17,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias, final
 
+from mmhub.data.cells import all_parts, parts_of
+from mmhub.data.cells import join as joined
 from mmhub.data.folders import open_folder
 from mmhub.data.hub_sets import hub_id, open_hub
 from mmhub.data.parts import (
@@ -75,11 +77,15 @@ class Rows:
         return (self[i] for i in range(len(self)))
 
     def column(self, name: str) -> Iterator[Any]:
-        """Yield the values of one column in row order, without touching the others.
+        """Yield the values of one column in row order, without touching the others; "a+b" is a pair of two columns.
 
         Raises:
             UsageError: there is no such column.
         """
+        parts = parts_of(name, self._data)
+        if len(parts) > 1:
+            cells = zip(*map(self.column, parts), strict=True)
+            return (joined(list(values)) for values in cells)
         require_columns(self, [name])
         column = self._data[name]
         return values_of(column) if self._index is None else (_value(column, at) for at in self._index)
@@ -178,7 +184,7 @@ def require_columns(rows: Rows, names: Iterable[str], flag_hint: str | None = No
     Raises:
         UsageError: one is missing; lists the columns there are and near matches.
     """
-    for name in names:
+    for name in all_parts(names, rows.columns):
         if name not in rows.columns:
             there = ", ".join(repr(column) for column in rows.columns)
             hints = [hint for hint in (did_you_mean(name, rows.columns), flag_hint) if hint]

@@ -20,6 +20,7 @@ from typing import Any, final
 
 from mmhub.config import DataRecipe, MixRecipe
 from mmhub.data.addresses import File, is_url, shown_address
+from mmhub.data.cells import all_parts, cell
 from mmhub.data.lanes import Lane, Place, Unit, batch_shares, lane_rows, scramble, split_number
 from mmhub.data.parts import reading
 from mmhub.data.shards import Row, Shard, find_shards, is_tar
@@ -116,7 +117,7 @@ class Stream:
             UsageError: there is no such column.
         """
         view = copy.copy(self)
-        view._wanted = tuple(dict.fromkeys(names))
+        view._wanted = tuple(all_parts(names, self.columns))
         require_columns(view, view._wanted)  # type: ignore[arg-type]
         return view
 
@@ -131,7 +132,7 @@ class Stream:
 
     def cells(self, name: str) -> Iterator[tuple[int, Any]]:
         """Yield (row number, value) of one column, once over all files in their order."""
-        return ((number, row.get(name)) for number, row in self.only([name]).numbered())
+        return ((number, cell(row, name)) for number, row in self.only([name]).numbered())
 
     def column(self, name: str) -> Iterator[Any]:
         """Yield the values of one column, once over all files in their order."""

@@ -15,6 +15,7 @@ from mmhub.build import local_name
 from mmhub.checkpoint import read_config
 from mmhub.config import Recipe, read_recipe
 from mmhub.data.addresses import expand_braces
+from mmhub.data.corpus import documents
 from mmhub.data.loader import epoch_order, usable
 from mmhub.data.sources import Rows, open_rows, require_columns
 from mmhub.data.stream import Stream, open_stream, wants_stream
@@ -34,15 +35,19 @@ class TrainingData:
     """
 
     def __init__(self, recipe: Recipe, task: Task, folder: Path | None) -> None:
-        self.recipe, self.task, self.target = recipe, task, recipe.data.target
-        self.inputs = _inputs(recipe)
-        if task.decoder in ("classification", "multilabel", "regression") and not self.target:
+        self.recipe, self.task = recipe, task
+        self.target = "" if task.reads_text else recipe.data.target or task.target
+        self.inputs = _inputs(recipe, task)
+        if task.reads_text and recipe.data.target:
+            raise UsageError(f"{task.name} has no target column", "remove data.target: the texts themselves are it")
+        if not task.reads_text and not self.target and task.name != "embedding":
             raise UsageError(f"{task.name} needs a target column", 'add target = "COLUMN" under [data]')
         self.rows, self.valid = self._open(folder)
 
     @property
     def columns(self) -> Columns:
-        return Columns(self.inputs, self.target, tuple(self.recipe.data.columns))
+        data = self.recipe.data
+        return Columns(self.inputs, self.target, tuple(data.columns), data.document)
 
     @property
     def count(self) -> int | None:
@@ -51,6 +56,8 @@ class TrainingData:
 
     def values(self, name: str) -> Iterable[Any]:
         """Yield all training values of a modality, or of "target"; what parts of a model learn from before training."""
+        if self.task.reads_text and name == "text" and isinstance(self.rows, Rows):
+            return (text for _, text in documents(self.rows, self.inputs["text"], self.recipe.data.document))
         if name != "target":
             alone, column = len(self.inputs) == 1, self.inputs[name]
             cells = self.rows.cells(column) if isinstance(self.rows, Stream) else enumerate(self.rows.column(column))
@@ -70,10 +77,16 @@ class TrainingData:
             start = 0
             while part := list(islice(values, 1024)):
                 try:
-                    model.decoder.encode_targets(part)
+                    self._try(model, part)
                 except InputError as error:
                     raise self.at_target(start + (error.row or 0), error, rows) from None
                 start += len(part)
+
+    @staticmethod
+    def _try(model: Model, targets: list[Any]) -> None:
+        """Encode targets, or where that takes their inputs, too, look at their form alone."""
+        decoder: Any = model.decoder
+        (decoder.references if hasattr(decoder, "encode_pointed") else decoder.encode_targets)(targets)
 
     def at_target(self, row: int, error: InputError, rows: Any = None) -> InputError:
         """Say which target is wrong, and what can be done."""
@@ -97,7 +110,7 @@ class TrainingData:
         if not data.train and not data.mix:
             raise UsageError("the recipe names no training data", 'add train = "FILE" under [data]')
         names, hint = data.columns or None, "see inputs and target under [data]"
-        wanted = [*self.inputs.values(), *([data.target] if data.target else [])]
+        wanted = [*self.inputs.values(), *([self.target] if self.target else [])]
         streamed = wants_stream(data)
         rows: Any = open_stream(data, folder) if streamed else open_rows(data.train, columns=names, base=folder)
         require_columns(rows, wanted, hint)
@@ -109,21 +122,28 @@ class TrainingData:
             return rows, valid
         if not data.valid_fraction:
             return rows, None
+        if self.task.reads_text and data.document != "row":
+            hint = "name a validation set: data.valid"
+            raise UsageError(
+                f"data.valid_fraction would tear documents apart: data.document is {data.document!r}", hint
+            )
         if isinstance(rows, Stream):
             raise UsageError("data.valid_fraction cannot split a stream", "name a validation set: data.valid")
         return _split(rows, data.valid_fraction, self.recipe.seed)
 
 
-def _inputs(recipe: Recipe) -> dict[str, str]:
-    """Modality to column; a modality named like a column needs no entry."""
+def _inputs(recipe: Recipe, task: Task) -> dict[str, str]:
+    """Modality to column; a modality named like a column, or as the task usually names it, needs no entry."""
     given = dict(recipe.data.inputs)
     if recipe.model.base:  # its encoders' tables only say what to freeze
         return given
-    modalities = list(recipe.model.encoders) or list(given)
+    usual = {m: c if isinstance(c, str) else "+".join(c) for m, c in task.inputs.items()}
+    modalities = list(recipe.model.encoders) or ([] if task.reads_text else list(given) or list(usual))
+    modalities += ["text"] if task.reads_text and "text" not in modalities else []
     extra = [m for m in given if m not in modalities]
     if extra:
         raise UsageError(f"data.inputs feeds {extra[0]!r}, but the model has no such encoder", "remove it")
-    return {m: given.get(m, m) for m in modalities}
+    return {m: given.get(m) or usual.get(m, m) for m in modalities}
 
 
 def _split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
@@ -150,7 +170,7 @@ def with_base_columns(recipe: Recipe, out: Path, folder: Path | None, *, resume:
         config = read_config(pull(local_name(recipe.model.base, folder)))
         known = config.data
         encoders = (role.removesuffix("_encoder") for role in config.components if role.endswith("_encoder"))
-        inputs = {m: known.inputs.get(m, m) for m in encoders if not known.inputs or m in known.inputs}
+        inputs = dict(known.inputs) or {m: m for m in encoders}
     names = known.columns if not (data.inputs or data.target or data.columns) else data.columns
     changes = {"inputs": data.inputs or inputs, "target": data.target or known.target, "columns": names}
     return replace(recipe, {"data": replace(data, changes)})

@@ -92,6 +92,8 @@ class TrainingCost:
             for name in sorted(new):
                 if name in batch.features:
                     self._streams[name] = _longest(batch.features[name].features)
+                elif name not in self._model.encoders:  # text that the decoder reads itself
+                    self._streams[name] = self._model.text_stream(_longest_item(batch.items[name]), 1)
                 else:
                     self._streams[name] = self._measure_encoder(name, _longest_item(batch.items[name]))
             self._measure_mix()
@@ -104,6 +106,10 @@ class TrainingCost:
                 points = lengths.double().cpu()[:, None]
                 total += float(self._encoders[name](points).sum())
                 tokens[name] = _by_row(self._tokens[name](points), rows, sizes.size)
+            elif name not in self._model.encoders:
+                # texts in one row never see each other: without encoders each is counted by itself
+                alone, found = not len(self._model.encoders), lengths.double().cpu()
+                tokens[name] = found if alone else _by_row(found, rows, sizes.size)
         tokens |= {name: _by_row(counts.double(), rows, sizes.size) for name, (counts, rows) in sizes.features.items()}
         if self._mix is not None:
             names, cost = self._mix
@@ -124,7 +130,7 @@ class TrainingCost:
             counts.append(float(features.mask.sum()))
         points = torch.tensor(lengths, dtype=torch.double)[:, None]
         self._encoders[name], self._tokens[name] = _Quadratic(points, costs), _Quadratic(points, counts)
-        return features
+        return replace(features, marks=item.marks)
 
     def _measure_mix(self) -> None:
         model = self._model
@@ -186,7 +192,8 @@ def _by_row(values: Tensor, rows: Tensor, size: int) -> Tensor:
 def _longest_item(items: Items) -> Items:
     index = int(items.lengths.argmax())
     one = slice(index, index + 1)
-    return Items(data=items.data[one], mask=items.mask[one], rows=torch.zeros_like(items.rows[:1]), batch=1)
+    marks = None if items.marks is None else items.marks[one]
+    return Items(items.data[one], items.mask[one], torch.zeros_like(items.rows[:1]), 1, marks)
 
 
 def _crop_item(items: Items, length: int) -> Items:
@@ -203,9 +210,9 @@ def _longest(features: Features) -> Features:
 
 
 def _crop(features: Features, count: int) -> Features:
-    ids = None if features.ids is None else features.ids[:, :count]
-    loss = None if features.loss is None else features.loss[:, :count]
-    return replace(features, tokens=features.tokens[:, :count], mask=features.mask[:, :count], ids=ids, loss=loss)
+    along = ("tokens", "mask", "ids", "loss", "marks", "parts")
+    known = {name: part for name in along if (part := getattr(features, name)) is not None}
+    return replace(features, **{name: part[:, :count] for name, part in known.items()})
 
 
 # Counting.

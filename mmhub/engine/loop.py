@@ -21,6 +21,7 @@ from mmhub.checkpoint import load, read_config, save
 from mmhub.config import Recipe, dump_recipe, override_recipe, read_recipe
 from mmhub.data.stream import Stream, join_states
 from mmhub.device import find_device
+from mmhub.engine.calibration import calibrate
 from mmhub.engine.data import replace as with_values
 from mmhub.engine.feed import Turn
 from mmhub.engine.profiler import Profiler
@@ -36,6 +37,7 @@ from mmhub.evaluation import EvalOptions, EvaluationStopped, data_name, evaluate
 from mmhub.files import disk_errors, write_file
 from mmhub.hub.card import merge_card
 from mmhub.lineage import code_state
+from mmhub.metrics import flat
 from mmhub.model import Model
 from mmhub.weights import copy_parameters
 
@@ -149,9 +151,8 @@ class _Run:
         self._announce()
 
     def _announce(self) -> None:
-        parts = self.model.parts().values()
-        count = sum(p.numel() for part in parts for p in part.parameters())
-        trained = sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
+        known = {id(p): p for part in self.model.parts().values() for p in part.parameters()}.values()  # tied ones once
+        count, trained = (sum(p.numel() for p in known if p.requires_grad or every) for every in (True, False))
         dtype = "bf16" if self.setup.precision == torch.bfloat16 else "fp32"
         rows = (
             f"{self.setup.data.count} rows" if self.setup.data.count is not None else f"streaming '{self.rows.source}'"
@@ -212,9 +213,9 @@ class _Run:
         turns = self.feed.turns(self.position)
         while not self._done():
             turn = self._next(turns)
-            rows = sum(batch.size for batch in turn.batches if batch) if turn else 0
+            own = sum(batch.weight for batch in turn.batches if batch) if turn else 0.0
             facts = (turn is not None, bool(turn and turn.error), len(turn.skipped) if turn else 0, bool(self.stop))
-            total, going, failed, skipped, stopped = self.ranks.sum(rows, *facts)
+            total, going, failed, skipped, stopped = self.ranks.sum(own, *facts)
             if failed:
                 raise self._shared_error(turn)
             if stopped:
@@ -264,9 +265,9 @@ class _Run:
                 self.position.skipped += 1
                 self.reporter.say(f"skipped: {text}")
 
-    def _step(self, turn: Turn, rows: float) -> None:
+    def _step(self, turn: Turn, total: float) -> None:
         rate = self.stepper.rate(self.position.step)
-        loss, norm = self.stepper.take(turn, rows, self.position)
+        loss, norm = self.stepper.take(turn, total, self.position)
         self._advance(turn if turn.batches else None)
         self.position.step += 1
         self.position.loss_sum += loss
@@ -344,7 +345,7 @@ class _Run:
             return
         try:
             with self.meter.pausing():
-                report = self._measure(self.model, subsets=False, ranks=self.ranks)
+                report = self._measure(self.model, whole=False, ranks=self.ranks)
         except EvaluationStopped:  # after a stop signal; it is done again on resuming
             self.position.evaluated_step = before
             self._save_and_stop()
@@ -363,8 +364,8 @@ class _Run:
             self._save_model()
         else:
             self.position.evaluations_without_gain += 1
-        self._write_line({"valid": report["metrics"]})
-        shown = " ".join(f"{key} {number:.4f}" for key, number in report["metrics"].items())
+        self._write_line({"valid": flat(report["metrics"])})
+        shown = " ".join(f"{key} {value:.4f}" for key, value in flat(report["metrics"]).items())
         self.reporter.say(
             f"step {self.position.step}/{self.planned} {self._seconds():.0f} s: "
             f"valid {shown}{' (best)' if better else ''}"
@@ -384,14 +385,17 @@ class _Run:
             return best is None or loss < self.position.best_loss
         return value > best if self.task.higher_is_better else value < best
 
-    def _measure(self, model: Model, *, subsets: bool, ranks: Ranks) -> dict[str, Any]:
+    def _measure(self, model: Model, *, whole: bool, ranks: Ranks) -> dict[str, Any]:
+        """Measure on the validation rows; `whole`: by subset of modalities, and with written answers, too."""
         data = self.recipe.data
         if ranks.several or model is self.model:
             self.checkpoints.wait()  # decoding processes are forked, as in `_epoch`
         options = EvalOptions(
             batch_size=math.ceil(max(self.feed.batch_size, 64) / self.position.pieces),
             workers=data.workers,
-            subsets=subsets,
+            subsets=whole,
+            write=whole,
+            document=data.document,
             skip=data.on_error == "skip",
             policy=self.setup.policy,
             precision=self.setup.precision,
@@ -404,7 +408,8 @@ class _Run:
         )
         try:
             with self.setup.parallel.whole() if model is self.model else nullcontext():
-                return evaluate(model, self.valid, inputs=model.columns.inputs, target=data.target, options=options)
+                inputs, target = model.columns.inputs, self.setup.data.target
+                return evaluate(model, self.valid, inputs=inputs, target=target, options=options)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -445,9 +450,12 @@ class _Run:
             best = load(folder)
             copy_parameters(best)
             alone = Ranks(device=self.ranks.device)
-            report = self._measure(best.to(self.ranks.device), subsets=True, ranks=alone) | {
-                "data": data_name(self.valid)
-            }
+            best.to(self.ranks.device)
+            if getattr(best.decoder, "calibrates", False):
+                temperature = calibrate(best, lambda: self._measure(best, whole=False, ranks=alone))
+                self.reporter.say(f"calibrated: logits are divided by {temperature:.3f}")
+                best.save(folder)
+            report = self._measure(best, whole=True, ranks=alone) | {"data": data_name(self.valid)}
             report.pop("name")
             metrics = report["metrics"]
             with disk_errors("the model", folder):

@@ -12,15 +12,18 @@ from typing import Any
 from mmhub.batch import Batch
 from mmhub.build import build_model
 from mmhub.config import Recipe, read_recipe
+from mmhub.data.corpus import Corpus, documents
 from mmhub.data.lengths import Lengths, measure_rows
 from mmhub.data.loader import Collate
 from mmhub.data.sources import Rows
+from mmhub.data.stream import Stream
 from mmhub.device import find_precision
 from mmhub.engine.compute import prepare_model
 from mmhub.engine.data import TrainingData, resolved, with_base_columns
 from mmhub.engine.data import replace as with_values
 from mmhub.engine.features import open_features, show_progress
 from mmhub.engine.feed import AUTO_ROWS, Feed, stand_in, stand_in_items
+from mmhub.engine.language_feed import LanguageFeed, block_size, stand_in_text
 from mmhub.engine.meter import Meter
 from mmhub.engine.optimizer import make_optimizer
 from mmhub.engine.parallel import Parallel
@@ -53,8 +56,9 @@ class Setup:
         self.resolved = resolved(self.recipe, folder)
         self.ranks, self.device, self._quiet = ranks, ranks.device, quiet
         self.task, self.options = find_task(recipe.task), recipe.train
-        if ranks.several and self.options.batch_size == "auto":
-            raise UsageError('train.batch_size = "auto" is for one process', "give a number of rows")
+        if self.options.batch_size == "auto" and (ranks.several or self.task.reads_text):
+            what = "one process" if ranks.several else "rows of their own, not for blocks of text"
+            raise UsageError(f'train.batch_size = "auto" is for {what}', "give a number of rows")
         self.precision = find_precision(recipe.train.precision, self.device)
         if ranks.first:
             self._check_out(out, resume)
@@ -135,8 +139,7 @@ class Setup:
         self.model.to(self.device)
         prepare_model(self.model, self.options, self.device, self.precision)
         self._features, self.valid_features = self._frozen(self.rows, True), self._frozen(self.valid, False)
-        self._lengths = self._measure_rows(self.rows) if isinstance(self.rows, Rows) else None
-        self.valid_lengths = self._measure_rows(self.valid) if self.valid is not None else None
+        self._lengths, self.valid_lengths = self._lengths_of(self.rows), self._lengths_of(self.valid)
         self.meter = Meter(self.model, self.device, self.ranks, self.precision)
         self.stand_in = self._stand_in() if self.ranks.several else None
         if self.stand_in is not None:
@@ -148,12 +151,17 @@ class Setup:
         if state:
             self.checkpoints.load_tensors(state, self.model, self.optimizer)
 
+    def _lengths_of(self, rows: Any) -> Lengths | None:
+        return None if not isinstance(rows, Rows) or self.task.reads_text else self._measure_rows(rows)
+
     def _model(self, state: Path | None) -> Model:
         if state is not None:
             model = self.checkpoints.load_model(state)
             for modality, part in self.recipe.model.encoders.items():
                 if part.freeze:
                     model.freeze(modality)
+            if self.recipe.model.decoder is not None and self.recipe.model.decoder.freeze:
+                model.decoder.requires_grad_(False)
             return model
         try:
             model = build_model(
@@ -178,7 +186,7 @@ class Setup:
             processors=self.model.processors,
             inputs=dict(self.model.columns.inputs),
             decoder=self.model.decoder,
-            target=self.recipe.data.target,
+            target=self.data.target,
             policy=self.policy,
             skip=self.recipe.data.on_error == "skip",
         )
@@ -186,19 +194,44 @@ class Setup:
     def _feed(self) -> Feed:
         """What this rank trains on."""
         collate = replace(self._collate(), features=self._features)
+        if self.task.reads_text:
+            feed = LanguageFeed(self.recipe, self.rows, collate, self._measure_rows, None, self.ranks)
+            feed.decoder, feed.corpus = self.model.decoder, self._corpus()
+            return feed
         if self._lengths is not None:
             collate = replace(collate, read=self._lengths.read)
         return Feed(self.recipe, self.rows, collate, self._measure_rows, self._lengths, self.ranks)
+
+    def _corpus(self) -> Corpus | None:
+        """The training texts as token ids, read once; None for a stream."""
+        decoder: Any = self.model.decoder
+        block_size(self.options.block_size, decoder)
+        if isinstance(self.rows, Stream):
+            if decoder.stateful:
+                hint = "leave data.stream out: the corpus is kept as 4 bytes a token, in a file if it is large"
+                raise UsageError("a recurrent language model trains on documents in order, and a stream has none", hint)
+            return None
+        skipped: list[str] = []
+        skip, column = self.recipe.data.on_error == "skip", self.model.columns.inputs["text"]
+        texts = documents(self.rows, column, self.recipe.data.document, skipped if skip else None)
+        where = self.rows.where
+        corpus = Corpus.read(texts, decoder.processor, self.policy, where=where, skip=skip, skipped=skipped)
+        for text in skipped:
+            self._say(f"skipped: {text}")
+        self._say(corpus.describe())
+        return corpus
 
     def _measure_rows(self, rows: Any) -> Lengths:
         """Measure rows, and read once what is small; of all inputs, so that no cache decides what a batch is."""
         model, folder = self.model, None if isinstance(self.rows, Rows) else self.rows.folder
         inputs = dict(model.columns.inputs)
-        return measure_rows(rows, model.processors, model.encoders, inputs, self.policy, folder=folder)
+        return measure_rows(rows, model.processors, model.readers, inputs, self.policy, folder=folder)
 
     def _frozen(self, rows: Any, training: bool) -> dict[str, Any]:
         if rows is None or not self.model.frozen or not self.options.cache_features:
             return {}
+        if self.model.decoder.marks_words or self.model.decoder.points:
+            return {}  # features are kept without the places of words
         reason = "rows of a stream pass once" if not isinstance(rows, Rows) else ""
         if not reason and training and self._seen_rows() < len(rows):
             reason = "this run does not see every row"
@@ -228,6 +261,8 @@ class Setup:
 
     def _stand_in(self) -> Batch:
         """A batch for when this rank has none, and in the model an item of each modality for when it has none."""
+        if self.task.reads_text:
+            return stand_in_text().to(self.device)
         examples = stand_in_items(self._collate(), self.rows)
         known = {name: items.to(self.device) for name, items in examples.items()}
         self.model.stand_ins = {name: items for name, items in known.items() if name not in self._features}

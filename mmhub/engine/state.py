@@ -39,8 +39,10 @@ from mmhub.engine.tensors import (
     Stored,
     add_stored,
     copy_tensors,
+    fill_carried,
     fill_model,
     fill_optimizer,
+    gather_carried,
     materialize,
     parameter_names,
 )
@@ -141,9 +143,10 @@ class Checkpoints:
         name = step_name(position.step)
         aside = self.folder / f".{name}.{self.ranks.tell(os.getpid())}.tmp"
         error: BaseException | None = None
+        carried = gather_carried(model, self.ranks)
         try:
             with disk_errors(_WHAT, self.folder):
-                copied = self._copy(model, optimizer, aside)
+                copied = self._copy(model, optimizer, aside, carried)
         except (MmhubError, OSError) as failed:
             error = failed
         self._agree(error)
@@ -192,9 +195,9 @@ class Checkpoints:
             raise error
         raise MmhubError(message, hint)
 
-    def _copy(self, model: Model, optimizer: Any, aside: Path) -> Copied:
+    def _copy(self, model: Model, optimizer: Any, aside: Path, carried: dict[str, Any]) -> Copied:
         """What has to be done before training goes on."""
-        copied = copy_tensors(model, optimizer, self._buffers, first=self.ranks.first)
+        copied = copy_tensors(model, optimizer, self._buffers, first=self.ranks.first, carried=carried)
         if self.ranks.first:
             self._structure = self._structure or structure_of(model, copied.tied)
             shutil.rmtree(aside, ignore_errors=True)
@@ -342,6 +345,7 @@ class Checkpoints:
         """
         stored = _stored(path)
         fill_model(model, stored)
+        fill_carried(model, stored, self.ranks)
         if optimizer is not None:
             state = _read_state(path)
             fill_optimizer(optimizer, parameter_names(model), stored, state.numbers, state.trained)

@@ -47,8 +47,10 @@ class Stepper:
         """The learning rate of a step, as a share of its peak."""
         return learning_rate_factor(step, self.planned, self.recipe)
 
-    def take(self, turn: Turn, rows: float, position: Position) -> tuple[float, float]:
-        """Take one step on what all ranks have, `rows` in all; return the mean loss and the gradient's norm.
+    def take(self, turn: Turn, total: float, position: Position) -> tuple[float, float]:
+        """Take one step on what all ranks have, of a weight of `total`; return the mean loss and the gradient's norm.
+
+        The weight is that of `Batch.weight`: rows, or targets where the loss is a mean over those.
 
         Raises:
             MmhubError: a number is not finite, or memory ran out; the weights are as before.
@@ -56,7 +58,7 @@ class Stepper:
         self.model.train()
         for params in self.optimizer.param_groups:
             params["lr"] = params["base_lr"] * self.rate(position.step)
-        own = self._backward(turn, rows, position)
+        own = self._backward(turn, total, position)
         clipped = clip_gradients(self.trained, self.options.clip_norm or math.inf)
         share, norm = torch.stack([own, clipped.to(own)]).tolist()  # one wait for the GPU a step
         (loss,) = self.ranks.sum(share)
@@ -66,39 +68,39 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
-    def _backward(self, turn: Turn, rows: float, position: Position) -> Tensor:
+    def _backward(self, turn: Turn, total: float, position: Position) -> Tensor:
         """Leave the gradient of the mean loss; with `batch_size = "auto"` in pieces that fit into memory."""
         while True:
             try:
                 seed_step(row_seed(self.recipe.seed, self.ranks.rank), position.step)
-                return self._gradients(self._pieces(turn, position.pieces), rows)
+                return self._gradients(self._pieces(turn, position.pieces), total)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not is_out_of_memory(error):
                     raise
                 if not self._smaller_pieces(turn, position):
                     raise self._out_of_memory(position) from None
 
-    def _gradients(self, pieces: list[tuple[Batch, int]], rows: float) -> Tensor:
+    def _gradients(self, pieces: list[tuple[Batch, float]], total: float) -> Tensor:
         loss = torch.zeros((), device=self.device)
         for number, (batch, weight) in enumerate(pieces, 1):
             with self.parallel.synchronised(last=number == len(pieces)):
                 with autocast(self.device, self.precision):
                     output = self.parallel.forward(batch)
                 assert output.loss is not None
-                part = output.loss * (weight / rows)
+                part = output.loss * (weight / total)
                 loss += part.detach()
                 (part * self.parallel.scale).backward()
             if weight:
                 self.meter.count(batch)
         return loss
 
-    def _pieces(self, turn: Turn, split: int) -> list[tuple[Batch, int]]:
-        """What is computed one after the other, with its rows; on several ranks equally many on each."""
-        pieces = [(batch, batch.size) for batch in turn.batches if batch is not None]
+    def _pieces(self, turn: Turn, split: int) -> list[tuple[Batch, float]]:
+        """What is computed one after the other, with its weight; on several ranks equally many on each."""
+        pieces = [(batch, batch.weight) for batch in turn.batches if batch is not None]
         if self.ranks.several:
             assert self.stand_in is not None, "some row could be read, or there would be no step"
-            return pieces + [(self.stand_in, 0)] * (self.options.accumulate - len(pieces))
-        return [(part, part.size) for batch, _ in pieces for part in batch.split(split)] if split > 1 else pieces
+            return pieces + [(self.stand_in, 0.0)] * (self.options.accumulate - len(pieces))
+        return [(part, part.weight) for batch, _ in pieces for part in batch.split(split)] if split > 1 else pieces
 
     def _smaller_pieces(self, turn: Turn, position: Position) -> bool:
         """Halve what is computed at once, if that is asked for and possible."""

@@ -16,11 +16,13 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from mmhub.engine.ranks import Ranks
 from mmhub.errors import MmhubError, TrustError
 from mmhub.model import Model
 from mmhub.weights import named_tensors, read_tensors
 
-MODEL, OPTIMIZER = "model/", "optimizer/"  # what names begin with: model/NAME and optimizer/KEY/NAME
+# What names begin with: model/NAME, optimizer/KEY/NAME and carried/NAME.
+MODEL, OPTIMIZER, CARRIED = "model/", "optimizer/", "carried/"
 Number = float | int | bool | None
 
 
@@ -47,10 +49,18 @@ class Copied:
 
 
 @torch.no_grad()
-def copy_tensors(model: Model, optimizer: Any, buffers: dict[str, Tensor], *, first: bool) -> Copied:
+def copy_tensors(
+    model: Model,
+    optimizer: Any,
+    buffers: dict[str, Tensor],
+    *,
+    first: bool,
+    carried: Mapping[str, Tensor] | None = None,
+) -> Copied:
     """Copy what this process holds; whole tensors are the `first` one's to write.
 
-    `buffers` keeps the memory for the next time; it is pinned where the tensors are on a GPU.
+    `carried` is what `gather_carried` gave. `buffers` keeps the memory for the next time; it is pinned where the
+    tensors are on a GPU.
     """
     _reshard(model)
     state, tied = named_tensors(model.parts())
@@ -66,6 +76,7 @@ def copy_tensors(model: Model, optimizer: Any, buffers: dict[str, Tensor], *, fi
                 numbers.setdefault(name, {})[key] = value
             else:
                 raise MmhubError(f"the optimizer keeps a {type(value).__name__} as {key!r}", "it may keep tensors only")
+    found |= {CARRIED + name: tensor for name, tensor in (carried or {}).items()}
     pieces = {name: _own_piece(tensor, name, first) for name, tensor in found.items()}
     written = {name: piece for name, piece in pieces.items() if piece is not None}
     tensors = {name: _copy(name, piece, buffers) for name, (piece, _) in written.items()}
@@ -73,6 +84,38 @@ def copy_tensors(model: Model, optimizer: Any, buffers: dict[str, Tensor], *, fi
     boxes = {name: box for name, (_, box) in written.items() if box is not None}
     trained = _trained_names(optimizer, names)
     return Copied(tensors, boxes, numbers, trained, tied, any(map(_is_sharded, found.values())))
+
+
+def gather_carried(model: Model, ranks: Ranks) -> dict[str, Tensor]:
+    """Return the states that a recurrent language model carries from batch to batch, of the rows of all processes.
+
+    Row i of a batch is process i % world's; every process must call this.
+    """
+    own: dict[str, Tensor] = getattr(model.decoder, "carried", {})
+    if not ranks.several:
+        return dict(own)
+    parts = ranks.gather({name: tensor.float().cpu().tolist() for name, tensor in own.items()})
+    found: dict[str, Tensor] = {}
+    for name in parts[0]:
+        rows = sum(len(part.get(name, ())) for part in parts)
+        whole = torch.zeros(rows, *own[name].shape[1:])
+        for rank, part in enumerate(parts):
+            whole[rank :: len(parts)] = torch.tensor(part[name])
+        found[name] = whole
+    return found
+
+
+def fill_carried(model: Model, stored: Mapping[str, Stored], ranks: Ranks) -> None:
+    """Give the decoder this process's rows of what `gather_carried` collected."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        if name.startswith(CARRIED):
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+            _read_box(tensor, whole, [0] * whole.ndim, name)
+            found[name.removeprefix(CARRIED)] = whole[ranks.rank :: ranks.world].to(model.device)
+    if found:
+        decoder: Any = model.decoder
+        decoder.carried = found
 
 
 def _reshard(model: Model) -> None:

@@ -1,1 +1,1 @@
-"""The fusions the core ships: streams, concat, gated, attention. Others come from plugins under the same interface."""
+"""The fusions the core ships: streams, concat, gated, attention, interleave. Others come from plugins."""

@@ -71,7 +71,7 @@ def merge_card(
     data = _own_metadata(data, text)
     data |= {key: value for key, value in (metadata or {}).items() if value}
     facts = _provenance(folder)
-    data |= _origins(facts, data)
+    data |= _origins(facts, data, bases_of(config) if library == "mmhub" else [])
     data["library_name"] = library
     modalities = tuple(role.removesuffix("_encoder") for role in config.components if role.endswith("_encoder"))
     tag = find_task(config.task).pipeline_tag(modalities)
@@ -94,13 +94,20 @@ def _provenance(folder: Path) -> dict[str, Any]:
     return as_table(read_json(folder / "provenance.json"))
 
 
-def _origins(facts: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def bases_of(config: CheckpointConfig) -> list[str]:
+    """The repositories whose weights a checkpoint lacks, for it holds only adapters of them."""
+    adapters = [record.adapter for record in config.components.values() if record.adapter]
+    return [one.base.name for one in adapters if one.weights and one.base and one.base.commit]
+
+
+def _origins(facts: Mapping[str, Any], known: Mapping[str, Any], adapted: Sequence[str]) -> dict[str, Any]:
     """The metadata by which a Hub draws a model's family tree: base models and data sets, those known first."""
     found: dict[str, Any] = {}
-    bases = [parent["repo"] for parent in facts.get("parents") or () if parent.get("repo")]
+    bases = [*adapted, *(parent["repo"] for parent in facts.get("parents") or () if parent.get("repo"))]
     if bases:
         found["base_model"] = _joined(known.get("base_model"), bases)
-        found["base_model_relation"] = known.get("base_model_relation") or "finetune"
+        relation = "adapter" if adapted else "finetune"
+        found["base_model_relation"] = known.get("base_model_relation") or relation
     parts = (facts.get("data") or {}).values()
     ids = [part["id"] for part in parts if part.get("id") and not part.get("readers")]  # a plugin's source is no Hub's
     names = [_dataset(one) for one in ids]
@@ -221,6 +228,7 @@ def _section(
 
 def _own_use(config: CheckpointConfig, name: str, modalities: Sequence[str]) -> list[str]:
     needs = " ".join(f'"{r["distribution"]}{r["specifier"]}"' for r in config.requires)
+    needs += ' "mmhub[lora]"' if any(record.adapter for record in config.components.values()) else ""
     flags = {"text": "--text TEXT", "image": "--image FILE", "audio": "--audio FILE"}
     options = " ".join(flags.get(m, f"--input {m}=VALUE") for m in modalities)
     lines = ["```sh", f"pip install {needs}", f"mmhub predict {name} {options}", "```", ""]

@@ -47,6 +47,7 @@ class Description:
     license: str = ""
     modalities: list[str] = field(default_factory=list)
     components: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bases: list[dict[str, Any]] = field(default_factory=list)  # what its adapters are for, fetched with it
     requires: list[str] = field(default_factory=list)
     unmet: list[str] = field(default_factory=list)
     install: str = ""
@@ -234,7 +235,8 @@ def _described(found: Resolved, files: _Files, about: Description) -> Descriptio
     about.size = _total(about.files)
     about.results = _results(files, about.files)
     own = found.repo_id or found.name
-    parents = _unique([*card.parents, *_origins(files)])
+    bases = [(one["name"], f"base of the {one['part'].replace('_', ' ')}") for one in about.bases]
+    parents = _unique([*bases, *card.parents, *_origins(files)])
     about.licences = chain(own, about.license, parents, _look_up)
     about.warnings = warnings(about.licences)
     return about
@@ -283,7 +285,36 @@ def _add_checkpoint(about: Description, config: dict[str, Any], files: _Files, f
         role: {"use": str(one.get("use", "")), "config": one.get("config") or {}, "bytes": sizes_by_role.get(role)}
         for role, one in parts.items()
     }
+    about.bases = [base for role, one in parts.items() if (base := _base(role, one))]
     about.loadable = _unreadable(config, set(parts)) or ("not before what it needs is installed" if unmet else "yes")
+
+
+def _base(role: str, part: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The weights that a part's adapter is for, with their bytes; None for a part that holds its own."""
+    adapter = as_table(part.get("adapter"))
+    base = as_table(adapter.get("base"))
+    name, commit = base.get("name"), base.get("commit", "")
+    if not adapter.get("weights") or not isinstance(name, str) or not isinstance(commit, str):
+        return None
+    folder = Path(name)
+    with suppress(MmhubError):
+        if commit:
+            resolve(f"hub:{name}@{commit}")  # a stranger wrote it
+            folder = in_cache(name).snapshot(commit)
+        here = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+        sizes: dict[str, int | None] = {**here} or (_remote_sizes(name, commit) if commit else {})
+        return {"part": role, "name": name, "commit": commit, "bytes": _total(sizes), "cached": bool(here)}
+    return {"part": role, "name": name, "commit": commit, "bytes": None, "cached": False}
+
+
+def _remote_sizes(repo: str, commit: str) -> dict[str, int | None]:
+    """The weights of a commit with their bytes, {} where the Hub cannot be asked."""
+    if is_offline():
+        return {}
+    with hub_errors(repo, commit):
+        info = api().model_info(repo, revision=commit, files_metadata=True, timeout=_SECONDS)
+    files = {str(file.rfilename): _size_of(file) for file in info.siblings or ()}
+    return {name: size for name, size in files.items() if name.endswith(".safetensors")}
 
 
 def _unreadable(config: Mapping[str, Any], parts: set[str]) -> str:
@@ -328,8 +359,6 @@ def _results(files: _Files, names: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 # --- other libraries' models
 
-_WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # of text: only their encoder is of use yet
-
 
 def _add_foreign(about: Description, config: Mapping[str, Any], files: _Files, found: Resolved) -> None:
     library, kind, use = recognise(config, about.files)
@@ -345,14 +374,11 @@ def _add_foreign(about: Description, config: Mapping[str, Any], files: _Files, f
     else:
         part = kind.replace("_", " ")
         start = f'as the start of an {part}: use = "{use}", init = "{name}"'.replace("an text", "a text")
-        named = config.get("architectures")
-        whole = str(named[0]) if isinstance(named, list) and named else ""
-        writes = kind == "text_encoder" and library == "transformers" and whole.endswith(_WRITERS)
-        about.loadable = f"only {start}" if writes else f"yes, and {start}"
+        about.loadable = f"yes, and {start}"
         _need(about, kind, use)
         if about.unmet:
             about.loadable = "not before what it needs is installed"
-        elif not writes and (reason := why_not(files.folder)):
+        elif reason := why_not(files.folder):
             about.loadable = f"no: {reason}"
 
 

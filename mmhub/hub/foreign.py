@@ -17,7 +17,7 @@ from mmhub.records import cause
 from mmhub.registry import find_component
 
 if TYPE_CHECKING:
-    from mmhub.interfaces import ForeignParts, ForeignReader
+    from mmhub.interfaces import Decoder, Encoder, ForeignParts, ForeignReader, Fusion
     from mmhub.model import Model
 
 # Files that text models keep their tokenizer in, if not in tokenizer.json.
@@ -89,7 +89,7 @@ def _nobody(name: str, folder: Path, config: Mapping[str, Any]) -> MmhubError:
     what = config.get("model_type") or config.get("architecture")
     return UsageError(
         f"'{name}' is a {library} model of type {what!r}, which the installed {found.distribution} does not read",
-        "it reads encoders of text, images and audio, with or without a classification head",
+        "it reads encoders of text, images and audio, with or without a classification head, and writers of text",
     )
 
 
@@ -114,21 +114,40 @@ def load_foreign(name: str, folder: Path) -> Model:
 
 
 def join(parts: ForeignParts, name: str) -> Model:
-    """Make a model of one encoder, in evaluation mode: with its head, or one that only embeds."""
-    from mmhub.embedding import Embedding
-    from mmhub.fusion.streams import Streams
+    """Make a model of the parts, in evaluation mode: an encoder with its head or one that only embeds, or a language
+    model."""
     from mmhub.interfaces import find_task
     from mmhub.model import Model
 
     encoder = parts.encoder
-    fusion = Streams(Streams.Config(), {encoder.modality: encoder.stream})
-    decoder = parts.decoder or Embedding(Embedding.Config(left_out=parts.left_out), fusion.outputs)
-    ids = {f"{encoder.modality}_encoder": parts.encoder_id, "fusion": "mmhub/streams"}
-    ids["decoder"] = parts.decoder_id or "mmhub/embedding"
-    sources = {kind: find_component(kind, name) for kind, name in ids.items()}
-    model = Model(find_task(parts.task), {encoder.modality: encoder}, fusion, decoder, sources)
+    encoders = {} if encoder is None else {encoder.modality: encoder}
+    ids = {f"{modality}_encoder": parts.encoder_id for modality in encoders}
+    fusion, decoder, found = _reader_parts(parts) if encoder is None else _head_parts(parts, encoder)
+    sources = {kind: find_component(kind, name) for kind, name in (ids | found).items()}
+    model = Model(find_task(parts.task), encoders, fusion, decoder, sources)
     model.name = name
     return model.eval()
+
+
+def _head_parts(parts: ForeignParts, encoder: Encoder) -> tuple[Fusion, Decoder, dict[str, str]]:
+    from mmhub.embedding import Embedding
+    from mmhub.fusion.streams import Streams
+
+    fusion = Streams(Streams.Config(), {encoder.modality: encoder.stream})
+    decoder = parts.decoder or Embedding(Embedding.Config(left_out=parts.left_out), fusion.outputs)
+    return fusion, decoder, {"fusion": "mmhub/streams", "decoder": parts.decoder_id or "mmhub/embedding"}
+
+
+def _reader_parts(parts: ForeignParts) -> tuple[Fusion, Decoder, dict[str, str]]:
+    """A decoder that reads text itself, and the fusion that passes it on."""
+    from mmhub.fusion.interleave import Interleave
+    from mmhub.interfaces import Stream
+
+    decoder: Any = parts.decoder
+    if decoder is None or not decoder.reads_text:
+        raise PluginError("a plugin read a model without an encoder and without a decoder that reads text")
+    fusion = Interleave(Interleave.Config(), {"text": Stream(decoder.dim)})
+    return fusion, decoder, {"fusion": "mmhub/interleave", "decoder": parts.decoder_id}
 
 
 def write_layout(model: Model, folder: str | Path, layout: str = "transformers") -> Path:
@@ -143,15 +162,17 @@ def write_layout(model: Model, folder: str | Path, layout: str = "transformers")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"'{folder}' exists and is not empty", "name another folder")
-    if len(model.encoders) != 1:
+    if len(model.modalities) != 1:
         parts = ", ".join(model.modalities)
         raise UsageError(f"the {layout} layout holds one encoder, and this model has {parts}", "push it as it is")
-    encoder: Any = next(iter(model.encoders.values()))
     head = None if isinstance(model.decoder, Embedding) else model.decoder
-    writers = call_hook("mmhub_write_foreign", encoder=encoder, decoder=head, layout=layout)
+    reader: Any = next(iter(model.encoders.values()), model.decoder)  # a language model stands in the encoder's place
+    known = isinstance(getattr(reader, "modality", None), str)
+    writers = call_hook("mmhub_write_foreign", encoder=reader, decoder=head, layout=layout) if known else []
     if not writers:
-        source = model.sources[f"{encoder.modality}_encoder"].id
-        raise UsageError(f"the {layout} layout cannot hold a {source} encoder", "push the model as it is")
+        role = f"{reader.modality}_encoder" if model.encoders else "decoder"
+        what = f"{model.sources[role].id} {role.rpartition('_')[2]}"
+        raise UsageError(f"the {layout} layout cannot hold a {what}", "push the model as it is")
     with disk_errors("the model", folder), new_folder(folder) as aside:
         writers[0].write(aside)
     return folder

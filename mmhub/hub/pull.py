@@ -18,19 +18,22 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from mmhub.adapters import BaseRecord
 from mmhub.checkpoint import (
     ALLOWED,
     CheckpointConfig,
     check_requirements,
     find_encoder,
+    find_part,
     is_checkpoint,
     load_encoder,
+    part_files,
     read_config,
     stored_weights,
 )
 from mmhub.checkpoint import load as load_folder
 from mmhub.device import find_device
-from mmhub.errors import MmhubError, NetworkError, TrustError, UsageError
+from mmhub.errors import MmhubError, NetworkError, NotFoundError, TrustError, UsageError
 from mmhub.files import disk_errors, new_folder
 from mmhub.hashes import facts_of, remember, sha256_of
 from mmhub.hub.client import cache_dir, endpoint, hub_errors, is_offline
@@ -49,7 +52,7 @@ from mmhub.hub.download import (
 from mmhub.hub.foreign import VOCABULARIES, find_reader, join, load_foreign
 from mmhub.hub.integrity import blob_name, check_blob
 from mmhub.interfaces import ForeignParts
-from mmhub.lineage import parent_of
+from mmhub.lineage import digest, parent_of
 from mmhub.model import Model
 from mmhub.names import Resolved, resolve
 from mmhub.weights import weight_files
@@ -58,6 +61,7 @@ _EXTRAS = re.compile(r"README\.md|LICENSE(\.txt|\.md)?|provenance\.json|eval/[\w
 _LIBRARY_FILES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors",
     "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt",
+    "generation_config.json", "chat_template.jinja",
     "added_tokens.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
     "0_Transformer/*.json", "0_Transformer/*.safetensors", "[0-9]_*/config.json", "[0-9]_Dense/model.safetensors",
     *VOCABULARIES, "0_Transformer/merges.txt", *(f"0_Transformer/{name}" for name in VOCABULARIES),
@@ -159,23 +163,63 @@ def pull_repo(name: str, resolved: Resolved, local_dir: Path | None = None) -> P
         if local_dir is not None:
             raise UsageError(f"'{name}' is one part, and a folder holds a whole checkpoint", "leave out '#...'")
     check_requirements(name, config, role)
+    bases = _bases(name, config, role)
     if local_dir is not None:
         _check_target(local_dir)
         _pull_into(place, folder, config, local_dir)
-        return local_dir
-    _make_sound(place, folder.name, config, _first_files(config, role), role is None)
-    if role is not None:
-        _make_sound(place, folder.name, config, weight_files(stored_weights(folder, config), {role}), False)
-    return folder
+    else:
+        _make_sound(place, folder.name, config, _first_files(config, role), role is None)
+        if role is not None:
+            _make_sound(place, folder.name, config, weight_files(stored_weights(folder, config), {role}), False)
+    for owner, base in bases.items():
+        find_base(base, owner)
+    return local_dir or folder
+
+
+def _bases(name: str, config: CheckpointConfig, role: str | None) -> dict[str, BaseRecord]:
+    """What the adapters of a published checkpoint, or of one part of it, are for."""
+    records = {one: part.adapter for one, part in config.components.items() if role in (None, one) and part.adapter}
+    bases = {one: record.base for one, record in records.items() if record.weights and record.base}
+    for one, base in bases.items():
+        if not base.commit:
+            raise TrustError(
+                f"the {one} of '{name}' is an adapter for weights on another machine, '{base.name}'",
+                "ask its owner to merge it (mmhub models merge) and publish it again",
+            )
+    return bases
+
+
+def find_base(base: BaseRecord, role: str) -> Path:
+    """Return the folder or file of the weights that the adapter of a part is for, fetched if need be, and checked.
+
+    Raises:
+        NotFoundError, NetworkError: it is not here, or the Hub out of reach. TrustError: it is not what it was.
+    """
+    if not base.commit:
+        path = Path(base.name)
+        if not path.exists():
+            raise NotFoundError(
+                f"the {role} is an adapter for '{base.name}', which is not there", "put it back where it was"
+            )
+        if digest(path) != base.sha256:
+            raise TrustError(
+                f"the {role} is an adapter for '{base.name}', whose weights have changed since", "restore them"
+            )
+        return path
+    part = find_part(base, role)
+    name = f"hub:{base.name}@{base.commit}" + (f"#{part}" if part.endswith("_encoder") else "")
+    try:
+        return find_pretrained(name)[1]
+    except MmhubError as error:
+        what = f"the {role} is an adapter for '{base.name}' at {base.commit[:12]}: {error.message}"
+        raise type(error)(what, error.hint) from None
 
 
 def _first_files(config: CheckpointConfig, role: str | None) -> set[str]:
     """What is needed of a whole checkpoint, or, for a part, all but the shards its index names."""
     if role is None:
         return set(config.files)
-    record = config.components[role]
-    files = set(record.processor.files.values()) if record.processor else set()
-    return files | ({record.weights} if record.weights else set())
+    return part_files(config.components[role])
 
 
 def _fetch_config(place: Place, revision: str | None) -> Path:
@@ -528,6 +572,6 @@ def find_pretrained(name: str) -> tuple[str, Path, str | None]:
 
 
 __all__ = [
-    "at_commit", "fetch_known_files", "fetch_library_model", "find_pretrained", "load", "locate", "pull", "pull_repo",
-    "resolve_name",
+    "at_commit", "fetch_known_files", "fetch_library_model", "find_base", "find_pretrained", "load", "locate", "pull",
+    "pull_repo", "resolve_name",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mmhub.adapters import adapter_of, merge
 from mmhub.checkpoint import ALLOWED, is_checkpoint, load, read_config
 from mmhub.errors import NetworkError, NotFoundError, TrustError, UsageError
 from mmhub.hashes import git_sha1_of, sha256_of
@@ -118,12 +119,27 @@ def _push_folder(plan: _Plan, folder: Path) -> Pushed:
             hint = "if it is another library's model, load and save it first: mmhub.load(...).save(...)"
         raise NotFoundError(f"'{folder}' is no mmhub checkpoint folder", hint)
     staged = stage(folder)
+    if not plan.layout:
+        _check_bases(folder)
     model = load(folder)  # a checkpoint that does not load strictly is not published
     if not plan.layout:
         return _publish(plan, folder, folder, staged)
+    if any(adapter_of(part) for part in model.parts().values()):
+        merge(model)
     with tempfile.TemporaryDirectory() as temporary:
         written = write_layout(model, Path(temporary) / "model", plan.layout)
         return _publish(plan, folder, written, replace(stage(written, every=True), left_out=staged.left_out))
+
+
+def _check_bases(folder: Path) -> None:
+    """Refuse an adapter for weights that nobody else has."""
+    for role, record in read_config(folder).components.items():
+        base = record.adapter.base if record.adapter and record.adapter.weights else None
+        if base is not None and not base.commit:
+            raise UsageError(
+                f"the {role} is an adapter for '{base.name}', which is on this machine alone",
+                f"merge it (mmhub models merge '{folder}' OUT) and push that, or push the base and train from there",
+            )
 
 
 def _publish(plan: _Plan, source: Path, folder: Path, staged: Staged) -> Pushed:

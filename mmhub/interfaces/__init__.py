@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mmhub.interfaces.classifier import Classifier
     from mmhub.interfaces.config import ComponentConfig, Rate, Width, decode_config, encode_config
     from mmhub.interfaces.foreign import ForeignParts, ForeignReader, ForeignWriter
+    from mmhub.interfaces.language import Generation, LanguageModel, LanguageProcessor, TextDecoder, own_stream
     from mmhub.interfaces.raw import Policy, describe_raw, raw_bytes
     from mmhub.interfaces.roles import Decoder, Encoder, Fusion, Processor, Stream
     from mmhub.interfaces.task import TASKS, Task, find_task
@@ -27,16 +28,21 @@ __all__ = [
     "ForeignReader",
     "ForeignWriter",
     "Fusion",
+    "Generation",
+    "LanguageModel",
+    "LanguageProcessor",
     "Policy",
     "Processor",
     "Rate",
     "Stream",
     "Task",
+    "TextDecoder",
     "Width",
     "decode_config",
     "describe_raw",
     "encode_config",
     "find_task",
+    "own_stream",
     "raw_bytes",
 ]
 
@@ -49,17 +55,22 @@ _HOMES = {
     "ForeignReader": "foreign",
     "ForeignWriter": "foreign",
     "Fusion": "roles",
+    "Generation": "language",
+    "LanguageModel": "language",
+    "LanguageProcessor": "language",
     "Policy": "raw",
     "Processor": "roles",
     "Rate": "config",
     "Stream": "roles",
     "TASKS": "task",
     "Task": "task",
+    "TextDecoder": "language",
     "Width": "config",
     "decode_config": "config",
     "describe_raw": "raw",
     "encode_config": "config",
     "find_task": "task",
+    "own_stream": "language",
     "raw_bytes": "raw",
 }
 

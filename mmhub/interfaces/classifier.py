@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,10 +20,14 @@ class Classifier(Decoder):
 
     Attributes:
         labels: the known labels. smoothing: label smoothing of the loss.
+        weights: what a row of each class counts in the mean loss, () for the same.
+        temperature: what logits are divided by before they become scores.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
     smoothing: float = 0.0
+    weights: tuple[float, ...] = ()
+    temperature: float = 1.0
 
     @abstractmethod
     def __init__(self, config: Any, inputs: Mapping[str, Stream]) -> None:
@@ -37,16 +42,27 @@ class Classifier(Decoder):
         """Turn raw labels into class numbers, (B,) long."""
         return self.labels.encode(targets)
 
+    def weigh(self, targets: Tensor) -> Tensor | None:
+        """Return the weight of each row's class, (B,), None where all weigh the same."""
+        return torch.tensor(self.weights, device=targets.device)[targets] if self.weights else None
+
     def references(self, targets: Sequence[Any]) -> list[str]:
         """Return the labels as text, as in the `label` of an answer."""
         return list(label_texts(targets))
 
     def forward(self, bundle: Bundle, targets: Tensor | None = None) -> Output:
-        """Return logits (B, V); the loss is the mean cross entropy with targets (B,)."""
+        """Return logits (B, V); the loss is the mean cross entropy with targets (B,), weighed by class."""
         logits = self.logits(bundle)
-        loss = None if targets is None else F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
-        return Output(logits=logits, loss=loss)
+        return Output(logits=logits, loss=None if targets is None else self._loss(logits, targets))
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        weights = self.weigh(targets)
+        if weights is None:
+            return F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
+        # By hand, because PyTorch's weights would also weigh what smoothing gives to the other classes.
+        losses = F.cross_entropy(logits, targets, label_smoothing=self.smoothing, reduction="none")
+        return (losses * weights).sum() / weights.sum()
 
     def predict(self, output: Output, details: bool = True) -> list[dict[str, Any]]:
         """Answer `{"label", "score"}`, with every label's probability in `scores` if `details`."""
-        return self.labels.answers(output.logits, details)
+        return self.labels.answers(output.logits / self.temperature, details)

@@ -19,14 +19,15 @@ class ForeignParts:
     """The encoder of another library's model, and its head if it has one, each with its component's full id.
 
     Attributes:
-        encoder, encoder_id: the encoder, and what a checkpoint calls it, such as "mmhub-text/transformers".
-        decoder, decoder_id: the head; None makes a model that only embeds.
+        encoder, encoder_id: the encoder, and what a checkpoint calls it, such as "mmhub-text/transformers"; None for a
+            language model, which reads text itself.
+        decoder, decoder_id: the head, or the decoder that writes text; None makes a model that only embeds.
         task: the task the head serves.
         left_out: the library's name of a head that cannot be run here, for the message of `predict`.
     """
 
-    encoder: Encoder
-    encoder_id: str
+    encoder: Encoder | None = None
+    encoder_id: str = ""
     decoder: Decoder | None = None
     decoder_id: str = ""
     task: str = "embedding"

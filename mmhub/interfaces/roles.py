@@ -57,6 +57,8 @@ class Processor(ABC):
             InputError: `raw` is not a usable input of this modality.
         """
 
+    marks: bool = False  # does `read` give ids of which those that are marked are ~id, a negative number?
+
     def pack(self, items: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Join at least one item into (data, mask); right-pads the first dimension. Override for fixed-size items."""
         return pad_sequences(items)
@@ -128,7 +130,9 @@ class Processor(ABC):
         items = [item for row in read for item in row]
         rows = torch.tensor([number for number, row in enumerate(read) for _ in row], dtype=torch.long)
         data, mask = self.pack(items) if items else (torch.zeros(0), torch.zeros(0, 0, dtype=torch.bool))
-        return Items(data=data, mask=mask, rows=rows, batch=len(read))
+        marked = data < 0 if self.marks and items else None
+        data = data if marked is None else torch.where(marked, ~data, data)
+        return Items(data=data, mask=mask, rows=rows, batch=len(read), marks=marked)
 
     def items_of(self, value: Any) -> list[Any]:
         """Return the raw inputs of one batch row as a list."""
@@ -241,18 +245,51 @@ class Decoder(nn.Module, ABC):
     Attributes:
         tasks: names of the tasks it serves. needs: streams it reads; () means `fused`, or the only stream there is.
         reads: what it reads of them: their "tokens", or no more than their `mmhub.layers.summary`.
+        reads_text: it reads the text of a sample itself, as ids: see `mmhub.interfaces.LanguageModel`.
+        marks_words: it answers about words: the text processor marks where each begins (`Features.marks`).
+        points: its answers point into the raw inputs: `locate` completes them.
     """
 
     Config: ClassVar[type[ComponentConfig]]
     reads: Literal["tokens", "summary"] = "tokens"
     tasks: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]] = ()
+    reads_text: ClassVar[bool] = False
+    marks_words: ClassVar[bool] = False
+    points: ClassVar[bool] = False
     config: Any
 
     @abstractmethod
     def __init__(self, config: Any, inputs: Mapping[str, Stream]) -> None:
         super().__init__()
         self.config = config
+
+    @classmethod
+    def from_library(
+        cls,
+        config: Any,
+        path: Path,
+        inputs: Mapping[str, Stream],
+        tokenizer: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Build with the weights of the wrapped library's own checkpoint, as `Encoder.from_library`."""
+        raise UsageError(
+            f"{cls.__name__} has no library format to read '{path}' from",
+            "give `init` the name of a checkpoint saved by mmhub",
+        )
+
+    def tie(self, encoders: Mapping[str, Encoder]) -> None:
+        """Share parameters with encoders, such as embeddings. Called once after a model is built; saving keeps it."""
+
+    def weigh(self, targets: Any) -> Tensor | None:
+        """Return what each row counts in the mean loss, (B,): the number of its targets. None: every row the same."""
+        return None
+
+    def locate(
+        self, answers: Sequence[dict[str, Any]], raw: Sequence[Mapping[str, Any]], processors: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Complete answers, one a row, that point into the rows' raw inputs (modality to raw). Only if `points`."""
+        return list(answers)
 
     @classmethod
     def fit(cls, config: Any, targets: Iterable[Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mmhub.errors import UsageError, did_you_mean
 
@@ -13,6 +13,8 @@ class Task:
     """A kind of problem: the default decoder, the metrics, and the number that decides which checkpoint is best.
 
     `monitor` names a metric (or "loss"); `higher_is_better` its direction. `required` modalities must be in the model.
+    `reads_text`: its decoder is a language model, which reads the text of a sample itself; `writes`: answers are texts,
+    written token by token. `inputs` and `target` are column names that are taken where a recipe names none.
     """
 
     name: str
@@ -21,6 +23,10 @@ class Task:
     monitor: str
     higher_is_better: bool
     required: tuple[str, ...] = ()
+    reads_text: bool = False
+    writes: bool = False
+    inputs: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    target: str = ""
     tags: Mapping[str, str]  # modality -> Hub pipeline_tag when the model has that modality alone; "" for any other
 
     def pipeline_tag(self, modalities: tuple[str, ...]) -> str:
@@ -39,7 +45,7 @@ TASKS: dict[str, Task] = {
         Task(
             name="classification",
             decoder="classification",
-            metrics=("accuracy", "f1"),
+            metrics=("accuracy", "f1", "calibration"),
             monitor="accuracy",
             higher_is_better=True,
             tags=_CLASSIFY | {"": "any-to-any"},
@@ -59,6 +65,50 @@ TASKS: dict[str, Task] = {
             monitor="mse",
             higher_is_better=False,
             tags={"": ""},
+        ),
+        Task(
+            name="tagging",
+            decoder="tagging",
+            metrics=("tagging",),
+            monitor="f1",
+            higher_is_better=True,
+            required=("text",),
+            inputs={"text": "tokens"},
+            target="tags",
+            tags={"text": "token-classification"},
+        ),
+        Task(
+            name="question-answering",
+            decoder="span",
+            metrics=("answers",),
+            monitor="f1",
+            higher_is_better=True,
+            required=("text",),
+            inputs={"text": ("question", "context")},
+            target="answers",
+            tags={"text": "question-answering"},
+        ),
+        Task(
+            name="language-modelling",
+            decoder="transformer-lm",
+            metrics=(),
+            monitor="loss",
+            higher_is_better=False,
+            reads_text=True,
+            writes=True,
+            tags={"text": "text-generation"},
+        ),
+        Task(
+            name="translation",
+            decoder="seq2seq",
+            metrics=("translation",),
+            monitor="loss",
+            higher_is_better=False,
+            required=("text",),
+            writes=True,
+            inputs={"text": "source"},
+            target="target",
+            tags={"text": "translation"},
         ),
         Task(
             name="embedding",

@@ -5,6 +5,7 @@ Every block keeps the mask rule of `mmhub.batch`: padding never changes a real p
 
 from __future__ import annotations
 
+from mmhub.layers.language import chunked_token_losses
 from mmhub.layers.loss import chunked_cross_entropy
 from mmhub.layers.packing import Packing, packed_attention
 from mmhub.layers.pooling import keep_modalities, masked_mean, summary
@@ -23,6 +24,7 @@ __all__ = [
     "TransformerEncoder",
     "attention_mask",
     "chunked_cross_entropy",
+    "chunked_token_losses",
     "keep_modalities",
     "masked_mean",
     "packed_attention",

@@ -59,6 +59,10 @@ CHECKS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
                 "references",
             ),
         ),
+        (
+            "writing",
+            ("token-losses", "step-by-step", "select", "texts-apart", "goes-on", "embed", "text-processor"),
+        ),
     ),
     "command": (("hooks", ("help",)),),
     "mmhub_train_callbacks": (("hooks", ("watches-a-run",)),),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from mmhub.interfaces import Stream
 from mmhub.testing.catalogue import Check
 from mmhub.testing.contract import ContractError, NotApplicableError, expect
 from mmhub.testing.standins import rows_of
-from mmhub.testing.subject import WIDTH, DecoderSubject, difference, subject_of
+from mmhub.testing.subject import WIDTH, DecoderSubject, LanguageSubject, WriterSubject, difference, subject_of
 from mmhub.testing.toys import Toy
 
 _RULE = "Decoder"
@@ -26,12 +28,14 @@ def streams(check: Check) -> None:
     gives one finite row of logits for each row."""
     subject: DecoderSubject = subject_of(check)
     decoder = subject.part()
+    if isinstance(subject, LanguageSubject):
+        raise NotApplicableError("it reads the text of a sample itself")
     cases = [subject.streams]
     if not subject.cls.needs:
         cases += [{"image": Stream(WIDTH, pooled=5)}, {"text": Stream(3), "fused": Stream(WIDTH, pooled=WIDTH)}]
     for given in cases:
         if given is not subject.streams:
-            decoder = subject.cls(decoder.config, given).eval()
+            decoder = _with_streams(subject, decoder.config, given)
         with torch.no_grad():
             output = decoder(subject.bundle(streams=given))
         expect(isinstance(output, Output), f"it returns a {type(output).__name__}", "Output", _RULE)
@@ -56,23 +60,20 @@ def loss_decreases(check: Check) -> None:
     """On fixed features that tell the target, 40 steps of AdamW take a tenth off the loss at least, for every task it
     serves that the kit has a toy problem for."""
     subject: DecoderSubject = subject_of(check)
+    if isinstance(subject, LanguageSubject):
+        _learn_texts(subject)
+        return
     for task, toy in _toys(subject):
         decoder = _built(subject, toy)
         bundle, encoded = subject.bundle(), decoder.encode_targets(subject.targets(toy))
-        before = _loss(decoder, bundle, encoded)
-        optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2)
-        decoder.train()
-        for _ in range(_STEPS):
-            optimizer.zero_grad()
-            decoder(bundle, encoded).loss.backward()
-            optimizer.step()
-        after = _loss(decoder.eval(), bundle, encoded)
-        expect(after < 0.9 * before, f"{task}: the loss goes from {before:.3g} to {after:.3g}", "a lower one", _RULE)
+        _learn(task, decoder, partial(_training_loss, decoder, bundle, encoded))
 
 
 def loss_mean(check: Check) -> None:
     """The loss is a number, the mean over the batch: every row twice leaves it as it was."""
     subject: DecoderSubject = subject_of(check)
+    if isinstance(subject, LanguageSubject):
+        raise NotApplicableError("its loss is a mean over tokens, see the check token-losses")
     for task, toy in _toys(subject):
         decoder, targets = _built(subject, toy), subject.targets(toy)
         bundle = subject.bundle()
@@ -88,6 +89,7 @@ def predict_schema(check: Check) -> None:
     """`predict` answers one row each, in order, as JSON with the keys of its task, probabilities that sum
     to 1 where they should, and has those keys without `details`, too."""
     subject: DecoderSubject = subject_of(check)
+    _is_no_writer(subject)
     for task, toy in _toys(subject):
         decoder, bundle = _built(subject, toy), subject.bundle()
         with torch.no_grad():
@@ -125,6 +127,7 @@ def targets_refused(check: Check) -> None:
 def references(check: Check) -> None:
     """`references` gives targets in the form of `predict`, so that metrics can compare them."""
     subject: DecoderSubject = subject_of(check)
+    _is_no_writer(subject)
     for task, toy in _toys(subject):
         decoder, targets = _built(subject, toy), subject.targets(toy)
         found = decoder.references(targets)
@@ -133,6 +136,41 @@ def references(check: Check) -> None:
             answer = decoder.predict(decoder(subject.bundle()))[0][toy.key]
         one, other = type(found[0]).__name__, type(answer).__name__
         expect(one == other, f"{task}: a reference is a {one} and an answer a {other}", "the same type", _RULE)
+
+
+def _learn(task: str, decoder: Any, loss: Callable[[], Any]) -> None:
+    """Train a decoder, and expect its loss in evaluation mode to sink."""
+
+    def now() -> float:
+        with torch.no_grad():
+            return float(loss())
+
+    before = now()
+    optimizer = torch.optim.AdamW(decoder.train().parameters(), lr=1e-2)
+    for _ in range(_STEPS):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    decoder.eval()
+    after = now()
+    expect(after < 0.9 * before, f"{task}: the loss goes from {before:.3g} to {after:.3g}", "a lower one", _RULE)
+
+
+def _learn_texts(subject: LanguageSubject) -> None:
+    decoder, rows = subject.part(), subject.inputs()
+    _learn(subject.task, decoder, lambda: subject.run(decoder, rows)["loss"])
+
+
+def _is_no_writer(subject: DecoderSubject) -> None:
+    """End the check for a decoder whose answers are texts, which the core lets it write."""
+    if isinstance(subject, WriterSubject):
+        raise NotApplicableError("its answers are texts, see the check step-by-step")
+
+
+def _with_streams(subject: DecoderSubject, config: Any, streams: Any) -> Any:
+    if isinstance(subject, WriterSubject):
+        return subject.build(config, streams).eval()
+    return subject.cls(config, streams).eval()
 
 
 def _toys(subject: DecoderSubject) -> list[tuple[str, Toy]]:
@@ -152,9 +190,13 @@ def _built(subject: DecoderSubject, toy: Toy) -> Any:
         raise ContractError(f"fit does not learn from {subject.targets(toy, 2)}: {error} [{_RULE}]") from error
 
 
+def _training_loss(decoder: Any, bundle: Any, encoded: Any) -> Any:
+    return decoder(bundle, encoded).loss
+
+
 def _loss(decoder: Any, bundle: Any, encoded: Any) -> float:
     with torch.no_grad():
-        return float(decoder(bundle, encoded).loss)
+        return float(_training_loss(decoder, bundle, encoded))
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -115,6 +115,5 @@ def rows_of(bundle: Bundle, rows: Sequence[int]) -> Bundle:
 
 
 def map_features(features: Features, change: Any) -> Features:
-    """Features with `change` done to tokens, mask and pooled."""
-    tokens, mask = change(features.tokens), change(features.mask)
-    return Features(tokens, mask, pooled=None if features.pooled is None else change(features.pooled))
+    """Features with `change` done to each of their tensors."""
+    return Features(**{name: change(part) for name, part in vars(features).items() if part is not None})

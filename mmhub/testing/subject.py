@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmhub.batch import Bundle, Features
+from mmhub.batch import Bundle, Features, Items, pad_sequences
+from mmhub.fusion.interleave import Interleave
 from mmhub.fusion.streams import Streams
-from mmhub.interfaces import TASKS, Policy, Stream, decode_config
+from mmhub.interfaces import TASKS, LanguageModel, Policy, Stream, TextDecoder, decode_config
 from mmhub.model import Model
 from mmhub.plugins import Component, get_index
 from mmhub.testing.catalogue import Check, role_of
@@ -271,6 +272,8 @@ class DecoderSubject(Subject):
             features.tokens += kind[..., None] * features.mask[..., None]
             if features.pooled is not None:
                 features.pooled += kind
+            if self.cls.marks_words:  # two in each row
+                features.marks = features.mask & (torch.arange(features.mask.shape[1]) < 2)
             bundle[name] = features
         return bundle
 
@@ -303,10 +306,127 @@ class DecoderSubject(Subject):
         return _model_around(self.streams, None, None, module, self.component, self.task)
 
 
+class WriterSubject(DecoderSubject):
+    """A decoder that writes texts about its streams, with the processor it makes, fitted to the samples."""
+
+    def raws(self) -> Sequence[str]:
+        """Texts of different lengths: the author's, or the kit's."""
+        return list(self.samples.get("text") or built_in("text"))
+
+    def processor(self, config: Any = None) -> Any:
+        """Make a processor, fitted if it needs that."""
+        processor = self.cls.make_processor(self.config() if config is None else config)
+        if processor.needs_fit:
+            processor.fit(self.raws())
+        return processor
+
+    def build(self, config: Any = None, streams: Mapping[str, Stream] | None = None) -> nn.Module:
+        config = self.config() if config is None else config
+        decoder: nn.Module = self.cls(config, streams or self.streams, self.processor(config))
+        return decoder
+
+    def items(self, processor: Any = None) -> list[Tensor]:
+        """What the processor reads from the texts."""
+        processor = processor or self.processor()
+        return [processor.read(raw, Policy()) for raw in self.raws()]
+
+    def given(self, decoder: Any) -> tuple[Bundle, Any]:
+        """What `forward` and `token_losses` take: what is read, and the targets."""
+        return self.bundle(), decoder.encode_targets(self.targets(self.known_toy()))
+
+    def begun(self, decoder: Any) -> tuple[Tensor, Any, Tensor, Tensor]:
+        """Begin to write in each row: logits, state, the tokens that come next (B, steps), and what those cost."""
+        bundle, targets = self.given(decoder)
+        costs = decoder.token_losses(bundle, targets)
+        steps = int(decoder.weigh(targets).min())
+        return (*decoder.begin(bundle), targets[:, :steps], costs[:, :steps])
+
+
+class LanguageSubject(WriterSubject):
+    """A language model: what it is given are the ids of the texts in each row, which it embeds itself."""
+
+    def __init__(self, check: Check) -> None:
+        super().__init__(check)
+        self.streams = {}
+
+    def complete(self) -> Any:
+        return self.config()
+
+    def build(self, config: Any = None, streams: Mapping[str, Stream] | None = None) -> nn.Module:
+        config = self.config() if config is None else config
+        decoder: nn.Module = self.cls(config, {}, self.processor(config))
+        return decoder
+
+    def inputs(self) -> Any:
+        """The texts of three rows; the first row has two, as packed training data have."""
+        one, two, *others = self.items()
+        return [[one, two], *([text] for text in others)]
+
+    def run(self, module: Any, inputs: Any) -> Outputs:
+        bundle, counts = stream_of(module, inputs), count_goals(module, inputs)
+        return {"logits": module(bundle).logits, "loss": module(bundle, counts).loss}
+
+    def cast(self, inputs: Any, dtype: torch.dtype) -> Any:
+        return inputs
+
+    def single(self, inputs: Any) -> Any:
+        return inputs[-1:]
+
+    def tensors(self, inputs: Any) -> dict[str, Tensor]:
+        return {f"{row}.{place}": text for row, texts in enumerate(inputs) for place, text in enumerate(texts)}
+
+    def bundle(self, rows: int = 8, streams: Mapping[str, Stream] | None = None) -> Bundle:
+        """One text in each row."""
+        texts = self.items()
+        return stream_of(self.part(), [[texts[row % len(texts)]] for row in range(rows)])
+
+    def given(self, decoder: Any) -> tuple[Bundle, Any]:
+        return stream_of(decoder, self.inputs()), count_goals(decoder, self.inputs())
+
+    def begun(self, decoder: Any) -> tuple[Tensor, Any, Tensor, Tensor]:
+        """The texts begin with one, two or three of their tokens."""
+        texts = [text for text in self.items() if len(text) > 1]
+        costs = decoder.token_losses(stream_of(decoder, [[text] for text in texts]))
+        begins = [min(1 + row % 3, len(text) - 1) for row, text in enumerate(texts)]
+        steps = min(len(text) - first for text, first in zip(texts, begins, strict=True))
+        rows = list(enumerate(zip(texts, begins, strict=True)))
+        goals = torch.stack([text[first : first + steps] for _, (text, first) in rows])
+        costs = torch.stack([costs[row, first : first + steps] for row, (_, first) in rows])
+        prompts = stream_of(decoder, [[text[:first]] for _, (text, first) in rows])
+        return (*decoder.begin(prompts), goals, costs)
+
+    def stand_ins(self) -> Sequence[str]:
+        return ()
+
+    def model(self, module: Any) -> Model:
+        fusion = Interleave(Interleave.Config(), {"text": Stream(module.dim)})
+        sources = {"fusion": core("fusion", "interleave"), "decoder": self.component}
+        return Model(TASKS[self.task], {}, fusion, module, sources).eval()
+
+
+def stream_of(decoder: Any, rows: Sequence[Sequence[Tensor]], continues: Tensor | None = None) -> Bundle:
+    """What a language model reads of texts, (S,) ids each; those of one row stand behind each other."""
+    ids, mask = pad_sequences([torch.cat(list(texts)) for texts in rows])
+    parts, _ = pad_sequences(
+        [torch.cat([torch.full_like(text, place) for place, text in enumerate(texts)]) for texts in rows]
+    )
+    several = parts if any(len(texts) > 1 for texts in rows) else None
+    tokens = decoder.embed(ids) * mask[..., None]
+    return {"fused": Features(tokens, mask, ids=ids.masked_fill(~mask, -1), parts=several, continues=continues)}
+
+
+def count_goals(decoder: Any, rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """How many tokens of each row are to be predicted, by the decoder's own count."""
+    data, mask = pad_sequences([text for texts in rows for text in texts])
+    numbers = torch.tensor([row for row, texts in enumerate(rows) for _ in texts])
+    counts: Tensor = decoder.count_targets(Items(data, mask, numbers, len(rows)))
+    return counts
+
+
 def subject_of(check: Check) -> Any:
     """Return the subject of a check of a component."""
     assert isinstance(check.target, Component)
-    kinds: dict[str, type[Subject]] = {"encoder": EncoderSubject, "fusion": FusionSubject, "decoder": DecoderSubject}
+    kinds: dict[str, Any] = {"encoder": EncoderSubject, "fusion": FusionSubject, "decoder": _decoder_subject}
     role = role_of(check.target)
     if role not in kinds:
         raise ContractError(
@@ -318,6 +438,14 @@ def subject_of(check: Check) -> Any:
         if check.id.endswith("/builds"):
             raise
         raise NotApplicableError("it cannot be imported, see the check builds") from error
+
+
+def _decoder_subject(check: Check) -> DecoderSubject:
+    assert isinstance(check.target, Component)
+    cls: Any = check.target.load()
+    if issubclass(cls, LanguageModel):
+        return LanguageSubject(check)
+    return WriterSubject(check) if issubclass(cls, TextDecoder) else DecoderSubject(check)
 
 
 def core(kind: str, name: str) -> Component:

@@ -58,6 +58,33 @@ def _check_labels(answer: Mapping[str, Any]) -> None:
         expect(0 <= score <= 1, f"the score of {name!r} is {score}", "a probability", RULE)
 
 
+def _tags(known: Sequence[str]) -> Sequence[Any]:
+    first, second = _labels(known)
+    return [[first, first], [second, second]]  # of two words, as many as the rows of the kit have
+
+
+def _tokens(known: Sequence[str]) -> Sequence[Any]:
+    return [[0, 0], [1, 1]]  # the first and last token of an answer
+
+
+def _check_tags(answer: Mapping[str, Any]) -> None:
+    _check_keys(answer, {"tags": list}, {"scores": list, "entities": list})
+    expect(len(answer["tags"]) == 2, f"2 words have {len(answer['tags'])} tags", "one tag a word", RULE)
+    for score in answer.get("scores", ()):
+        expect(0 <= score <= 1, f"a score is {score}", "a probability", RULE)
+
+
+def _check_span(answer: Mapping[str, Any]) -> None:
+    _check_keys(answer, {"tokens": list, "score": float}, {})
+    expect(0 <= answer["score"] <= 1, f"score is {answer['score']}", "a probability", RULE)
+    good = not answer["tokens"] or (len(answer["tokens"]) == 2 and 0 <= answer["tokens"][0] <= answer["tokens"][1] < 2)
+    expect(good, f"the tokens are {answer['tokens']}", "the first and last of the 2 marked ones, or none", RULE)
+
+
+def _check_text(answer: Mapping[str, Any]) -> None:
+    _check_keys(answer, {"text": str}, {})
+
+
 def _check_value(answer: Mapping[str, Any]) -> None:
     _check_keys(answer, {"value": float}, {})
 
@@ -75,5 +102,8 @@ def _check_keys(answer: Mapping[str, Any], needed: Mapping[str, type], optional:
 TOYS = {
     "classification": Toy(_labels, (None, "never seen before"), "label", _check_label),
     "multilabel": Toy(_label_lists, (None, ["never seen before"]), "labels", _check_labels),
+    "tagging": Toy(_tags, (None, ["never seen before"] * 2), "tags", _check_tags),
+    "question-answering": Toy(_tokens, (None, 0.5), "tokens", _check_span),
+    "translation": Toy(lambda known: ["a short text", "one two three four five"], (None, 0.5), "text", _check_text),
     "regression": Toy(lambda known: [-1.0, 1.0], (None, "no number"), "value", _check_value),
 }

@@ -1,4 +1,4 @@
-"""What all heads share: which stream they read, and the layers between its summary and the logits."""
+"""What heads share: which stream they read, and the layers between it and the logits."""
 
 from __future__ import annotations
 
@@ -37,17 +37,22 @@ def check_head(dropout: float, hidden: int) -> None:
         raise ValueError(f"hidden must be a width, or 0 for no hidden layer, got {hidden}")
 
 
+def layers(width: int, outputs: int, *, dropout: float, hidden: int) -> nn.Sequential:
+    """Map `width` numbers to `outputs`: dropout, an optional GELU hidden layer, a linear layer."""
+    before: list[nn.Module] = [nn.Dropout(dropout)]
+    if hidden:
+        before += [nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout)]
+    return nn.Sequential(*before, nn.Linear(hidden or width, outputs))
+
+
 class SummaryHead(nn.Module):
-    """Map the summary of each row to `outputs` numbers: dropout, an optional GELU hidden layer, a linear layer."""
+    """Map the summary of each row to `outputs` numbers by `layers`."""
 
     def __init__(self, inputs: Mapping[str, Stream], outputs: int, *, dropout: float, hidden: int) -> None:
         super().__init__()
         self.source = pick_stream(inputs)
         width = inputs[self.source].summary
-        layers: list[nn.Module] = [nn.Dropout(dropout)]
-        if hidden:
-            layers += [nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout)]
-        self.layers = nn.Sequential(*layers, nn.Linear(hidden or width, outputs))
+        self.layers = layers(width, outputs, dropout=dropout, hidden=hidden)
 
     def forward(self, bundle: Bundle) -> Tensor:
         """Read one stream of the bundle, (B, T, D), and return (B, outputs) in fp32."""

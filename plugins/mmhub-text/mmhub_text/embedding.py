@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmhub.errors import UsageError
-from mmhub_text.processor import TextProcessor
 
 
-def vocabulary(size: int, processor: TextProcessor) -> int:
+def vocabulary(size: int, processor: Any) -> int:
     """Return the number of embeddings: `size`, or as many as the tokenizer has ids if it is 0.
 
     Raises:

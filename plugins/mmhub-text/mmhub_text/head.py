@@ -55,7 +55,7 @@ class TransformersClassification(Classifier):
         self.head = build_head(described, len(config.labels))
 
     @classmethod
-    def from_library(
+    def of_folder(
         cls, folder: Path, described: PreTrainedConfig, labels: tuple[str, ...]
     ) -> TransformersClassification:
         """Build with the head in a transformers folder."""

@@ -32,7 +32,11 @@ _MODULES = "sentence_transformers.models"  # where every version of that library
 
 
 def find_writer(encoder: Encoder, decoder: Decoder | None, layout: str) -> list[ForeignWriter]:
-    """Offer to write the encoders that are transformers models."""
+    """Offer to write the encoders and the models that write text that are transformers models."""
+    if layout == "transformers" and type(decoder).__name__ in ("TransformersLM", "TransformersSeq2Seq"):
+        from mmhub_text.writing import text_writer  # few need it
+
+        return text_writer(encoder, decoder, layout)
     if not isinstance(encoder, (Transformers, SentenceTransformers)):
         return []
 

@@ -11,6 +11,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +56,33 @@ _OFFSET_POSITIONS = {
 # Right padding, with a mask, changes no real token; held by a test that runs each of them.
 PADDING_INVARIANT = {
     *("albert", "bart", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "gpt2"),
-    *("llama", "mbart", "modernbert", "mpnet", "mt5", "qwen3", "rembert", "roberta", "roformer", "t5"),
-    *("umt5", "xlm-roberta"),
+    *("llama", "marian", "mbart", "modernbert", "mpnet", "mt5", "pegasus", "qwen3", "rembert", "roberta", "roformer"),
+    *("t5", "umt5", "xlm-roberta"),
 }
 # Masks bf16 scores with the lowest fp32 number, and so fails under autocast.
 FULL_PRECISION = {"deberta"}
 
 
-def describe_model(table: Mapping[str, Any]) -> PreTrainedConfig:
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What a transformers model is wanted for: the class it is built as, and the hyper-parameters that adds."""
+
+    find: Callable[[type[PreTrainedConfig]], type[PreTrainedModel]]
+    types: frozenset[str]
+    more: frozenset[str] = frozenset()
+
+
+def describe_model(table: Mapping[str, Any], family: Family | None = None) -> PreTrainedConfig:
     """Build the library's configuration from a table of `model_type` and hyper-parameters.
 
     Raises:
         UsageError: the type or a key is unknown (near matches are suggested), or a value is not possible.
     """
-    kind = _model_type(table)
-    _encoder_class(CONFIG_MAPPING[kind])
+    family = family or ENCODERS
+    kind = _model_type(table, family)
+    family.find(CONFIG_MAPPING[kind])
     values = {key: value for key, value in table.items() if key != "model_type"}
-    known = _hyperparameters(CONFIG_MAPPING[kind])
+    known = hyperparameters(CONFIG_MAPPING[kind]) | family.more
     for key in values:
         if key not in known:
             hint = did_you_mean(key, known) or f"it has, among others: {', '.join(sorted(known)[:8])}"
@@ -80,34 +91,36 @@ def describe_model(table: Mapping[str, Any]) -> PreTrainedConfig:
         with quiet():
             config: PreTrainedConfig = AutoConfig.for_model(kind, **values)
     except Exception as error:  # whatever the configuration class makes of a bad value
-        raise UsageError(f"model_type {kind!r} does not accept these settings: {_one_line(error)}") from None
+        raise UsageError(f"model_type {kind!r} does not accept these settings: {one_line(error)}") from None
     config.use_cache = False  # decoder-only types would keep keys and values that nobody asks for
     return config
 
 
-def complete_table(config: PreTrainedConfig) -> dict[str, Any]:
+def complete_table(config: PreTrainedConfig, family: Family | None = None) -> dict[str, Any]:
     """Return `model_type` and every hyper-parameter, as plain data that `describe_model` accepts."""
-    known = _hyperparameters(type(config)) - set(config.attribute_map)
+    known = (hyperparameters(type(config)) | (family or ENCODERS).more) - set(config.attribute_map)
     values = {key: value for key, value in config.to_dict().items() if key in known and _is_plain(value)}
     return {"model_type": config.model_type, **values}
 
 
-def read_description(folder: Path, changes: Mapping[str, Any]) -> PreTrainedConfig:
+def read_description(folder: Path, changes: Mapping[str, Any], family: Family | None = None) -> PreTrainedConfig:
     """Read config.json of a transformers folder and apply `changes` to its hyper-parameters."""
+    family = family or ENCODERS
     table = read_table(folder / "config.json")
     if not table:
         raise NotFoundError(f"'{folder}' holds no config.json", "give `init` a transformers folder")
-    kind = _model_type(table)
+    kind = _model_type(table, family)
     if changes.get("model_type", kind) != kind:
         raise UsageError(f"'{folder}' holds a {kind!r}, not a {changes['model_type']!r}", "leave model_type out")
     # The class itself translates older spellings; only what it declares survives.
-    raw = {key: value for key, value in table.items() if key not in _NOT_OURS and key[:1] != "_"}
+    left_out = _NOT_OURS - family.more
+    raw = {key: value for key, value in table.items() if key not in left_out and key[:1] != "_"}
     try:
         with quiet():
             config = CONFIG_MAPPING[kind].from_dict(raw)
     except Exception as error:
-        raise TrustError(f"'{folder / 'config.json'}' is not usable: {_one_line(error)}") from None
-    return describe_model(complete_table(config) | dict(changes))
+        raise TrustError(f"'{folder / 'config.json'}' is not usable: {one_line(error)}") from None
+    return describe_model(complete_table(config, family) | dict(changes), family)
 
 
 def build_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -117,7 +130,7 @@ def build_model(config: PreTrainedConfig) -> PreTrainedModel:
         with quiet(), no_initial_weights():
             return _encoder_part(kind(config, **_no_pooler(kind)), both)
     except Exception as error:  # widths that do not fit each other
-        raise UsageError(f"a {config.model_type!r} cannot be built with these settings: {_one_line(error)}") from error
+        raise UsageError(f"a {config.model_type!r} cannot be built with these settings: {one_line(error)}") from error
 
 
 def load_model(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
@@ -127,7 +140,7 @@ def load_model(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
         TrustError: there are no such weights, or they lack tensors or have other shapes than config.json says.
     """
     kind, both = _encoder_class(type(config)), config.is_encoder_decoder
-    return _encoder_part(_load(kind, config, folder, **_no_pooler(kind)), both)
+    return _encoder_part(load_whole(kind, config, folder, **_no_pooler(kind)), both)
 
 
 def classifier_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -148,10 +161,11 @@ def load_classifier(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
     Raises:
         TrustError: as `load_model`.
     """
-    return _load(classifier_class(config), config, folder)
+    return load_whole(classifier_class(config), config, folder)
 
 
-def _load(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, **options: Any) -> PreTrainedModel:
+def load_whole(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, **options: Any) -> PreTrainedModel:
+    """Build a model of class `kind` with the safetensors weights of a transformers folder, in fp32."""
     if not any(folder.glob("model*.safetensors*")):
         others = sorted(path.name for path in folder.glob("*.bin"))
         found = f" (only {', '.join(others)}, which could run code)" if others else ""
@@ -162,12 +176,19 @@ def _load(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, *
         with quiet():
             model, report = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
     except Exception as error:  # damaged files, other shapes
-        raise TrustError(f"the weights in '{folder}' cannot be loaded: {_one_line(error)}") from None
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+        raise TrustError(f"the weights in '{folder}' cannot be loaded: {one_line(error)}") from None
+    if missing := sorted(set(report["missing_keys"]) - _computed(model)):
         raise TrustError(f"the weights in '{folder}' lack {len(missing)} tensor(s), such as {missing[0]!r}")
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _computed(model: PreTrainedModel) -> set[str]:
+    """The names of tables of sines, which some types hold as parameters and leave out of their files."""
+    tables = {name: part for name, part in model.named_modules() if "Sinusoidal" in type(part).__name__}
+    for table in tables.values():
+        table.requires_grad_(False)
+    return {f"{name}.weight" for name in tables}
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -180,7 +201,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise TrustError(f"'{file}' cannot be read: {_one_line(error)}", "mmhub reads safetensors alone") from None
+        raise TrustError(f"'{file}' cannot be read: {one_line(error)}", "mmhub reads safetensors alone") from None
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 
@@ -200,7 +221,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     except MmhubError:
         raise
     except Exception as error:
-        message = f"the tokenizer files in '{folder}' cannot be read: {_one_line(error)}"
+        message = f"the tokenizer files in '{folder}' cannot be read: {one_line(error)}"
         raise TrustError(message, "save them as tokenizer.json") from None
 
 
@@ -240,7 +261,7 @@ def pooling_modes(table: Mapping[str, Any]) -> list[str]:
 def encodes_text(table: Mapping[str, Any]) -> bool:
     """Does config.json describe a model of transformers that encodes text?"""
     try:
-        _encoder_class(CONFIG_MAPPING[_model_type(table)])
+        _encoder_class(CONFIG_MAPPING[_model_type(table, ENCODERS)])
     except (UsageError, KeyError):
         return False
     return True
@@ -276,9 +297,8 @@ def find_folder(path: Path) -> Path:
     return first if first.resolve().is_relative_to(path.resolve()) else path
 
 
-def _model_type(table: Mapping[str, Any]) -> str:
-    kind = table.get("model_type")
-    known = {*MODEL_MAPPING_NAMES, *MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES}
+def _model_type(table: Mapping[str, Any], family: Family) -> str:
+    kind, known = table.get("model_type"), family.types
     if not kind:
         raise UsageError("transformers needs to know the model", 'give `init`, or config = {model_type = "bert", ...}')
     if kind not in known:
@@ -287,7 +307,7 @@ def _model_type(table: Mapping[str, Any]) -> str:
     return str(kind)
 
 
-def _hyperparameters(kind: type[PreTrainedConfig]) -> set[str]:
+def hyperparameters(kind: type[PreTrainedConfig]) -> set[str]:
     declared = _parameters(kind.__init__) | set(kind.attribute_map)
     return {key for key in declared - _NOT_OURS if key[:1] != "_"}
 
@@ -310,10 +330,13 @@ def _is_plain(value: Any) -> bool:
 def _encoder_class(described: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     kind = MODEL_FOR_TEXT_ENCODING_MAPPING.get(described, None) or MODEL_MAPPING.get(described, None)
     kind = kind[0] if isinstance(kind, tuple) else kind
-    if kind is None or kind.main_input_name != "input_ids" or "hidden_size" not in _hyperparameters(described):
+    if kind is None or kind.main_input_name != "input_ids" or "hidden_size" not in hyperparameters(described):
         raise UsageError(f"model_type {described.model_type!r} does not encode text", 'use one such as "bert" or "t5"')
     result: type[PreTrainedModel] = kind
     return result
+
+
+ENCODERS = Family(find=_encoder_class, types=frozenset({*MODEL_MAPPING_NAMES, *MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES}))
 
 
 def _no_pooler(kind: type[PreTrainedModel]) -> dict[str, Any]:
@@ -345,10 +368,10 @@ def read_json(path: Path) -> Any:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise TrustError(f"'{path}' is not readable JSON: {_one_line(error)}") from None
+        raise TrustError(f"'{path}' is not readable JSON: {one_line(error)}") from None
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 

@@ -30,7 +30,7 @@ from mmhub_text.library import (
     read_pooling,
     read_tokenizer,
 )
-from mmhub_text.processor import TextProcessor
+from mmhub_text.processor import TextProcessor, segments
 from mmhub_text.tokenizer import load_tokenizer, read_recipe
 
 
@@ -79,6 +79,8 @@ class Transformers(Encoder):
         self.dim = int(described.hidden_size)
         self.pooled_dim = self.dim if pooling == "cls" else None
         self.pad_id = processor.pad_id if described.pad_token_id is None else int(described.pad_token_id)
+        has_types = int(getattr(described, "type_vocab_size", None) or 0) > 1
+        self.sep_id = processor.sep_id if has_types else None
         self.full_precision = described.model_type in FULL_PRECISION
         self.model = build_model(described)
 
@@ -113,8 +115,9 @@ class Transformers(Encoder):
     def forward(self, data: Tensor, mask: Tensor) -> Features:
         """Encode ids (N, S) to tokens (N, S, D)[, pooled (N, D)]."""
         ids = data.masked_fill(~mask, self.pad_id)  # RoBERTa counts positions by where the padding id is not
+        types = {} if self.sep_id is None else {"token_type_ids": segments(data, mask, self.sep_id)}
         with torch.autocast(ids.device.type, enabled=False) if self.full_precision else nullcontext():
-            states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+            states = self.model(input_ids=ids, attention_mask=mask.long(), **types).last_hidden_state
         tokens = states * mask.unsqueeze(-1).to(states.dtype)
         return Features(tokens=tokens, mask=mask, pooled=tokens[:, 0] if self.pooled_dim else None)
 

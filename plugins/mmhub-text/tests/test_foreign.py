@@ -160,11 +160,22 @@ def test_what_has_no_head_we_run_is_an_encoder(changes: dict[str, Any], left_out
     assert (parts.decoder, parts.left_out, parts.task) == (None, left_out, "embedding")
 
 
-@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "LlamaForCausalLM", "T5ForConditionalGeneration"])
-def test_models_that_write_text_are_refused(kind: str, tmp_path: Path) -> None:
-    table = {"model_type": {"G": "gpt2", "L": "llama", "T": "t5"}[kind[0]], "architectures": [kind]}
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("BertLMHeadModel", "a 'bert' is a language model only with is_decoder = true"),
+        ("XLNetLMHeadModel", "model_type 'xlnet' is no language model that can be run here"),
+        ("LEDForConditionalGeneration", "model_type 'led' is no sequence-to-sequence model that can be run here"),
+    ],
+)
+def test_what_writes_text_in_ways_that_are_not_run_here_is_refused(
+    architecture: str, message: str, tmp_path: Path
+) -> None:
+    table = {"model_type": re.sub("(LMHead|For).*", "", architecture).lower(), "architectures": [architecture]}
+    (tmp_path / "config.json").write_text(json.dumps(table))
     (reader,) = find_reader(tmp_path, table)
-    assert f"a {kind} writes text" in str(reader.refusal)
+    assert reader.refusal is not None and reader.refusal.message == message
+    assert reader.refusal.hint and "its encoder can start one of yours" in reader.refusal.hint
 
 
 @pytest.mark.parametrize("table", [{"model_type": "vit"}, {"model_type": "no-such"}, {"architecture": "resnet18"}, {}])

@@ -182,7 +182,7 @@ def test_training_leaves_the_environment_alone(texts: list[str], monkeypatch: py
 
 
 def test_a_stored_tokenizer_is_parsed_when_it_is_needed(texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmhub_text import processor as module
+    from mmhub_text import store as module
 
     saved = trained(texts, "bpe", max_length=5)
     parsed: list[int] = []

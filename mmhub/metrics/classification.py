@@ -1,13 +1,11 @@
-"""Metrics from predictions and references, by name. All are exact over the whole data set, not averages of batches."""
+"""Metrics of labels, sets of labels and numbers."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-Metric = Callable[[Sequence[Mapping[str, Any]], Sequence[Any]], dict[str, float]]
 
 
 def accuracy(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]) -> dict[str, float]:
@@ -59,18 +57,3 @@ def regression(predictions: Sequence[Mapping[str, Any]], references: Sequence[An
     variance = math.fsum((r - mean) ** 2 for _, r in pairs) / len(pairs)
     mae = math.fsum(abs(p - r) for p, r in pairs) / len(pairs)
     return {"mse": mse, "mae": mae, "r2": 1 - mse / variance if variance else 0.0}
-
-
-METRICS: dict[str, Metric] = {
-    "accuracy": accuracy,
-    "f1": macro_f1,
-    "multilabel": multilabel,
-    "regression": regression,
-}
-
-
-def measure(
-    names: Sequence[str], predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]
-) -> dict[str, float]:
-    """Return the values of all the metrics called `names`; both sequences hold one entry a row, at least one."""
-    return {key: value for name in names for key, value in METRICS[name](predictions, references).items()}

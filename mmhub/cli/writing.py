@@ -1,0 +1,124 @@
+"""What the commands that write texts share: options of generation, texts from files and stdin, terminal output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from mmhub.errors import InputError, NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from mmhub.interfaces import Generation
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_OPTIONS = (
+    ("max_new_tokens", int, "Write at most so many tokens."),
+    ("min_new_tokens", int, "Let no end token come before so many."),
+    ("temperature", float, "0: always the most probable token; above: draw one."),
+    ("top_k", int, "Draw from the so many most probable tokens."),
+    ("top_p", float, "Draw from the most probable tokens that together have this probability."),
+    ("min_p", float, "Draw from tokens at least so probable, as a share of the most probable one."),
+    ("beams", int, "Keep so many hypotheses and answer with the best."),
+    ("length_penalty", float, "Beams: divide log-probabilities by length to this power."),
+    ("repetition_penalty", float, "Divide the scores of tokens that stand in the text already."),
+    ("seed", int, "What random choices start from."),
+)
+
+
+def writing_options(command: F) -> F:
+    """Add the options of `mmhub.interfaces.Generation`, passed on as one dict `writing` of those that were given."""
+    for name, kind, text in reversed(_OPTIONS):
+        option = click.option(
+            f"--{name.replace('_', '-')}", name, type=kind, help=text, callback=_collect, expose_value=False
+        )
+        command = option(command)
+    stop = "End the text before this one (repeatable); \\n is a line break."
+    option = click.option("--stop", multiple=True, help=stop, callback=_collect, expose_value=False)
+    return option(command)
+
+
+def _collect(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    given = context.params.setdefault("writing", {})
+    if parameter.name == "stop":
+        value = tuple(part.replace("\\n", "\n").replace("\\t", "\t") for part in value) or None
+    if value is not None:
+        given[parameter.name] = value
+
+
+def read_settings(model: Any, writing: dict[str, Any]) -> Generation:
+    """Return how the model writes by itself, changed by the options that were given.
+
+    Raises:
+        UsageError: an option has a wrong value, or the model writes no text.
+    """
+    import msgspec
+
+    from mmhub.generate.samples import text_decoder
+
+    own = text_decoder(model).generation
+    if writing.get("temperature"):  # drawing and beams exclude each other: what was asked for wins
+        writing = {"beams": 1} | writing
+    elif writing.get("beams", 1) > 1:
+        writing = {"temperature": 0.0} | writing
+    if "max_new_tokens" in writing and "min_new_tokens" not in writing:
+        writing = {"min_new_tokens": min(own.min_new_tokens, max(writing["max_new_tokens"], 0))} | writing
+    try:
+        return msgspec.structs.replace(own, **writing)
+    except ValueError as error:
+        raise UsageError(str(error), "see --help") from None
+
+
+def read_lines(file: Path) -> list[str]:
+    """Return the lines of a text file that are not empty.
+
+    Raises:
+        NotFoundError: there is no such file. InputError: it is no UTF-8 text, or has no such line.
+    """
+    if not file.is_file():
+        raise NotFoundError(f"no file '{file}'", "check the path")
+    content = file.read_bytes()
+    try:
+        lines = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        at = f"byte {error.start} (line {content.count(10, 0, error.start) + 1})"
+        raise InputError(f"'{file}' is not UTF-8 text: {at} is {content[error.start]:#04x}", "convert it") from None
+    if not lines:
+        raise InputError(f"'{file}' holds no text", "give one text a line")
+    return lines
+
+
+def read_stdin() -> str:
+    """Return all that stdin holds, without the line break at its end.
+
+    Raises:
+        InputError: it is no UTF-8 text.
+    """
+    content = sys.stdin.buffer.read()
+    try:
+        return content.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin is not UTF-8 text: byte {error.start} is {content[error.start]:#04x}") from None
+
+
+def shown(text: str) -> str:
+    """Return text as stdout can show it; on a terminal without control characters, which a model may write too."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def show(text: str) -> None:
+    """Print a piece of text at once, without a line break."""
+    print(shown(text), end="", flush=True)
+
+
+def at_prompt(error: InputError, what: str = "prompt") -> InputError:
+    """Say which of several texts an error is about."""
+    return InputError(f"{what} {(error.row or 0) + 1}: {error.message}", error.hint)

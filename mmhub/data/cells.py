@@ -1,0 +1,33 @@
+"""Cells of a row: a column, or several that make one input together, written as "premise+hypothesis"."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+PAIR = ("text", "text_pair")  # what a processor calls the parts
+
+
+def parts_of(column: str, known: Collection[str]) -> tuple[str, ...]:
+    """Return the columns that `column` is made of: itself, if there is one of that name.
+
+    >>> parts_of("question+context", ["id", "question", "context"]), parts_of("a+b", ["a+b"])
+    (('question', 'context'), ('a+b',))
+    """
+    return (column,) if column in known or "+" not in column else tuple(column.split("+"))
+
+
+def all_parts(columns: Iterable[str], known: Collection[str]) -> list[str]:
+    """Return the columns that all of `columns` are made of, each once."""
+    return list(dict.fromkeys(part for column in columns for part in parts_of(column, known)))
+
+
+def cell(row: Mapping[str, Any], column: str) -> Any:
+    """Return the cell of a column, None if there is none; of a pair of columns {"text", "text_pair"}."""
+    parts = parts_of(column, row)
+    return row.get(column) if len(parts) == 1 else join([row.get(part) for part in parts])
+
+
+def join(values: list[Any]) -> Any:
+    """Return the cells of several columns as one input, None where all are missing."""
+    return None if all(value is None for value in values) else dict(zip(PAIR, values, strict=False))

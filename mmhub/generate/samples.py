@@ -1,0 +1,234 @@
+"""Texts for the samples of a model: prompts are read, batches made, guards asked, and answers put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mmhub.batch import Bundle
+from mmhub.errors import InputError, UsageError
+from mmhub.generate.write import Stream, Written, write
+from mmhub.interfaces import Generation, LanguageModel, Policy, TextDecoder
+
+if TYPE_CHECKING:
+    from mmhub.model import Model
+
+Sample = Mapping[str, Any]
+Answer = dict[str, Any]
+
+
+def generate(
+    model: Model,
+    samples: Sequence[Sample],
+    settings: Generation | None = None,
+    *,
+    n: int = 1,
+    batch_size: int = 32,
+    policy: Policy | None = None,
+    stream: Stream | None = None,
+    truncate: bool = False,
+    first: int = 0,
+) -> list[Answer]:
+    """Write on from each sample's text, or whatever else the model turns into text, in order.
+
+    An answer is {"text", "finish": "end" | "stop" | "length", "score"}; with `n` > 1 texts a sample it is {"texts",
+    "finish", "score"}, all lists. `score` is the log-probability in nats. A prompt longer than the model's context is
+    an error, or with `truncate` loses its first tokens, whose number is then in the answer as `truncated`. What a
+    plugin's guard refuses is answered `{"refused": reason, "guard": name}`; where there are guards, `stream` gets a
+    text once they have seen it, else piece by piece: stream(row, sample number, text). Rows are numbered from `first`;
+    random choices depend on the seed and these two numbers alone.
+
+    Raises:
+        UsageError: the model writes no text. InputError: a sample cannot be read; `row` is its position.
+    """
+    decoder = text_decoder(model)
+    settings = settings or decoder.generation
+    policy = policy or Policy()
+    samples = [dict(sample) if isinstance(sample, Mapping) else sample for sample in samples]
+    numbers = {id(sample): row for row, sample in enumerate(samples, first)}  # guards may leave only some of them
+    guards = model.has_guards
+
+    def answer(part: Sequence[Sample]) -> list[Answer]:
+        def bundle_at(rows: Sequence[int]) -> tuple[Bundle, list[int]]:
+            taken = [part[row] for row in rows]
+            if isinstance(decoder, LanguageModel):
+                return _prompt_bundle(model, decoder, taken, settings, policy, truncate)
+            batch = model.collate(taken, policy).to(model.device)
+            return model.fusion(model.encode(batch.items, batch.size)), [0] * len(rows)
+
+        sizes = [len(text) if isinstance(text := _text(sample), str) else 0 for sample in part]
+        rows = [numbers[id(sample)] for sample in part]
+        return write_rows(model, bundle_at, sizes, settings, n, batch_size, None if guards else stream, rows)
+
+    answers = model.guarded(samples, answer) if n == 1 or not guards else _each_guarded(model, samples, answer, n)
+    if guards and stream is not None:
+        _stream_reviewed(answers, stream, first)
+    return answers
+
+
+def _text(sample: Sample) -> Any:
+    return sample.get("text") if isinstance(sample, Mapping) else None
+
+
+def _stream_reviewed(answers: Sequence[Answer], stream: Stream, first: int) -> None:
+    for row, found in enumerate(answers, first):
+        for number, text in enumerate(found.get("texts") or [found.get("text")]):
+            if text is not None:
+                stream(row, number, text)
+
+
+def text_decoder(model: Model) -> TextDecoder:
+    """Return the decoder of a model that writes texts.
+
+    Raises:
+        UsageError: it writes none.
+    """
+    if not isinstance(model.decoder, TextDecoder):
+        what = f"{model.name or 'this model'} is for {model.task.name} and writes no text"
+        raise UsageError(what, "use `predict`, or name a model that writes")
+    return model.decoder
+
+
+@torch.inference_mode()
+def write_rows(
+    model: Model,
+    bundle_of: Callable[[Sequence[int]], tuple[Bundle, list[int]]],
+    sizes: Sequence[int],
+    settings: Generation,
+    n: int = 1,
+    batch_size: int = 32,
+    stream: Stream | None = None,
+    numbers: Sequence[int] | None = None,
+) -> list[Answer]:
+    """Write for as many rows as there are `sizes`, rows of like size together; the answers are in order.
+
+    `bundle_of` gives the bundle of some rows, and how many tokens of each prompt were left out; `numbers` are the rows'
+    numbers for `stream` and for random choices, if not 0, 1, ...
+    """
+    numbers = range(len(sizes)) if numbers is None else numbers
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    answers: dict[int, Answer] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            try:
+                bundle, left_out = bundle_of(rows)
+                known = [numbers[row] for row in rows]
+                texts = write(text_decoder(model), bundle, settings, samples=n, rows=known, stream=stream)
+            except InputError as error:
+                error.row = rows[error.row or 0]
+                error.__notes__ = [f"in sample {error.row}"]
+                raise
+            for row, found, lost in zip(rows, texts, left_out, strict=True):
+                answers[row] = _answer(found, n) | ({"truncated": lost} if lost else {})
+    finally:
+        model.train(was_training)
+    return [answers[row] for row in range(len(sizes))]
+
+
+def _answer(found: list[Written], n: int) -> Answer:
+    if n == 1:
+        (one,) = found
+        return {"text": one.text, "finish": one.finish, "score": one.score}
+    return _joined([_answer([one], 1) for one in found])
+
+
+def _joined(answers: Iterable[Answer]) -> Answer:
+    """Several answers to one sample as one; if all are refused, that alone."""
+    found = list(answers)
+    if all("refused" in answer for answer in found):
+        return found[0]
+    keys = ("text", "finish", "score")
+    texts, finish, score = ([answer.get(key) for answer in found] for key in keys)
+    joined: Answer = {"texts": texts, "finish": finish, "score": score}
+    lost = max(answer.get("truncated", 0) for answer in found)
+    refused = [answer.get("refused") for answer in found]
+    return joined | ({"truncated": lost} if lost else {}) | ({"refused": refused} if any(refused) else {})
+
+
+def _each_guarded(
+    model: Model, samples: Sequence[Sample], answer: Callable[[Sequence[Sample]], list[Answer]], n: int
+) -> list[Answer]:
+    """Let the guards see each of a sample's texts by itself: what one is refused for does not concern the others."""
+
+    def apart(passed: Sequence[Sample]) -> list[Answer]:
+        once = list({id(sample): sample for sample in passed}.values())
+        texts = {id(sample): iter(_split(found, n)) for sample, found in zip(once, answer(once), strict=True)}
+        return [next(texts[id(sample)]) for sample in passed]
+
+    answers = model.guarded([sample for sample in samples for _ in range(n)], apart)
+    return [_joined(answers[start : start + n]) for start in range(0, len(answers), n)]
+
+
+def _split(answer: Answer, n: int) -> list[Answer]:
+    """Undo `_joined`."""
+    names = {"texts": "text"}
+    return [
+        {names.get(key, key): part[number] if isinstance(part, list) else part for key, part in answer.items()}
+        for number in range(n)
+    ]
+
+
+def _prompt_bundle(
+    model: Model,
+    decoder: LanguageModel,
+    samples: Sequence[Sample],
+    settings: Generation,
+    policy: Policy,
+    truncate: bool,
+) -> tuple[Bundle, list[int]]:
+    for row, sample in enumerate(samples):
+        model.check_sample(row, sample)
+    read = [_prompt_ids(decoder, sample, policy, row) for row, sample in enumerate(samples)]
+    kept = [fit(decoder, ids, settings, row, truncate) for row, ids in enumerate(read)]
+    return bundle_of(model, samples, kept, policy), [len(a) - len(b) for a, b in zip(read, kept, strict=True)]
+
+
+def bundle_of(model: Model, samples: Sequence[Sample], prompts: Sequence[Tensor], policy: Policy) -> Bundle:
+    """Return what a language model begins with: prompts of token ids, and the samples' other modalities."""
+    text = text_decoder(model).processor.pack_rows([[ids] for ids in prompts])
+    others = [{**sample, "text": None} for sample in samples]
+    items = {name: p([o.get(name) for o in others], policy) for name, p in model.processors.items() if name != "text"}
+    items = {name: part.to(model.device) for name, part in (items | {"text": text}).items()}
+    return model.fusion(model.encode(items, len(samples)))
+
+
+def _prompt_ids(decoder: LanguageModel, sample: Sample, policy: Policy, row: int) -> Tensor:
+    try:
+        ids: Tensor = decoder.processor.prompt(sample.get("text") or "", policy)
+        if not len(ids):
+            raise InputError("the prompt is empty, and the model knows no token that begins a text", "give it a text")
+    except InputError as error:
+        error.row, error.modality = row, "text"
+        raise
+    return ids
+
+
+def kept_tokens(decoder: TextDecoder, settings: Generation) -> int | None:
+    """How many tokens of a prompt that is too long are kept: room stays for what is written, up to half the context."""
+    context = decoder.context
+    return None if context is None else max(context - settings.max_new_tokens, (context + 1) // 2)
+
+
+def fit(decoder: LanguageModel, ids: Tensor, settings: Generation, row: int, truncate: bool) -> Tensor:
+    """Return a prompt that leaves room in the context, as it is or, with `truncate`, its last tokens.
+
+    A begin token stays in front: models rely on it more than on the words behind it.
+    """
+    context, keep = decoder.context, kept_tokens(decoder, settings)
+    if context is None or keep is None or len(ids) < context:
+        return ids
+    if not truncate:
+        error = InputError(
+            f"the prompt has {len(ids)} tokens, and the model's context of {context} must also hold what is written",
+            "shorten it, or let its beginning be left out with truncate=True (--truncate)",
+        )
+        error.row, error.modality = row, "text"
+        raise error
+    head = ids[:1] if int(ids[0]) == decoder.processor.begin_id and keep > 1 else ids[:0]
+    return torch.cat([head, ids[len(ids) - keep + len(head) :]])

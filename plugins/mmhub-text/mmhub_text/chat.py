@@ -1,0 +1,192 @@
+"""Chat templates: a conversation becomes the text that a model was trained on, in jinja2's sandbox.
+
+Templates come with models and are data: they see the messages and the names of special tokens, nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence, Set
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from mmhub.errors import InputError, NotFoundError, TrustError, UsageError, did_you_mean
+from mmhub.interfaces import describe_raw
+from mmhub_text.frame import read_text
+
+ROLES = ("system", "user", "assistant")
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+BUILT_IN = {
+    "plain": (
+        "{{ bos_token }}{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
+        "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}"
+    ),
+    "chatml": (
+        "{% for message in messages %}"
+        "<|im_start|>{{ message.role }}{{ '\n' }}{{ message.content }}<|im_end|>{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
+    ),
+}
+
+
+def find_template(name: str) -> str:
+    """Return the built-in template called `name`, or the content of that file.
+
+    Raises:
+        NotFoundError: there is neither. TrustError: the file is no readable text, or no template.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    path = Path(name).expanduser()
+    if not path.is_file():
+        hint = did_you_mean(name, BUILT_IN) or f"give {' or '.join(map(repr, BUILT_IN))}, or the path of a jinja file"
+        raise NotFoundError(f"no chat template '{name}'", hint)
+    text = read_text(path)
+    _compile(text)
+    return text
+
+
+def encode_chat(
+    messages: Sequence[Mapping[str, Any]],
+    template: str,
+    names: Mapping[str, str],
+    controls: Mapping[str, Set[str]],
+    encode: Callable[[str], Sequence[int]],
+) -> list[int]:
+    """Return the ids of a conversation up to the assistant's next answer.
+
+    `encode` turns text into ids, special tokens in it into theirs; `names` are special tokens such as bos_token. Those
+    that a message spells become plain text, character by character, if they are among the `controls` of its role: only
+    the template writes real ones.
+
+    Raises:
+        InputError: the conversation is malformed, or the template refuses it. TrustError: the template is damaged.
+    """
+    checked = [_checked(message, number) for number, message in enumerate(_listed(messages))]
+    texts = [message["content"] for message in checked]
+    spelled = [{token for token in controls[one["role"]] if token in one["content"]} for one in checked]
+    if not any(spelled):
+        return list(encode(render(checked, template, names)))
+    start, end = _unused(texts), _unused(texts, skip=1)
+    for message, tokens in zip(checked, spelled, strict=True):
+        if tokens:
+            longest_first = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+            message["content"] = re.sub(longest_first, lambda found: f"{start}{found[0]}{end}", message["content"])
+    return _encode_pieces(render(checked, template, names), start, end, encode)
+
+
+def render(messages: Sequence[Mapping[str, str]], template: str, names: Mapping[str, str]) -> str:
+    """Return the text of checked messages, up to the assistant's next answer."""
+    compiled = _compile(template)
+    try:
+        return str(compiled.render(**names, messages=messages, tools=None, documents=None, add_generation_prompt=True))
+    except SecurityError as error:
+        raise TrustError(f"the chat template does what none may do: {error}", "give another one") from None
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"the chat template refuses the conversation: {error}", "check roles and their order"
+        ) from None
+
+
+def _encode_pieces(text: str, start: str, end: str, encode: Callable[[str], Sequence[int]]) -> list[int]:
+    """Encode a text in which what stands between `start` and `end` is plain; a mark without a partner only parts."""
+    ids: list[int] = []
+    for piece in re.split(f"({start}[^{start}{end}]*{end})|[{start}{end}]", text):
+        plain = bool(piece) and piece[0] == start
+        for part in list(piece[1:-1]) if plain else [piece] if piece else []:
+            ids += encode(part)
+    return ids
+
+
+def _unused(texts: Sequence[str], skip: int = 0) -> str:
+    """A character that no text holds, among those that Unicode keeps for such uses."""
+    free = [char for char in map(chr, range(0xFDD0, 0xFDF0)) if not any(char in text for text in texts)]
+    if len(free) <= skip:
+        raise InputError("the conversation holds nearly all of Unicode's noncharacters", "remove U+FDD0 to U+FDEF")
+    return free[skip]
+
+
+def _listed(messages: Any) -> Sequence[Any]:
+    if not isinstance(messages, (list, tuple)) or not messages:
+        given = "none" if isinstance(messages, (list, tuple)) else describe_raw(messages)
+        hint = 'e.g. [{"role": "user", "content": "hello"}]'
+        raise InputError(f"a conversation is a list of messages, got {given}", hint)
+    return messages
+
+
+def _checked(message: Any, number: int) -> dict[str, str]:
+    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+        what = f"the keys {sorted(map(str, message))}" if isinstance(message, Mapping) else describe_raw(message)
+        raise InputError(f"message {number + 1} should have a role and a content, got {what}")
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise InputError(f"message {number + 1} has the unknown role {role!r}", f"roles: {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise InputError(f"the content of message {number + 1} should be a text, got {describe_raw(content)}")
+    return {"role": role, "content": content}
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(template: str) -> Any:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals = {
+        "range": environment.globals["range"],  # the sandbox's own, which has a limit
+        "dict": lambda *args, **kwargs: dict(*args, **kwargs),
+        "namespace": _Namespace,
+        "raise_exception": _refuse,
+        "strftime_now": lambda style: datetime.now().strftime(style),
+    }
+    try:
+        return environment.from_string(template)
+    except TemplateSyntaxError as error:
+        raise TrustError(f"the chat template is damaged: line {error.lineno}: {error.message}") from None
+
+
+class _Generation(Extension):
+    """The tag {% generation %}, by which templates mark what an assistant wrote; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 - as the base class has it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class _Namespace(Namespace):
+    """A namespace whose entries cannot reach what belongs to Python."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise SecurityError(f"it sets {name!r}")
+        super().__setitem__(name, value)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _tojson(value: Any, **options: Any) -> str:
+    """Write JSON without the escapes for HTML that jinja2's own filter adds."""
+    return json.dumps(value, **({"ensure_ascii": False} | options))
+
+
+def no_template() -> UsageError:
+    """The error of a model that knows no conversations."""
+    return UsageError(
+        "this model has no chat template",
+        'give one in [model.tokenizer], chat_template = "plain", "chatml" or a file, or use text instead of chat',
+    )

@@ -1,0 +1,257 @@
+"""The processor of texts that are written: texts and conversations become token ids, and ids text again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+
+from mmhub.errors import InputError, UsageError
+from mmhub.interfaces import LanguageProcessor, Policy
+from mmhub_text.chat import BUILT_IN, CHATML_TOKENS, encode_chat, find_template, no_template
+from mmhub_text.frame import Frame, read_frame
+from mmhub_text.store import TokenizerStore, checked_text, encode, stored_content, training_texts
+from mmhub_text.tokenizer import (
+    TEXT_SPECIALS,
+    Kind,
+    TokenizerRecipe,
+    load_tokenizer,
+    parse_tokenizer,
+    read_recipe,
+    train_text_tokenizer,
+)
+
+
+class LanguageTextProcessor(LanguageProcessor):
+    """Tokenize documents, prompts and conversations; ids are (S,) long.
+
+    Special tokens that a text spells stay text: only the frame and the chat template write real ones. A text that is
+    one word for the tokenizer, as "</s>" is for words, becomes the unknown token.
+
+    Attributes:
+        begins: do prompts begin with `begin_id`, as documents do where there is one? An empty one does in any case.
+        unknown_id: what stands for words that the tokenizer does not know, None where it knows all.
+        chat_template: a jinja2 template, "" for none.
+    """
+
+    keeps_read = True
+
+    def __init__(self, frame: Frame | None = None) -> None:
+        self._store = TokenizerStore(self._learn)
+        self._recipe: TokenizerRecipe | None = None
+        self._chat: Tokenizer | None = None  # the one that makes real special tokens of what templates spell
+        self._special: frozenset[int] = frozenset()
+        self._hidden: frozenset[int] = frozenset()
+        self.unknown_id: int | None = None
+        self.needs_fit = True
+        self._use(frame or Frame())
+
+    @classmethod
+    def from_recipe(cls, table: Mapping[str, Any] | None, *, default: Kind) -> Self:
+        """Build from the recipe's `[model.tokenizer]` table; trained kinds then need `fit`.
+
+        Raises:
+            UsageError: the table is wrong. NotFoundError, TrustError: what it names is not there, or damaged.
+        """
+        recipe = read_recipe(table, default)
+        if recipe.kind == "pretrained":
+            tokenizer, path = load_tokenizer(recipe.name), Path(recipe.name).expanduser()
+            frame = read_frame(path if path.is_dir() else path.parent, tokenizer)
+            processor = cls.of_frame(tokenizer, frame)
+            if recipe.chat_template:
+                processor.take_template(recipe.chat_template)
+            return processor
+        processor = cls(Frame(chat_template=find_template(recipe.chat_template) if recipe.chat_template else ""))
+        processor._recipe = recipe
+        if recipe.kind == "byte":
+            processor.fit(())
+        return processor
+
+    @classmethod
+    def of_tokenizer(
+        cls,
+        tokenizer: Tokenizer,
+        *,
+        begin_id: int | None,
+        end_id: int | None,
+        ends: bool,
+        begins: bool = True,
+        stop_ids: Sequence[int] = (),
+        chat_template: str = "",
+        names: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Wrap a finished tokenizer. `end_id` always stops a generated text; `names` are those templates know."""
+        return cls.of_frame(
+            tokenizer,
+            Frame(
+                begin_id=begin_id,
+                end_id=end_id,
+                begins=begins,
+                ends=ends,
+                stop_ids=tuple(stop_ids),
+                chat_template=chat_template,
+                names=names or {},
+            ),
+        )
+
+    @classmethod
+    def of_frame(cls, tokenizer: Tokenizer, frame: Frame) -> Self:
+        """Wrap a finished tokenizer with what `read_frame` found, or part of it."""
+        processor = cls(frame)
+        processor._put(tokenizer)
+        return processor
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, None until `fit`."""
+        return self._store.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id."""
+        return self._store.vocab_size
+
+    def read(self, raw: Any, policy: Policy, rng: torch.Generator | None = None) -> Tensor:
+        """Return the ids of a document, (S,) long: the begin token, the text, and the end token where `ends`."""
+        ids = self._framed(raw, policy, begins=True)
+        if self.ends and self.end_id is not None:
+            ids.append(self.end_id)
+        return torch.tensor(ids, dtype=torch.long)
+
+    def prompt(self, raw: Any, policy: Policy) -> Tensor:
+        return torch.tensor(self._framed(raw, policy, begins=self.begins), dtype=torch.long)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], policy: Policy) -> Tensor:
+        if not self.chat_template:
+            raise no_template()
+        tokenizer = self._store.ready()
+        if self._chat is None:
+            self._chat = parse_tokenizer(tokenizer.to_str())
+        chat = self._chat
+        added = tokenizer.get_added_tokens_decoder().values()
+        special = {token.content for token in added if token.special}
+        written = {token.content for token in added if token.content in self.chat_template and token.content.strip()}
+        # what the model itself has said may hold ordinary tokens of the template, such as </think>
+        controls = {"system": special | written, "user": special | written, "assistant": special}
+
+        def encoded(text: str) -> list[int]:
+            return encode(chat, checked_text(text, policy), framed=False).ids
+
+        ids = encode_chat(messages, self.chat_template, self.names, controls, encoded)
+        return torch.tensor(ids, dtype=torch.long)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens left out; of half a character, which may be the end, U+FFFD.
+
+        Byte-level kinds give back the exact text. Words are joined by blanks, but for line breaks.
+        """
+        tokenizer = self._store.ready()
+        text: str = tokenizer.decode([i for i in ids if i not in self._hidden], skip_special_tokens=False)
+        return text
+
+    def fit(self, raws: Iterable[Any]) -> None:
+        """Train the tokenizer on texts, lists of texts, pairs and None, as they stand in the training rows."""
+        recipe = self._recipe
+        assert recipe is not None, "fit is for processors made by from_recipe"
+        extra = CHATML_TOKENS if self.chat_template == BUILT_IN["chatml"] else ()
+        tokenizer = train_text_tokenizer(recipe, training_texts(raws), extra)
+        begin, end = (tokenizer.token_to_id(name) for name in TEXT_SPECIALS[2:])
+        names = dict(zip(("pad_token", "unk_token", "bos_token", "eos_token"), TEXT_SPECIALS, strict=True))
+        stops = [tokenizer.token_to_id(name) for name in extra[1:]]
+        stop_ids = tuple(i for i in stops if i is not None)
+        self._use(Frame(begin_id=begin, end_id=end, stop_ids=stop_ids, chat_template=self.chat_template, names=names))
+        self._put(tokenizer)
+
+    def take_template(self, name: str) -> None:
+        """Take another chat template than the tokenizer's own: "plain", "chatml" or a file.
+
+        Raises:
+            UsageError: the tokenizer lacks its tokens. NotFoundError, TrustError: the file is missing, or damaged.
+        """
+        template, tokenizer = find_template(name), self._store.ready()
+        if template == BUILT_IN["chatml"] and any(tokenizer.token_to_id(token) is None for token in CHATML_TOKENS):
+            raise UsageError(
+                f'the tokenizer has no {" and ".join(CHATML_TOKENS)}, which the chat template "chatml" is made of',
+                'take chat_template = "plain", or a file that fits the tokenizer',
+            )
+        self.chat_template = template
+
+    def state(self) -> dict[str, Any]:
+        self._store.ready()
+        ids = {"begin_id": self.begin_id, "end_id": self.end_id, "stop_ids": list(self.stop_ids)}
+        ids |= {"unknown_id": self.unknown_id, "vocab_size": self.vocab_size}
+        return ids | {"begins": self.begins, "ends": self.ends, "names": dict(self.names)}
+
+    def files(self) -> dict[str, bytes]:
+        found = {"tokenizer.json": self._store.content()}
+        return found | ({"chat_template.jinja": self.chat_template.encode("utf-8")} if self.chat_template else {})
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], files: Mapping[str, bytes]) -> Self:
+        frame = Frame(
+            begin_id=state["begin_id"],
+            end_id=state["end_id"],
+            begins=bool(state["begins"]),
+            ends=bool(state["ends"]),
+            stop_ids=tuple(state["stop_ids"]),
+            chat_template=files.get("chat_template.jinja", b"").decode("utf-8"),
+            names=state["names"],
+        )
+        processor = cls(frame)
+        processor._store.put_content(stored_content(files), int(state["vocab_size"]))
+        processor.unknown_id, processor.needs_fit = state["unknown_id"], False
+        return processor
+
+    def _use(self, frame: Frame) -> None:
+        self.begin_id, self.end_id, self.chat_template = frame.begin_id, frame.end_id, frame.chat_template
+        self.begins, self.ends, self.names = frame.begins, frame.ends, dict(frame.names)
+        stops = [*([] if frame.end_id is None else [frame.end_id]), *frame.stop_ids]
+        self.stop_ids = tuple(dict.fromkeys(stops))
+
+    def _put(self, tokenizer: Tokenizer) -> None:
+        self._store.put(tokenizer)
+        self.needs_fit, self._chat = False, None
+
+    def _learn(self, tokenizer: Tokenizer) -> None:
+        """Find out which tokens are special, and which stands for unknown words."""
+        self.unknown_id = _unknown_id(tokenizer)
+        added = tokenizer.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special} | {self.begin_id, self.end_id}
+        self._special = frozenset(i for i in special if i is not None and i != self.unknown_id)
+        shown = isinstance(tokenizer.model, models.WordLevel)  # texts such as WikiText spell it as a word
+        self._hidden = self._special | ({self.unknown_id} if self.unknown_id is not None and not shown else set())
+
+    def _framed(self, raw: Any, policy: Policy, *, begins: bool) -> list[int]:
+        ids = self._store.encode_plain(checked_text(raw, policy))
+        if not self._special.isdisjoint(ids):
+            ids = [self._plain(i) for i in ids]
+        return [self.begin_id, *ids] if self.begin_id is not None and (begins or not ids) else ids
+
+    def _plain(self, token: int) -> int:
+        """What a token is in a text: a special one is unknown there."""
+        if token not in self._special:
+            return token
+        if self.unknown_id is None:
+            name = self._store.ready().id_to_token(token)
+            raise InputError(f"the text spells {name!r}, which this tokenizer can only read as its special token")
+        return self.unknown_id
+
+
+def _unknown_id(tokenizer: Tokenizer) -> int | None:
+    """The id of words a tokenizer does not know, None if it knows every byte."""
+    model = tokenizer.model
+    if isinstance(model, models.Unigram):
+        table = json.loads(tokenizer.to_str())["model"]
+        return None if table.get("byte_fallback") or _knows_bytes(tokenizer) else table.get("unk_id")
+    if isinstance(model, models.BPE) and (model.byte_fallback or _knows_bytes(tokenizer)):
+        return None
+    return None if model.unk_token is None else tokenizer.token_to_id(model.unk_token)
+
+
+def _knows_bytes(tokenizer: Tokenizer) -> bool:
+    return all(tokenizer.token_to_id(char) is not None for char in pre_tokenizers.ByteLevel.alphabet())
