@@ -189,11 +189,11 @@ class Batch:
     items: dict[str, Items]
     size: int
     targets: Any = None  # what Decoder.encode_targets returned
-    weights: Tensor | None = None  # (B,) what each row counts in the mean loss, such as its tokens; None = the same
     raw_targets: list[Any] = field(default_factory=list)
-    raw: list[dict[str, Any]] = field(default_factory=list)  # raw inputs, for decoders whose answers point into them
     index: list[int] = field(default_factory=list)  # row numbers in the data source
     features: dict[str, Encoded] = field(default_factory=dict)
+    weights: Tensor | None = None  # (B,) what each row counts in the mean loss, such as its tokens; None = the same
+    raw: list[dict[str, Any]] = field(default_factory=list)  # raw inputs, for decoders whose answers point into them
 
     @property
     def weight(self) -> float:

@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from mmhub.checkpoint import load_decoder, load_encoder
@@ -69,9 +70,10 @@ def build_model(
 ) -> Model:
     """Build the model a recipe describes; `values` gives the training data that tokenizers and label lists come from.
 
-    `folder` is where relative paths in `init` start from.
+    `folder` is where relative paths in `init` and of the tokenizer start from.
     """
     torch.manual_seed(seed)
+    recipe = msgspec.structs.replace(recipe, tokenizer=_tokenizer_beside(recipe.tokenizer, folder))
     if recipe.base:
         return _from_base(task, recipe, values, columns, folder)
     parts = _encoder_parts(task, recipe)
@@ -168,6 +170,9 @@ def _adapt(
     for role, part in wanted.items():
         if part.lora is None:
             continue
+        if part.freeze:
+            where = "model.decoder" if role == "decoder" else f"model.encoders.{role.removesuffix('_encoder')}"
+            raise UsageError(f"{where}: freeze and lora are both given", "with lora the weights are frozen anyway")
         from mmhub.adapters import apply_lora
 
         apply_lora(model, role, part.lora, local_name(part.init, folder) if part.init else base)
@@ -327,6 +332,19 @@ def _check_decoder(task: Task, decoder: Any, component: Component) -> None:
 def _no_init(part: PartRecipe, where: str) -> None:
     if part.init or part.freeze or part.lora:
         raise UsageError(f"{where}: init, freeze and lora are for encoders and decoders", "leave them out")
+
+
+def _tokenizer_beside(table: dict[str, Any] | None, folder: Path | None) -> dict[str, Any] | None:
+    """A tokenizer's table with the files that it names, a tokenizer and a chat template, found beside the recipe."""
+    if table is None or folder is None:
+        return table
+    found = dict(table)
+    for key in ("name", "chat_template"):
+        text = table.get(key)
+        path = folder / text if isinstance(text, str) and text else None
+        if path is not None and (path.exists() if key == "name" else path.suffix and path.is_file()):
+            found[key] = str(path.resolve())
+    return found
 
 
 def local_name(name: str, folder: Path | None) -> str:

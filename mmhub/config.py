@@ -66,7 +66,8 @@ class DataRecipe(_Table):
     `valid_fraction` splits a validation set off the training rows when `valid` is not given. `stream` reads the
     training rows in passing instead of by position, shuffled among `shuffle_rows` neighbours; `mix` streams several.
     For a language model `document` says what one text is: "row", "file" (all rows, each a line), "blank-line"
-    (rows up to an empty one), or a regular expression that begins with "^" and finds the first line of each.
+    (rows up to an empty one), or a regular expression that begins with "^" and finds the first line of each; none says
+    it is as for `model.base`, else a row.
     """
 
     train: Source = ""
@@ -78,7 +79,7 @@ class DataRecipe(_Table):
     inputs: dict[str, str] = {}  # a list of columns, or "a+b", makes one input of several, such as a pair of texts
     target: str = ""
     columns: list[str] = []
-    document: str = "row"
+    document: str = ""
     on_error: Literal["stop", "skip"] = "stop"
     allow_urls: bool = False
     workers: int | Literal["auto"] = "auto"
@@ -177,7 +178,7 @@ def check_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
     from mmhub.interfaces.config import decode_config
     from mmhub.interfaces.task import find_task
 
-    recipe = decode_config(Recipe, _join_columns(table), where)
+    recipe = decode_config(Recipe, _join_columns(table, where), where)
     find_task(recipe.task)
     _check_ranges(recipe, where)
     return recipe
@@ -190,11 +191,15 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 
 
-def _join_columns(table: Mapping[str, Any]) -> dict[str, Any]:
+def _join_columns(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Write several columns of one input as `mmhub.data.cells` does: "premise+hypothesis"."""
     data = table.get("data")
     if not isinstance(data, Mapping) or not isinstance(data.get("inputs"), Mapping):
         return dict(table)
+    for m, c in data["inputs"].items():
+        if _are_texts(c) and len(c) > (2 if m == "text" else 1):
+            problem = f"{where}: data.inputs.{m} names {len(c)} columns"
+            raise UsageError(problem, "name two for a pair of texts" if m == "text" else "name one, only texts pair up")
     inputs = {m: "+".join(c) if _are_texts(c) else c for m, c in data["inputs"].items()}
     return {**table, "data": {**data, "inputs": inputs}}
 

@@ -109,8 +109,13 @@ def evaluate(
     rows = data if isinstance(data, Rows) else open_rows(data, columns=list(columns or model.columns.names) or None)
     wanted = input_columns(model, rows, inputs)
     options = options or EvalOptions()
-    if model.task.name == "language-modelling":
+    if model.task.reads_text:
+        if target:
+            raise UsageError(f"a language model has no target column, and {target!r} was named", "name none")
         return _measure_language(model, rows, wanted["text"], options)
+    for name in ("document", "window", "stride"):
+        if getattr(options, name):
+            raise UsageError(f"{name!r} is for language models, and this one is for {model.task.name}", "leave it out")
     target = target or model.columns.target
     if not target:
         raise UsageError("no target column is known", "add --target-column NAME")
@@ -273,6 +278,7 @@ def _measure_batch(
         bundle = model.encode(batch.items, batch.size, batch.features)
         references = model.decoder.references(batch.raw_targets)
         weights = torch.ones(batch.size) if batch.weights is None else batch.weights
+        known: tuple[Output, Sequence[dict[str, Any] | None]] | None = None  # of all rows with all they have
         for subset, tally in tallies.items():
             keep = rows_with(bundle, subset)
             if not len(keep):
@@ -281,10 +287,14 @@ def _measure_batch(
                 continue
             whole = not subset or (set(subset) == set(bundle) and len(keep) == batch.size)
             part = bundle if whole else only(bundle, subset, keep)
-            targets = batch.targets if whole else _pick(batch.targets, keep)
-            output = model.decode(part, targets)
             rows = keep.tolist()
-            answers = _answers(model, batch, part, output, rows, write)
+            if whole and known is not None:
+                output, answers = known
+            else:
+                output = model.decode(part, batch.targets if whole else _pick(batch.targets, keep))
+                answers = _answers(model, batch, part, output, rows, write)
+            if whole and (not always or len(bundle) == 1):  # else processes would make different numbers of calls
+                known = output, answers
             if batch.index:
                 tally.answers += [
                     (batch.index[i], answer, references[i]) for i, answer in zip(rows, answers, strict=True)
@@ -299,8 +309,10 @@ def _answers(
 ) -> Sequence[dict[str, Any] | None]:
     """What the model answers to some rows of a batch."""
     if isinstance(model.decoder, TextDecoder):
-        written = write_texts(model.decoder, model.fusion(part)) if write else []
-        return [{"text": texts[0].text} for texts in written] if write else [None] * len(rows)
+        if not write:
+            return [None] * len(rows)
+        numbers = [batch.index[row] for row in rows] if batch.index else rows  # what is drawn depends on them
+        return [{"text": texts[0].text} for texts in write_texts(model.decoder, model.fusion(part), rows=numbers)]
     raw = [batch.raw[row] for row in rows] if batch.raw else []
     return model.answers(replace(batch, raw=raw), output, details=False)
 

@@ -28,7 +28,18 @@ from mmhub.batch import (
 )
 from mmhub.errors import InputError, UsageError, did_you_mean
 from mmhub.guard import Guards
-from mmhub.interfaces import Decoder, Encoder, Fusion, Generation, LanguageModel, Policy, Task, TextDecoder
+from mmhub.interfaces import (
+    Decoder,
+    Encoder,
+    Fusion,
+    Generation,
+    LanguageModel,
+    Policy,
+    Task,
+    TextDecoder,
+    decode_config,
+    encode_config,
+)
 from mmhub.layers import summary
 
 if TYPE_CHECKING:
@@ -73,6 +84,10 @@ class Model(nn.Module):
         self.name = ""
         self._guards: Guards | None = None  # found when it is first asked to predict
         self.parents: list[dict[str, str]] = []  # what its weights started from, as `mmhub.lineage` says it
+        if isinstance(decoder, TextDecoder) and not decoder.reads_text and "text" in encoders:
+            source: Any = getattr(encoders["text"], "processor", None)
+            if hasattr(source, "whole"):
+                source.whole = True  # of a text that is rewritten nothing is cut off unsaid
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -293,17 +308,36 @@ class Model(nn.Module):
         settings: Generation | None = None,
         **options: Any,
     ) -> list[dict[str, Any]]:
-        """Write a text for each sample: {"text", "finish", ...}; see `mmhub.generate.generate`."""
+        """Write a text for each sample: {"text", "finish", ...}; see `mmhub.generate.generate` for the options.
+
+        The keys of `Generation` may be given as options, too: `model.generate(samples, max_new_tokens=20)`.
+        """
         from mmhub.generate import generate
 
         samples = [samples] if isinstance(samples, Mapping) else samples
+        settings, options = self._settings(settings, options)
         return generate(self, samples, settings, **options)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], settings: Generation | None = None, **options: Any) -> str:
-        """Answer the last of `messages`, each {"role": "system" | "user" | "assistant", "content": text}."""
+        """Answer the last of `messages`, each {"role": "system" | "user" | "assistant", "content": text}.
+
+        Options are as in `generate`.
+        """
         from mmhub.generate import chat
 
+        settings, options = self._settings(settings, options)
         return chat(self, messages, settings, **options)
+
+    def _settings(
+        self, settings: Generation | None, options: Mapping[str, Any]
+    ) -> tuple[Generation | None, dict[str, Any]]:
+        """Take the keys of `Generation` out of options; what is not given stays as the decoder has it."""
+        keys = {key: value for key, value in options.items() if key in Generation.__struct_fields__}
+        rest = {key: value for key, value in options.items() if key not in keys}
+        if keys and isinstance(self.decoder, TextDecoder):
+            table = encode_config(settings or self.decoder.generation) | keys
+            settings = decode_config(Generation, table, "generation settings")
+        return settings, rest
 
     def score(self, texts: str | Sequence[str], *, end: bool | None = None) -> list[float]:
         """Return each text's log-probability by the chain rule, log P(w1) + log P(w2 | w1) + ..., in nats.

@@ -11,7 +11,7 @@ import torch
 
 from mmhub.config import ModelRecipe, Recipe
 from mmhub.data.loader import row_seed
-from mmhub.errors import MmhubError, UsageError
+from mmhub.errors import MmhubError
 from mmhub.model import Model
 
 
@@ -40,14 +40,9 @@ def learning_rate_factor(step: int, total: int, recipe: Recipe) -> float:
 
     "cosine" is half a cosine down to it (Loshchilov and Hutter, arXiv:1608.03983), "inverse-sqrt" falls with the root
     of the step from where the warm-up ended (Vaswani et al. 2017, section 5.3), whatever the planned number of steps.
-
-    Raises:
-        UsageError: the inverse square root has no warm-up to fall from.
     """
     options = recipe.train
     warmup = options.warmup if options.warmup >= 1 else options.warmup * total
-    if options.schedule == "inverse-sqrt" and not warmup:
-        raise UsageError('schedule "inverse-sqrt" needs warm-up steps to fall from', "e.g. train.warmup = 1000")
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if options.schedule == "constant":

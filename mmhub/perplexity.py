@@ -157,7 +157,7 @@ def _ends(processor: Any) -> bool:
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    return math.inf if value >= 700 else math.exp(value)
 
 
 def _definition(decoder: LanguageModel, corpus: Corpus, options: EvalOptions) -> str:

@@ -56,6 +56,20 @@ def test_composing_takes_names_or_tables_and_picks_an_obvious_fusion() -> None:
     assert numbers.sources["decoder"].id == "mmhub-heads/regression"
 
 
+def test_a_tokenizer_and_a_chat_template_are_found_beside_the_recipe(tmp_path: Path) -> None:
+    learned: Any = compose(encoders={"text": TEXT}, decoder=YES, texts=["a b c"]).processors["text"]
+    for name, content in learned.files().items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "turns.jinja").write_text("{{ messages }}")
+    lm = {"use": "lstm-lm", "config": {"dim": 8, "embedding_dim": 8}}
+    for name in ("tokenizer.json", "./tokenizer.json", "."):
+        table = {"kind": "pretrained", "name": name, "chat_template": "turns.jinja"}
+        recipe = decode_config(ModelRecipe, {"decoder": lm, "tokenizer": table}, "model")
+        model = build_model(find_task("language-modelling"), recipe, values, folder=tmp_path)
+        processor: Any = model.language_model.processor
+        assert processor.chat_template == "{{ messages }}" and recipe.tokenizer == table
+
+
 def test_the_seed_decides_every_weight() -> None:
     first, again, other = (compose(encoders={"audio": AUDIO}, decoder=YES, seed=seed) for seed in (1, 1, 2))
     assert same(first, again)
@@ -99,11 +113,11 @@ def test_an_encoder_can_be_frozen_and_given_its_own_rate() -> None:
             r"model\.fusion\.config: unknown key 'dims'; did you mean 'dim'",
         ),
         (
-            {"encoders": {"audio": AUDIO}, "decoder": {"use": "classification", "freeze": True}},
+            {"encoders": {"audio": AUDIO}, "decoder": {"use": "classification", "freeze": True, "lora": {}}},
             UsageError,
-            "model.decoder: init and freeze are for encoders",
+            "model.decoder: freeze and lora are both given",
         ),
-        ({"encoders": {"audio": AUDIO}, "fusion": {"init": "x"}}, UsageError, "model.fusion: init and freeze"),
+        ({"encoders": {"audio": AUDIO}, "fusion": {"init": "x"}}, UsageError, "model.fusion: init, freeze and lora"),
     ],
 )  # fmt: skip
 def test_a_wrong_recipe_says_what_to_do(model: dict[str, Any], error: type[MmhubError], message: str) -> None:

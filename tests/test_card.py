@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
+from mmhub.build import compose
 from mmhub.checkpoint import read_config
 from mmhub.errors import TrustError, UsageError
 from mmhub.hub.card import END, START, join_cards, merge_card, read_card
+from mmhub.hub.describe import describe
+from mmhub.names import resolve
 
 
 @pytest.fixture
@@ -144,3 +147,14 @@ def test_results_that_are_none_are_named(folder: Path, content: str) -> None:
     (folder / "eval" / "classification.json").write_text(content)
     with pytest.raises(TrustError, match=r"classification.json' holds no results"):
         card(folder)
+
+
+def test_a_language_model_takes_text_and_is_shown_writing(tmp_path: Path) -> None:
+    decoder = {"use": "transformer-lm", "config": {"dim": 8, "depth": 1, "heads": 1, "max_length": 8}}
+    model = compose(task="language-modelling", decoder=decoder, tokenizer={"kind": "byte"})
+    data, text = read_card(card(model.save(tmp_path / "lm")))
+    assert data["pipeline_tag"] == "text-generation"
+    assert data["tags"][:3] == ["mmhub", "language-modelling", "text"]
+    assert "that takes text," in text
+    assert '\nmmhub generate team/shapes "TEXT"\n' in text
+    assert describe(resolve(str(tmp_path / "lm"))).modalities == ["text"]

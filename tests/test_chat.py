@@ -79,11 +79,29 @@ def test_chat_with_whole_messages_leaves_nothing_out_unless_it_is_asked_to() -> 
         ([{"role": "assistant", "content": "a"}], "does not end with a message of the user"),
         ([{"role": "boss", "content": "a"}], "message 0 has no role"),
         ([{"role": "user", "content": 3}], "the content of message 0 is a int"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "the content of message 0 has a part of type 'image'"),
+        ([{"role": "user", "content": ["a"]}], "the content of message 0 has a part of type 'str'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "the content of message 0 has a part whose text is none"),
     ],
 )
 def test_what_is_no_conversation_is_refused(messages: Any, text: str) -> None:
     with pytest.raises(InputError, match=text):
         model_of(Scripted()).chat(messages)
+
+
+def test_the_parts_of_a_content_are_joined() -> None:
+    decoder = Scripted(" ok")
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b c"}]
+    assert model_of(decoder).chat([{"role": "user", "content": parts}], SETTINGS) == "ok"
+    assert decoder.read == ["U:ab c\nA:"]
+
+
+def test_what_ends_an_answer_in_the_layout_of_the_model_ends_it_whatever_else_does() -> None:
+    decoder = Scripted(" fine.U: and C")
+    decoder.processor.stop_texts = ("U:",)
+    model, asked = model_of(decoder), [{"role": "user", "content": "hi"}]
+    assert model.chat(asked) == Conversation(model).ask("hi")["text"] == "fine."
+    assert model.chat(asked, Generation(stop=("n",))) == "fi"
 
 
 def test_an_interrupted_answer_stays_as_far_as_it_came_and_is_marked() -> None:
@@ -185,6 +203,7 @@ class Laid(Wordless):
     """Takes a template, as real tokenizers do."""
 
     def take_template(self, name: str) -> None:
+        self.stop_texts = ("\nUser:",)
         self.chat = super(Wordless, self).chat  # type: ignore[method-assign]
 
 

@@ -85,6 +85,19 @@ def test_two_ways_to_make_a_validation_set_are_an_error() -> None:
         check_recipe(table)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ({"text": ["a", "b", "c"]}, "data.inputs.text names 3 columns; name two for a pair of texts"),
+        ({"image": ["a", "b"]}, "data.inputs.image names 2 columns; name one"),
+    ],
+)
+def test_no_column_of_an_input_is_dropped(inputs: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_recipe({"task": "classification", "data": {"inputs": inputs}})
+    assert says in str(caught.value)
+
+
 def test_an_unknown_task_suggests_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean 'classification'"):
         check_recipe(changed("task", "clasification"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,10 +16,12 @@ import pytest
 import torch
 
 import mmhub.data.corpus
+from mmhub.config import DataRecipe
 from mmhub.data.blocks import Plan, count_batches, plan_blocks
 from mmhub.data.corpus import Corpus, documents
 from mmhub.data.sources import Rows, open_rows
-from mmhub.errors import InputError, UsageError
+from mmhub.data.stream import open_stream
+from mmhub.errors import InputError, MmhubError, UsageError
 from mmhub.interfaces import Policy
 
 WIKI = " \n = Lobster = \n \n It is blue . \n = = Food = = \n Eaten . \n = Crab = \n It walks . \n"
@@ -92,6 +96,24 @@ def test_the_rows_of_each_file_make_one_document(tmp_path: Path) -> None:
     assert texts_of(rows, "file") == [(0, "one\n\ntwo"), (3, "three")]
 
 
+def test_files_of_one_name_and_files_that_begin_with_a_gap_are_documents_of_their_own(tmp_path: Path) -> None:
+    for folder, cells in (("a", ["one"]), ("b", [None, "two"]), ("c", [7, "three"])):
+        (tmp_path / folder).mkdir()
+        lines = [json.dumps({"text": cell}) for cell in cells]
+        (tmp_path / folder / "x.jsonl").write_text("\n".join(lines))
+    rows = open_rows([f"{folder}/x.jsonl" for folder in "abc"], base=tmp_path)
+    assert list(documents(rows, "text", "file", [])) == [(0, "one"), (2, "two"), (4, "three")]
+    for folder in "abc":
+        (tmp_path / folder / "x.txt").write_text(folder)
+    same = open_rows("*/x.txt", base=tmp_path)
+    assert texts_of(same, "file") == [(0, "a"), (1, "b"), (2, "c")]
+
+
+def test_a_missing_row_ends_a_document_as_an_empty_one_does() -> None:
+    rows = open_rows([{"text": text} for text in ("one", "two", None, "three")])
+    assert texts_of(rows, "blank-line") == [(0, "one\ntwo"), (3, "three")]
+
+
 def test_an_empty_row_ends_a_document(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, a="\none\ntwo\n\n\nthree\n\n")
     assert texts_of(rows, "blank-line") == [(1, "one\ntwo"), (5, "three")]
@@ -126,6 +148,18 @@ def test_a_row_that_is_not_text_is_named_or_skipped(document: str) -> None:
     skipped: list[str] = []
     texts = [text for _, text in documents(rows, "text", document, skipped)]
     assert "\n".join(texts) == "one\ntwo" and len(skipped) == 1
+
+
+def test_a_row_of_a_stream_that_is_not_text_is_named_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": [1]}\n{"text": "\\ud800"}\n{"text": NaN}\n')
+    rows = open_stream(DataRecipe(train="a.jsonl"), tmp_path)
+    with pytest.raises(InputError, match=r"a.jsonl row 2, column 'text': a text is expected"):
+        list(documents(rows, "text"))
+    skipped: list[str] = []
+    assert [text for _, text in documents(rows, "text", "row", skipped)] == ["one"]
+    assert len(skipped) == 2 and skipped[1] == (
+        "a.jsonl row 3, column 'text': the text holds characters that are not valid Unicode"
+    )
 
 
 def test_bytes_that_are_not_utf8_are_named_with_their_line_and_place(tmp_path: Path) -> None:
@@ -163,6 +197,31 @@ def test_a_large_corpus_is_kept_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert isinstance(corpus.ids, np.memmap) and corpus.document(2).tolist() == [2, 103, 104, 105, 3]
     batch = plan_blocks(corpus, block=4, batch=3, seed=0, epoch=0).batch(0)
     assert batch is not None and int(batch.targets.sum()) == 12
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_a_disk_that_is_full_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pieces: int) -> None:
+    class Full:
+        left = pieces
+
+        def write(self, content: bytes) -> None:
+            self.left -= 1
+            if not self.left:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(mmhub.data.corpus, "_IN_MEMORY", 4)
+    monkeypatch.setenv("MMHUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Full())
+    with pytest.raises(MmhubError, match=r"cannot write the corpus .* no space left on the device"):
+        corpus_of("abc", "def", "ghi")
+
+
+def test_texts_of_which_the_tokenizer_makes_nothing_are_no_documents() -> None:
+    bare = SimpleNamespace(read=lambda raw, policy: torch.tensor([ord(c) for c in raw if c != "-"]))
+    corpus = corpus_of("ab", "---", "c", processor=bare)
+    assert corpus.rows.tolist() == [0, 2] and corpus.predictions == 1
+    ends = np.array([2, 2, 2])
+    assert Corpus(np.arange(2, dtype=np.int32), ends, ends, words=0, utf8=0, unknown=0).predictions == 1
 
 
 @pytest.mark.parametrize("stateful", [False, True])

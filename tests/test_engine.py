@@ -402,7 +402,7 @@ def test_trackers_see_start_flat_numbers_and_the_end(
     assert tracker.events[-1] == ("end",)
     logs = [event for event in tracker.events if event[0] == "log"]
     assert [step for _, step, _ in logs] == [1, 2, 2]
-    assert set(logs[-1][2]) == {"valid/accuracy", "valid/f1", "valid/loss"}
+    assert set(logs[-1][2]) == {"valid/accuracy", "valid/f1", "valid/ece", "valid/loss"}
 
 
 @pytest.mark.parametrize("event", ["start", "log", "end"])

@@ -9,6 +9,7 @@ import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -16,15 +17,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from mmhub.build import compose
 from mmhub.checkpoint import load
+from mmhub.cli.evaluate import _parallel
 from mmhub.cli.main import main
 from mmhub.config import check_recipe
 from mmhub.data.sources import open_rows
 from mmhub.engine import train
 from mmhub.errors import InputError, UsageError
 from mmhub.evaluation import EvalOptions, EvaluationStopped, data_name, evaluate
-from mmhub.model import Model
+from mmhub.generate import write
+from mmhub.interfaces import find_task
+from mmhub.model import Columns, Model
 from tests.conftest import make_table
+from tests.text_decoders import Scripted, model_of
 
 
 @pytest.fixture(scope="module")
@@ -333,3 +339,71 @@ def test_naming_one_input_column_keeps_the_others(tables: Path, trained: Path, t
     pq.write_table(table, tmp_path / "renamed.parquet")
     report = evaluate(str(trained), tmp_path / "renamed.parquet", inputs={"image": "photo"})
     assert set(report["subsets"]) == {"image", "audio", "image+audio"}
+
+
+# -- models that write texts --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def translator() -> Model:
+    """An untrained model that draws what it writes, and whose encoder takes 24 tokens."""
+    small = {"dim": 16, "depth": 1, "heads": 2}
+    return compose(
+        "translation",
+        encoders={"text": {"use": "transformer", "config": small | {"max_length": 24}}},
+        decoder={"use": "seq2seq", "config": small | {"generation": {"temperature": 1.0, "max_new_tokens": 6}}},
+        tokenizer={"kind": "byte"},
+    ).eval()
+
+
+PAIRS = [{"source": source, "target": "ein hund"} for source in ("a dog", "a", "a dog", "two dogs run", "a dog")]
+
+
+def test_one_modality_is_measured_once_and_each_row_draws_its_own_numbers(
+    translator: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sacrebleu")
+    calls: list[list[int]] = []
+    written: dict[int, str] = {}
+
+    def watched(decoder: Any, bundle: Any, *, rows: list[int]) -> Any:
+        found = write(decoder, bundle, rows=rows)
+        calls.append(rows)
+        written.update(zip(rows, (texts[0].text for texts in found), strict=True))
+        return found
+
+    monkeypatch.setattr("mmhub.evaluation.write_texts", watched)
+    reports, texts = [], []
+    for size in (2, 5):
+        calls.clear()
+        options = EvalOptions(batch_size=size)
+        reports.append(evaluate(translator, PAIRS, inputs={"text": "source"}, target="target", options=options))
+        assert sorted(row for rows in calls for row in rows) == [0, 1, 2, 3, 4]
+        texts.append(dict(written))
+    assert texts[0] == texts[1]
+    assert len({texts[0][row] for row in (0, 2, 4)}) == 3
+    assert reports[0]["metrics"]["bleu"] == reports[1]["metrics"]["bleu"]
+    assert reports[0]["subsets"] == {"text": reports[0]["metrics"] | {"rows": 5}}
+
+
+def test_what_is_for_another_kind_of_model_is_refused(translator: Model) -> None:
+    for options in (EvalOptions(document="row"), EvalOptions(window=8), EvalOptions(stride=2)):
+        with pytest.raises(UsageError, match=r"'\w+' is for language models, and this one is for translation"):
+            evaluate(translator, PAIRS, inputs={"text": "source"}, options=options)
+    with pytest.raises(UsageError, match="a language model has no target column, and 'label' was named"):
+        evaluate(model_of(Scripted("a")), [{"text": "a"}], inputs={"text": "text"}, target="label")
+    judge: Any = SimpleNamespace(task=find_task("classification"), columns=Columns({"text": "review"}, "label"))
+    with pytest.raises(UsageError, match="--target is for models that turn a text into another, and this one is for c"):
+        _parallel(judge, "a.txt", "b.txt")
+
+
+def test_a_text_to_be_translated_is_cut_only_where_that_is_asked_for_and_said(translator: Model) -> None:
+    samples = [{"text": "a dog"}, {"text": "a dog " * 9}]
+    with pytest.raises(InputError, match="the encoder takes at most 24") as caught:
+        translator.generate(samples)
+    assert caught.value.row == 1
+    processor: Any = translator.processors["text"]
+    short, long = translator.generate(samples, truncate=True)
+    assert "truncated" not in short
+    assert long["truncated"] == processor.count(samples[1]["text"]) - 24
+    assert processor.whole

@@ -9,11 +9,12 @@ import pty
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from mmhub.cli.writing import read_settings, shown
+from mmhub.cli.writing import read_lines, read_settings, shown
 from mmhub.errors import InputError, MmhubError, NotFoundError, UsageError
 from mmhub.generate import generate
 from mmhub.interfaces import Generation
@@ -117,6 +118,10 @@ def test_a_long_prompt_is_an_error_that_names_it_or_is_cut_with_a_note(mmhub: An
         (["generate", "some", "--file", "bad.txt"], InputError, "byte 5 (line 2) is 0xff"),
         (["generate", "some", "--file", "empty.txt"], InputError, "'empty.txt' holds no text"),
         (["generate", "some", "a", "--beams", "2", "--samples", "3"], UsageError, "3 texts were asked for, of 2 beams"),
+        (["generate", "some", "a", "--samples", "3"], UsageError, "all 3 texts of a prompt would be the same"),
+        (["generate", "some", "a", "--top-p", "0.9"], UsageError, "--top-p changes nothing where always the most"),
+        (["generate", "some", "a", "--beams", "2", "--seed", "1"], UsageError, "--seed changes nothing where"),
+        (["predict", "some", "--text", "a", "--length-penalty", "2"], UsageError, "--length-penalty changes nothing w"),
         (["score", "some"], UsageError, "give texts with --text"),
         (["predict", "some", "--text", "a", "--text-pair", "b", "--text-pair", "c"], UsageError, "do not pair up"),
     ],
@@ -154,14 +159,30 @@ def test_rows_of_a_table_draw_their_own_numbers_in_every_batch(mmhub: Any, tmp_p
     assert len(set(texts[0])) == 4
 
 
+def test_a_table_is_drawn_from_by_row_where_the_model_draws_by_itself(
+    mmhub: Any, lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Generation(max_new_tokens=9, temperature=1.0)
+    monkeypatch.setattr(lm.decoder, "config", msgspec.structs.replace(lm.decoder.config, generation=own))
+    (tmp_path / "rows.csv").write_text("text\n" + "ab\n" * 4)
+    options = ["--data", tmp_path / "rows.csv", "--inputs", "text=text", "--batch-size", 2, "--json"]
+    found = [one["text"] for one in json.loads(mmhub("predict", "some", *options).stdout)["predictions"]]
+    assert len(set(found)) == 4
+
+
+def test_a_line_of_a_file_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_bytes("a\u2028b\r\n\x0c \n\x85c\x0cd".encode())
+    assert read_lines(tmp_path / "lines.txt") == ["a\u2028b", "\x85c\x0cd"]
+
+
 def test_two_texts_make_a_pair(mmhub: Any, monkeypatch: pytest.MonkeyPatch, lm: Any) -> None:
     seen: list[Any] = []
 
-    def watched(self: Any, samples: Any, **more: Any) -> Any:
+    def watched(self: Any, samples: Any, settings: Any, **more: Any) -> Any:
         seen.extend(samples)
         return [{}] * len(samples)
 
-    monkeypatch.setattr(type(lm), "predict", watched)
+    monkeypatch.setattr(type(lm), "generate", watched)
     mmhub("predict", "some", "--text", "a", "--text-pair", "b", "--text", "c", "--text-pair", "d")
     assert seen == [{"text": {"text": "a", "text_pair": "b"}}, {"text": {"text": "c", "text_pair": "d"}}]
 

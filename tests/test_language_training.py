@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from mmhub.engine import train
-from mmhub.engine.language_feed import block_size, group_by_size
+from mmhub.engine.language_feed import LanguageFeed, block_size, group_by_size
+from mmhub.engine.step import Stepper
 from mmhub.errors import InputError, Interrupted, UsageError
+from mmhub.evaluation import evaluate
 from mmhub.hub import load
+from mmhub.perplexity import read_corpus
 from tests.conftest import Cli
 from tests.test_distributed import curve, on_ranks
 from tests.test_resume import stop_at, weights
@@ -59,28 +62,31 @@ def write_recipe(folder: Path, table: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("use", KINDS)
-def test_the_loss_the_perplexity_and_the_scores_of_texts_say_the_same(use: str, tmp_path: Path, cli: Cli) -> None:
-    done = cli(
-        "train",
-        write_recipe(tmp_path, language(tmp_path, use, epochs=6, learning_rate=3e-2)),
-        "--out",
-        "run",
-        "-q",
-        "--json",
-    )
-    assert done.returncode == 0, done.stderr
-    done = cli("eval", "./run/model", "--data", "valid.txt", "--json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+def check_report(report: dict[str, Any], model: Path) -> None:
+    """Perplexities must follow from the mean loss, and from the scores of the same texts."""
     metrics, texts = report["metrics"], sentences(100, 1)
-    scores = load(tmp_path / "run" / "model").score(texts)
+    scores = load(model).score(texts)
     words = sum(len(text.split()) for text in texts)
     assert metrics["perplexity"]["token"] == pytest.approx(math.exp(metrics["loss"]), rel=1e-6)
     assert metrics["perplexity"]["token"] == pytest.approx(math.exp(-sum(scores) / (words + 100)), rel=1e-4)
     assert metrics["perplexity"]["word"] == pytest.approx(math.exp(-sum(scores) / words), rel=1e-4)
     assert metrics["perplexity"]["token"] < 7, "a model that learned nothing has one of 14"
-    assert "definition" in report and str(words + 100) in str(metrics)
+    assert metrics["tokens"] == words + 100 and f"{words + 100:,} tokens" in report["definition"]
+
+
+@pytest.mark.parametrize("use", ["rnn-lm", "lstm-lm"])
+def test_the_loss_the_perplexity_and_the_scores_of_texts_say_the_same(use: str, tmp_path: Path) -> None:
+    done = train(language(tmp_path, use, epochs=6, learning_rate=3e-2), tmp_path / "run")
+    check_report(evaluate(done.model, str(tmp_path / "valid.txt")), done.model)
+
+
+def test_they_do_on_the_command_line(tmp_path: Path, cli: Cli) -> None:
+    path = write_recipe(tmp_path, language(tmp_path, "transformer-lm", epochs=6, learning_rate=3e-2))
+    done = cli("train", path, "--out", "run", "-q", "--json")
+    assert done.returncode == 0, done.stderr
+    done = cli("eval", "./run/model", "--data", "valid.txt", "--json")
+    assert done.returncode == 0, done.stderr
+    check_report(json.loads(done.stdout), tmp_path / "run" / "model")
 
 
 @pytest.mark.parametrize("use", ["lstm-lm", "transformer-lm"])
@@ -102,14 +108,12 @@ def test_an_interrupted_run_ends_in_the_same_bytes(use: str, tmp_path: Path, mon
 def test_accumulating_two_batches_is_one_of_twice_the_size(use: str, tmp_path: Path) -> None:
     for name, options in {"one": {"batch_size": 8}, "two": {"batch_size": 4, "accumulate": 2}}.items():
         table = language(tmp_path, use, epochs=1, **options)
-        table["model"]["decoder"]["config"]["dropout"] = 0.0
+        table["model"]["decoder"]["config"] |= {"dropout": 0.0, "word_dropout": 0.0}
         train(table, tmp_path / name)
     assert curve(tmp_path / "one") == pytest.approx(curve(tmp_path / "two"), rel=1e-4)
 
 
 def test_a_stream_of_documents_trains_on_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmhub.engine.step import Stepper
-
     table = language(tmp_path, "transformer-lm", epochs=1, max_steps=50)
     lines = sentences(60)
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in lines) + "\n")
@@ -125,6 +129,48 @@ def test_a_stream_of_documents_trains_on_each_once(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Stepper, "_gradients", count)
     assert train(table, tmp_path / "run").steps > 2
     assert seen == sum(len(text.split()) + 1 for text in lines)
+
+
+def test_a_long_document_of_a_stream_is_computed_in_pieces_to_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = language(tmp_path, "transformer-lm", epochs=1, max_steps=3, eval_every=1)
+    table["model"]["decoder"]["config"] |= {"dropout": 0.0, "word_dropout": 0.0}
+    texts = [" ".join(sentences(40)), *sentences(10), "", " ", None, math.nan]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    table["data"] |= {"train": str(tmp_path / "train.jsonl"), "stream": True}
+    sizes, read = list[int](), list[str]()
+    real = Stepper._gradients
+
+    def note(self: Stepper, pieces: Any, total: float) -> Any:
+        sizes.extend(batch.size for batch, _ in pieces)
+        return real(self, pieces, total)
+
+    def count(*args: Any) -> Any:
+        read.append("valid")
+        return read_corpus(*args)
+
+    monkeypatch.setattr(Stepper, "_gradients", note)
+    monkeypatch.setattr("mmhub.engine.loop.read_corpus", count)
+    train(table, tmp_path / "pieces")
+    assert 4 < max(sizes) <= 2 * 4 and len(read) == 1, "validation texts are read once for all evaluations"
+    sizes.clear()
+    monkeypatch.setattr(LanguageFeed, "most_rows", 0)
+    train(table, tmp_path / "whole")
+    assert max(sizes) > 2 * 4
+    assert curve(tmp_path / "pieces") == pytest.approx(curve(tmp_path / "whole"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_share_a_stream_with_a_long_document(tmp_path: Path) -> None:
+    table = language(tmp_path, "transformer-lm", epochs=1, max_steps=50)
+    texts = [" ".join(sentences(40)), *sentences(30)]
+    for number in range(2):
+        lines = (json.dumps({"text": text}) + "\n" for text in texts[number::2])
+        (tmp_path / f"part-{number}.jsonl").write_text("".join(lines))
+    table["data"] |= {"train": str(tmp_path / "part-*.jsonl"), "stream": True}
+    on_ranks(2, [{"recipe": table, "out": str(tmp_path / "two")}], tmp_path)
+    assert len(curve(tmp_path / "two")) > 3
 
 
 @pytest.mark.slow
@@ -203,3 +249,12 @@ def test_block_sizes_follow_from_the_model_unless_they_are_given() -> None:
 def test_documents_are_grouped_until_they_fill_a_batch() -> None:
     assert group_by_size([3, 4, 9, 1], 6) == [[0, 1], [2], [3]]
     assert group_by_size([], 6) == []
+
+
+def test_settings_of_writing_may_be_given_one_by_one(tmp_path: Path) -> None:
+    model = load(train(language(tmp_path, "transformer-lm", epochs=1), tmp_path / "run").model)
+    short = model.generate([{"text": "the"}], max_new_tokens=1, min_new_tokens=1)
+    long = model.generate([{"text": "the"}])
+    assert len(short[0]["text"].split()) == 1 < len(long[0]["text"].split())
+    with pytest.raises(UsageError, match="temperature"):
+        model.generate([{"text": "the"}], temperature="hot")

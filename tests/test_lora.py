@@ -262,6 +262,10 @@ def test_several_parts_have_a_file_each(base: Path, tmp_path: Path) -> None:
     assert {"adapter_model-text_encoder.safetensors", "adapter_config-audio_encoder.json"} <= names(tmp_path / "model")
     again = load(tmp_path / "model")
     assert again.predict(ROWS) == want
+    parts = describe(resolve(str(tmp_path / "model"))).components
+    for role in ("text_encoder", "audio_encoder"):
+        size = (tmp_path / "model" / f"adapter_model-{role}.safetensors").stat().st_size
+        assert parts[role]["bytes"] == size
     record = adapter_of(again.encoders["audio"])
     assert record is not None and record.targets == ["q_proj", "v_proj"] and record.rank == 2
 
@@ -294,6 +298,8 @@ def test_merged_weights_answer_the_same_and_are_an_ordinary_checkpoint(adapted: 
     assert done.exit_code == 0, done.output
     assert "model.safetensors" in json.loads(done.stdout)["files"]
     assert not {name for name in names(tmp_path / "merged") if name.startswith("adapter_")}
+    again = CliRunner().invoke(models, ["merge", str(tmp_path / "model"), str(tmp_path / "merged")])
+    assert isinstance(again.exception, UsageError) and again.exception.message.endswith("merged' exists")
     merged = load(tmp_path / "merged")
     assert adapter_of(merged.encoders["text"]) is None
     (parent,) = json.loads((tmp_path / "merged" / "provenance.json").read_text())["parents"]

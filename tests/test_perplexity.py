@@ -216,6 +216,13 @@ def test_perplexities_are_those_of_one_sum_over_tokens_words_and_bytes() -> None
     assert found["unknown"] == pytest.approx(1 / 11) and report["rows"] == 2
 
 
+def test_a_loss_that_is_no_number_has_a_perplexity_that_is_none() -> None:
+    decoder = Counting()
+    decoder.scale.data.fill_(math.nan)
+    found = measure_texts(decoder, [5])["metrics"]
+    assert math.isnan(found["loss"]) and all(map(math.isnan, found["perplexity"].values()))
+
+
 def test_a_report_says_what_was_computed() -> None:
     decoder = Counting()
     said = measure_texts(decoder, [5])["definition"]

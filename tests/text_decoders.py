@@ -128,13 +128,14 @@ class Seq2Seq(_Base):
         self.config: Any = None
         self.model = model.eval()
         self.processor = _Tokenless(model.config.vocab_size, stop_ids)
+        self.start = int(model.config.decoder_start_token_id)
 
     def begin(self, bundle: Bundle) -> tuple[Tensor, Any]:
         stream = bundle["text"]
         assert stream.ids is not None
         mask = stream.mask.long()
         encoded = self.model.get_encoder()(input_ids=stream.ids.clamp(min=0), attention_mask=mask).last_hidden_state
-        start = torch.full((len(mask),), self.model.config.decoder_start_token_id)
+        start = torch.full((len(mask),), self.start)
         return self.step(start, (None, encoded, mask))
 
     def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -48,7 +48,7 @@ def chat(
     model = load(name, device=device)
     processor = model.language_model.processor
     if template is not None:
-        writing = _use_template(name, processor, template, writing)
+        _use_template(name, processor, template)
     settings = read_settings(model, writing)
     from mmhub.generate import Conversation
 
@@ -62,12 +62,11 @@ def chat(
         emit({"name": name, "messages": talk.messages, "answers": answers}, as_json, "")
 
 
-def _use_template(name: str, processor: Any, template: str, writing: dict[str, Any]) -> dict[str, Any]:
-    """Lay out conversations by another template; return the options with what ends an answer there."""
+def _use_template(name: str, processor: Any, template: str) -> None:
+    """Lay out conversations by another template."""
     if not hasattr(processor, "take_template"):
         raise UsageError(f"the tokenizer of '{name}' takes no chat template", "use `mmhub generate`")
     processor.take_template(template)
-    return writing | {"stop": (*writing.get("stop", ()), "\nUser:")} if template == "plain" else writing
 
 
 def _read_all(talk: Any, as_json: bool, quiet: bool) -> list[dict[str, Any]]:

@@ -79,6 +79,11 @@ def evaluate(
 
 def _parallel(model: Any, source: str, target: str) -> dict[str, str]:
     """The two sides of parallel text, as a table with the columns that the model was trained with."""
+    if not model.task.writes or model.task.reads_text:
+        raise UsageError(
+            f"--target is for models that turn a text into another, and this one is for {model.task.name}",
+            "name a table with --data alone",
+        )
     column = model.columns.inputs.get("text") or model.task.inputs.get("text")
     named = model.columns.target or model.task.target
     if not isinstance(column, str) or not named or column == named:

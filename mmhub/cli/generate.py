@@ -20,7 +20,7 @@ from mmhub.errors import InputError, UsageError
 @click.option("--file", type=click.Path(path_type=Path), help="Read prompts from a file, one a line.")
 @writing_options
 @click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Texts for each prompt.")
-@click.option("--truncate", is_flag=True, help="Leave out the beginning of prompts longer than the model's context.")
+@click.option("--truncate", is_flag=True, help="Cut prompts that are too long for the model, not refuse them.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @device_option
 @quiet_option
@@ -50,7 +50,7 @@ def generate(
     from mmhub.hub import load
 
     model = load(name, device=device)
-    settings = read_settings(model, writing)
+    settings = read_settings(model, writing, samples)
     live = len(texts) == 1 and samples == 1 and not as_json and sys.stdout.isatty()
     try:
         answers = model.generate(
@@ -63,9 +63,10 @@ def generate(
         )
     except InputError as error:
         raise at_prompt(error) if len(texts) > 1 else error from None
+    end = "first" if model.decoder.reads_text else "last"
     for number, answer in enumerate(answers, 1):
         if answer.get("truncated"):
-            note(f"prompt {number} is too long: its first {answer['truncated']} tokens were left out", quiet)
+            note(f"prompt {number} is too long: its {end} {answer['truncated']} tokens were left out", quiet)
     found = [{"prompt": text} | answer for text, answer in zip(texts, answers, strict=True)]
     plain = "" if live and "text" in answers[0] else "\n".join(line for answer in answers for line in _lines(answer))
     if live and "text" in answers[0]:

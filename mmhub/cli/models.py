@@ -296,6 +296,8 @@ def merge(name: str, out: Path, as_json: bool) -> None:
 
     The result is an ordinary checkpoint that needs neither the base nor peft.
     """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"'{out}' exists", "name another folder")
     from mmhub.adapters import merge as run
     from mmhub.hub import load
 

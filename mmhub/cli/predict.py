@@ -72,11 +72,12 @@ def predict(
     _check_files((*image, *audio))
     samples = _zip(given) if given else []
     from mmhub.hub import load
-    from mmhub.interfaces import Policy
+    from mmhub.interfaces import Policy, TextDecoder
 
     model = load(name, device=device)
     policy = Policy(urls=allow_urls)
-    settings = read_settings(model, writing) if writing else None
+    writes = bool(writing) or isinstance(model.decoder, TextDecoder)
+    settings = read_settings(model, writing) if writes else None
 
     def answer(samples: list[dict[str, Any]], first: int = 0) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = (

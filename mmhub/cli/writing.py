@@ -50,11 +50,11 @@ def _collect(context: click.Context, parameter: click.Parameter, value: Any) -> 
         given[parameter.name] = value
 
 
-def read_settings(model: Any, writing: dict[str, Any]) -> Generation:
-    """Return how the model writes by itself, changed by the options that were given.
+def read_settings(model: Any, writing: dict[str, Any], samples: int = 1) -> Generation:
+    """Return how the model writes by itself, changed by the options that were given, for `samples` texts a prompt.
 
     Raises:
-        UsageError: an option has a wrong value, or the model writes no text.
+        UsageError: an option has a wrong value or no effect, or the model writes no text.
     """
     import msgspec
 
@@ -68,13 +68,33 @@ def read_settings(model: Any, writing: dict[str, Any]) -> Generation:
     if "max_new_tokens" in writing and "min_new_tokens" not in writing:
         writing = {"min_new_tokens": min(own.min_new_tokens, max(writing["max_new_tokens"], 0))} | writing
     try:
-        return msgspec.structs.replace(own, **writing)
+        settings: Generation = msgspec.structs.replace(own, **writing)
     except ValueError as error:
         raise UsageError(str(error), "see --help") from None
+    _check_effect(settings, writing, samples)
+    return settings
+
+
+def _check_effect(settings: Generation, writing: dict[str, Any], samples: int) -> None:
+    """Refuse options that would change nothing: whoever gives them expects something else."""
+    from mmhub.interfaces import Generation
+
+    off = Generation()
+    given = [name for name, _, _ in _OPTIONS if name in writing and writing[name] != getattr(off, name)]
+    if not settings.temperature:
+        for name in given:
+            if name in ("top_k", "top_p", "min_p", "seed"):
+                what = f"--{name.replace('_', '-')} changes nothing where always the most probable token is taken"
+                raise UsageError(what, "draw tokens, e.g. with --temperature 1, or leave it out")
+        if samples > 1 and settings.beams == 1:
+            what = f"all {samples} texts of a prompt would be the same: always the most probable token is taken"
+            raise UsageError(what, f"draw tokens, e.g. with --temperature 1, or add --beams {samples}")
+    if "length_penalty" in given and settings.beams == 1:
+        raise UsageError("--length-penalty changes nothing without beams", "add --beams 4, or leave it out")
 
 
 def read_lines(file: Path) -> list[str]:
-    """Return the lines of a text file that are not empty.
+    """Return the lines of a text file that are not empty; a line break is LF or CR LF, and nothing else.
 
     Raises:
         NotFoundError: there is no such file. InputError: it is no UTF-8 text, or has no such line.
@@ -83,7 +103,8 @@ def read_lines(file: Path) -> list[str]:
         raise NotFoundError(f"no file '{file}'", "check the path")
     content = file.read_bytes()
     try:
-        lines = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+        lines = [line.removesuffix("\r") for line in content.decode("utf-8-sig").split("\n")]
+        lines = [line for line in lines if line.strip()]
     except UnicodeDecodeError as error:
         at = f"byte {error.start} (line {content.count(10, 0, error.start) + 1})"
         raise InputError(f"'{file}' is not UTF-8 text: {at} is {content[error.start]:#04x}", "convert it") from None

@@ -12,6 +12,7 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any, final
 
 import numpy as np
@@ -19,31 +20,37 @@ from numpy.typing import NDArray
 
 from mmhub.data.loader import usable
 from mmhub.data.sources import Rows
+from mmhub.data.stream import Stream
 from mmhub.discovery import cache_folder
 from mmhub.errors import InputError, UsageError
+from mmhub.files import disk_errors
 from mmhub.interfaces import Policy, describe_raw
 
 Numbered = tuple[int, str]  # a text with the number of the row it begins in
 
 _IN_MEMORY = 2**30  # bytes of ids above which they are kept in a file
 _TOGETHER = 256  # texts that are tokenized in one call where the processor can
+_WHAT = "the corpus (MMHUB_CACHE says where)"
 _FIX = 'fix the row, or set data.on_error = "skip"'
 
 
 def documents(
-    rows: Rows, column: str, document: str = "row", skipped: list[str] | None = None
+    rows: Rows | Stream, column: str, document: str = "row", skipped: list[str] | None = None
 ) -> Iterator[tuple[int, str]]:
     r"""Yield the texts of a data set, each with the number of its first row.
 
     `document` says what one text is: "row"; "file", all rows of a file joined by "\n"; "blank-line", rows up to an
-    empty one; or a regular expression that begins with "^" and matches the first row of each text. Texts without
-    anything but blanks are left out. `skipped` takes messages about rows that are not text, which else are errors.
+    empty or missing one; or a regular expression that begins with "^" and matches the first row of each text. Texts
+    without anything but blanks are left out. `skipped` takes messages about rows that are not text, which else are
+    errors.
 
     Raises:
-        UsageError: there is no such column, or `document` is none of these. InputError: a row is not text.
+        UsageError: there is no such column, or `document` is none of these; of a stream it must be "row".
+        InputError: a row is not text.
     """
     begins = _beginning(document, rows)
-    cells = _texts(enumerate(rows.column(column)), column, rows.where, skipped)
+    numbered = rows.cells(column) if isinstance(rows, Stream) else enumerate(rows.column(column))
+    cells = _texts(numbered, column, rows.where, skipped, missing="" if document == "blank-line" else None)
     if document == "row":
         yield from ((number, text) for number, text in cells if text.strip())
         return
@@ -59,24 +66,31 @@ def documents(
     yield from _joined(first, lines)
 
 
-def _beginning(document: str, rows: Rows) -> Callable[[int, str], bool]:
-    """Return what says whether a document begins in a row, given its number and text."""
+def _beginning(document: str, rows: Rows | Stream) -> Callable[[int, str], bool]:
+    """Return what says whether a document begins in a row, given its number and text; asked of rows in their order."""
     if document.startswith("^"):
         try:
             pattern = re.compile(document)
         except re.error as error:
             raise UsageError(f"data.document {document!r} is not a regular expression: {error}") from None
         return lambda number, line: pattern.match(line) is not None
-    if document == "file":
-        return lambda number, line: number == 0 or _file(rows, number) != _file(rows, number - 1)
+    if document == "file" and isinstance(rows, Rows):
+        return _FileChange(rows)
     if document in ("row", "blank-line"):
         return lambda number, line: not line.strip()
     hint = 'it is "row", "file", "blank-line", or a regular expression that begins with "^", such as "^ = [^=]"'
     raise UsageError(f"data.document is {document!r}", hint)
 
 
-def _file(rows: Rows, number: int) -> str:
-    return rows.where(number).rpartition(" row ")[0]
+class _FileChange:
+    """Say of each row whether it is of another file than the last one that was asked for."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.part = rows, -1
+
+    def __call__(self, number: int, line: str) -> bool:
+        before, self.part = self.part, self.rows.part(number)
+        return self.part != before
 
 
 def _joined(first: int, lines: list[str]) -> Iterator[Numbered]:
@@ -86,17 +100,37 @@ def _joined(first: int, lines: list[str]) -> Iterator[Numbered]:
 
 
 def _texts(
-    cells: Iterable[tuple[int, Any]], column: str, where: Callable[[int], str], skipped: list[str] | None
+    cells: Iterable[tuple[int, Any]],
+    column: str,
+    where: Callable[[int], str],
+    skipped: list[str] | None,
+    missing: str | None = None,
 ) -> Iterator[Numbered]:
+    """Yield the texts of cells; for an empty cell `missing`, nothing where that is None."""
     for number, cell in cells:
         text = usable("text", cell)
-        if isinstance(text, str):
+        text = missing if text is None else text
+        if text is None:
+            continue
+        problem = _problem(text)
+        if not problem:
             yield number, text
-        elif text is not None:
-            problem = f"{where(number)}, column '{column}': a text is expected, got {describe_raw(text)}"
-            if skipped is None:
-                raise InputError(problem, _FIX)
-            skipped.append(problem)
+            continue
+        problem = f"{where(number)}, column '{column}': {problem}"
+        if skipped is None:
+            raise InputError(problem, _FIX)
+        skipped.append(problem)
+
+
+def _problem(text: Any) -> str:
+    """Say why a cell is no text, '' where it is one."""
+    if not isinstance(text, str):
+        return f"a text is expected, got {describe_raw(text)}"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "the text holds characters that are not valid Unicode"
+    return ""
 
 
 @final
@@ -151,6 +185,8 @@ class Corpus:
                         raise error
                     skipped.append(str(error))
                     continue
+                if not len(found):  # a text that the tokenizer makes nothing of
+                    continue
                 ids.add(found)
                 ends.append(ids.count)
                 rows.append(number)
@@ -174,7 +210,7 @@ class Corpus:
     @property
     def predictions(self) -> int:
         """How many tokens are predicted in one pass: all but the first of each document."""
-        return len(self.ids) - len(self.ends)
+        return int(np.maximum(self.ends - self.starts - 1, 0).sum())
 
     def document(self, number: int) -> NDArray[np.int32]:
         """Return the ids of one document."""
@@ -197,33 +233,34 @@ class _Ids:
     def __init__(self) -> None:
         self.count = 0
         self._pieces: list[NDArray[np.int32]] = []
+        self._folder = Path()  # that the file is in
         self._file: IO[bytes] | None = None
 
     def add(self, ids: NDArray[np.int32]) -> None:
         self.count += len(ids)
         if self._file is not None:
-            self._file.write(ids.tobytes())
+            with disk_errors(_WHAT, self._folder):
+                self._file.write(ids.tobytes())
             return
         self._pieces.append(ids)
         if self.count * ids.itemsize > _IN_MEMORY:
             self._spill()
 
     def _spill(self) -> None:
-        folder = cache_folder()
-        try:
-            os.makedirs(folder, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=folder, prefix="corpus-")  # noqa: SIM115 - lives as long as its ids
-        except OSError as error:
-            raise InputError(f"cannot keep the corpus in '{folder}': {error.strerror}", "set MMHUB_CACHE") from None
-        for piece in self._pieces:
-            self._file.write(piece.tobytes())
+        self._folder = Path(cache_folder())
+        with disk_errors(_WHAT, self._folder):
+            os.makedirs(self._folder, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=self._folder, prefix="corpus-")  # noqa: SIM115 - lives as its ids
+            for piece in self._pieces:
+                self._file.write(piece.tobytes())
         self._pieces = []
 
     def whole(self) -> NDArray[np.int32]:
         if self._file is None:
             return np.concatenate(self._pieces)
         with self._file as file:  # the mapping keeps it
-            file.flush()
+            with disk_errors(_WHAT, self._folder):
+                file.flush()
             return np.memmap(file, np.int32, mode="r", shape=(self.count,))
 
 

@@ -92,8 +92,12 @@ class Rows:
 
     def where(self, i: int) -> str:
         """Say where row `i` came from, for error messages: 'train.csv row 17' (data rows from 1), or the media file."""
-        part, row = self._locate(i)
+        part, row, _ = self._locate(i)
         return f"{part.name}/{part.row_names[row]}" if part.row_names else f"{part.name} row {row + 1}"
+
+    def part(self, i: int) -> int:
+        """Return the number of the file (folder, Hub data set) row `i` came from, which its name alone may not tell."""
+        return self._locate(i)[2]
 
     def folder(self, i: int) -> Path | None:
         """Return the folder of the file row `i` came from, where relative media paths start; None for Hub data sets."""
@@ -132,10 +136,10 @@ class Rows:
         i %= count
         return i if self._index is None else self._index[i]
 
-    def _locate(self, i: int) -> tuple[Part, int]:
+    def _locate(self, i: int) -> tuple[Part, int, int]:
         at = self._at(i)
-        part = bisect_right(self._starts, at) - 1
-        return self._parts[part], at - self._starts[part]
+        number = bisect_right(self._starts, at) - 1
+        return self._parts[number], at - self._starts[number], number
 
 
 def open_rows(

@@ -15,13 +15,14 @@ from mmhub.build import local_name
 from mmhub.checkpoint import read_config
 from mmhub.config import Recipe, read_recipe
 from mmhub.data.addresses import expand_braces
+from mmhub.data.cells import parts_of
 from mmhub.data.corpus import documents
 from mmhub.data.loader import epoch_order, usable
 from mmhub.data.sources import Rows, open_rows, require_columns
 from mmhub.data.stream import Stream, open_stream, wants_stream
 from mmhub.errors import InputError, UsageError
 from mmhub.hub.pull import pull
-from mmhub.interfaces import Task
+from mmhub.interfaces import Task, find_task
 from mmhub.model import Columns, Model
 
 _HASHED = 2**31  # bytes of training data that are hashed at the start, to notice on resuming that they have changed
@@ -47,7 +48,12 @@ class TrainingData:
     @property
     def columns(self) -> Columns:
         data = self.recipe.data
-        return Columns(self.inputs, self.target, tuple(data.columns), data.document)
+        return Columns(self.inputs, self.target, tuple(data.columns), self.document)
+
+    @property
+    def document(self) -> str:
+        """What one text of a language model is."""
+        return self.recipe.data.document or "row"
 
     @property
     def count(self) -> int | None:
@@ -56,8 +62,10 @@ class TrainingData:
 
     def values(self, name: str) -> Iterable[Any]:
         """Yield all training values of a modality, or of "target"; what parts of a model learn from before training."""
-        if self.task.reads_text and name == "text" and isinstance(self.rows, Rows):
-            return (text for _, text in documents(self.rows, self.inputs["text"], self.recipe.data.document))
+        if self.task.reads_text and name == "text":
+            skips = self.recipe.data.on_error == "skip"  # what is skipped is told when it is read for training
+            skipped: list[str] | None = [] if skips else None
+            return (text for _, text in documents(self.rows, self.inputs["text"], self.document, skipped))
         if name != "target":
             alone, column = len(self.inputs) == 1, self.inputs[name]
             cells = self.rows.cells(column) if isinstance(self.rows, Stream) else enumerate(self.rows.column(column))
@@ -114,7 +122,17 @@ class TrainingData:
         streamed = wants_stream(data)
         rows: Any = open_stream(data, folder) if streamed else open_rows(data.train, columns=names, base=folder)
         require_columns(rows, wanted, hint)
+        pair = next((m for m, c in self.inputs.items() if m != "text" and len(parts_of(c, rows.columns)) > 1), None)
+        if pair is not None:
+            raise UsageError(
+                f"data.inputs.{pair} is the pair {self.inputs[pair]!r}, and only texts make one", "name one column"
+            )
         if isinstance(rows, Stream):
+            if self.task.reads_text and self.document != "row":
+                hint = 'leave data.stream out, or write whole documents as rows and set data.document = "row"'
+                raise UsageError(
+                    f"the rows of a stream come in any order, and data.document is {self.document!r}", hint
+                )
             rows = rows.only(wanted)
         if data.valid:
             valid = open_rows(data.valid, columns=names, base=folder, split="validation")
@@ -122,10 +140,10 @@ class TrainingData:
             return rows, valid
         if not data.valid_fraction:
             return rows, None
-        if self.task.reads_text and data.document != "row":
+        if self.task.reads_text and self.document != "row":
             hint = "name a validation set: data.valid"
             raise UsageError(
-                f"data.valid_fraction would tear documents apart: data.document is {data.document!r}", hint
+                f"data.valid_fraction would tear documents apart: data.document is {self.document!r}", hint
             )
         if isinstance(rows, Stream):
             raise UsageError("data.valid_fraction cannot split a stream", "name a validation set: data.valid")
@@ -136,7 +154,7 @@ def _inputs(recipe: Recipe, task: Task) -> dict[str, str]:
     """Modality to column; a modality named like a column, or as the task usually names it, needs no entry."""
     given = dict(recipe.data.inputs)
     if recipe.model.base:  # its encoders' tables only say what to freeze
-        return given
+        return given if "text" in given or not task.reads_text else given | {"text": "text"}
     usual = {m: c if isinstance(c, str) else "+".join(c) for m, c in task.inputs.items()}
     modalities = list(recipe.model.encoders) or ([] if task.reads_text else list(given) or list(usual))
     modalities += ["text"] if task.reads_text and "text" not in modalities else []
@@ -155,13 +173,15 @@ def _split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
 
 
 def with_base_columns(recipe: Recipe, out: Path, folder: Path | None, *, resume: bool) -> Recipe:
-    """Fill in the columns that a recipe with `model.base` does not name: those the base was trained with.
+    """Fill in the columns that a recipe with `model.base` does not name, and what a document is: as the base has them.
 
-    A resumed run has them in its own recipe.toml, and needs the base no more.
+    A resumed run has them in its own recipe.toml, and needs the base no more. A document is a row where nothing else is
+    known, and of a stream always where the recipe does not say.
     """
     data, stored = recipe.data, out / "recipe.toml"
+    reads_text = find_task(recipe.task).reads_text
     if not recipe.model.base or (data.inputs and data.target):
-        return recipe
+        return replace(recipe, {"data": replace(data, {"document": data.document or "row"})}) if reads_text else recipe
     known: Any
     if resume and stored.exists():
         known = read_recipe(stored).data
@@ -173,6 +193,8 @@ def with_base_columns(recipe: Recipe, out: Path, folder: Path | None, *, resume:
         inputs = dict(known.inputs) or {m: m for m in encoders}
     names = known.columns if not (data.inputs or data.target or data.columns) else data.columns
     changes = {"inputs": data.inputs or inputs, "target": data.target or known.target, "columns": names}
+    if reads_text:
+        changes["document"] = data.document or ("" if wants_stream(data) else known.document) or "row"
     return replace(recipe, {"data": replace(data, changes)})
 
 

@@ -55,6 +55,11 @@ class Feed:
         size = self.recipe.train.batch_size
         return AUTO_ROWS if isinstance(size, str) else size
 
+    @property
+    def most_rows(self) -> int:
+        """How many rows of a batch this rank computes at once, 0 for all of them."""
+        return 0
+
     def batches(self, epoch: int = 0) -> int | None:
         """The number of batches in an epoch, None where only its end will tell."""
         if isinstance(self.rows, Rows):

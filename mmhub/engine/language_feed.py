@@ -14,7 +14,7 @@ from mmhub.data.blocks import Plan, plan_blocks
 from mmhub.data.cells import cell
 from mmhub.data.corpus import Corpus
 from mmhub.data.lanes import batch_shares
-from mmhub.data.loader import Loaded, on_device
+from mmhub.data.loader import Loaded, on_device, usable
 from mmhub.data.stream import Stream
 from mmhub.engine.feed import Feed
 from mmhub.engine.state import Position
@@ -58,6 +58,15 @@ class LanguageFeed(Feed):
         tokens = self.recipe.train.batch_tokens
         return max(1, tokens // self.block) if tokens else super().batch_size
 
+    @property
+    def most_rows(self) -> int:
+        """A document of a stream is never cut, however long; twice what a batch should have is computed at once."""
+        return 0 if self.corpus is not None else 2 * self._share
+
+    @property
+    def _share(self) -> int:
+        return batch_shares(self.batch_size, self.ranks.world)[self.ranks.rank]
+
     def batches(self, epoch: int = 0) -> int | None:
         return len(self._epoch(epoch)) if self.corpus is not None else None
 
@@ -99,7 +108,7 @@ class LanguageFeed(Feed):
     def _documents(self, position: Position) -> Iterator[tuple[list[tuple[int, dict[str, Any]]], Any]]:
         assert isinstance(self.rows, Stream)
         ranks = self.ranks
-        tokens = self.block * batch_shares(self.batch_size, ranks.world)[ranks.rank]
+        tokens = self.block * self._share
 
         def cut(rows: Sequence[tuple[int, dict[str, Any]]], seed: int) -> list[list[int]]:
             return group_by_size([self._size(number, row) for number, row in rows], tokens)
@@ -118,7 +127,7 @@ class LanguageFeed(Feed):
         """Read a document's ids and note them in its row, or what is wrong with it; return its predictions."""
         if _IDS not in row:
             try:
-                row[_IDS] = self._read(cell(row, self.collate.inputs["text"]))
+                row[_IDS] = self._read(usable("text", cell(row, self.collate.inputs["text"])))
             except InputError as error:
                 place = f"{self.rows.where(number)}, column '{self.collate.inputs['text']}'"
                 hint = error.hint or 'fix the row, or set data.on_error = "skip"'

@@ -19,6 +19,7 @@ import torch
 
 from mmhub.checkpoint import load, read_config, save
 from mmhub.config import Recipe, dump_recipe, override_recipe, read_recipe
+from mmhub.data.corpus import Corpus
 from mmhub.data.stream import Stream, join_states
 from mmhub.device import find_device
 from mmhub.engine.calibration import calibrate
@@ -39,6 +40,7 @@ from mmhub.hub.card import merge_card
 from mmhub.lineage import code_state
 from mmhub.metrics import flat
 from mmhub.model import Model
+from mmhub.perplexity import measure_corpus, read_corpus
 from mmhub.weights import copy_parameters
 
 
@@ -107,6 +109,7 @@ class _Run:
         self.place = self.position.stream  # where the run was resumed, for ranks that have had no batch since
         self.planned, self.batches_per_epoch = self.feed.steps(), self.feed.batches()
         self.saved_step = self.position.step if setup.restored else -1
+        self.valid_texts: Corpus | None = None
         self.told = False  # whether the meter's problem was
         self.fresh = not (out.is_dir() and any(out.iterdir()))
         self.ranks.barrier()  # none makes the folder before all have looked
@@ -147,6 +150,7 @@ class _Run:
             self.setup.stand_in,
             self.rows.where,
             self.reporter.say,
+            self.feed.most_rows,
         )
         self._announce()
 
@@ -395,7 +399,7 @@ class _Run:
             workers=data.workers,
             subsets=whole,
             write=whole,
-            document=data.document,
+            document=self.setup.data.document if self.task.reads_text else "",
             skip=data.on_error == "skip",
             policy=self.setup.policy,
             precision=self.setup.precision,
@@ -408,6 +412,8 @@ class _Run:
         )
         try:
             with self.setup.parallel.whole() if model is self.model else nullcontext():
+                if self.task.reads_text and model is self.model:
+                    return measure_corpus(model, self._valid_texts(options), options)
                 inputs, target = model.columns.inputs, self.setup.data.target
                 return evaluate(model, self.valid, inputs=inputs, target=target, options=options)
         except RuntimeError as error:
@@ -417,6 +423,13 @@ class _Run:
             raise MmhubError(
                 f"out of memory in an evaluation with batches of {size}", "lower train.batch_size"
             ) from None
+
+    def _valid_texts(self, options: EvalOptions) -> Corpus:
+        """The validation texts of a language model, read once."""
+        if self.valid_texts is None:
+            assert self.valid is not None
+            self.valid_texts = read_corpus(self.model, self.valid, self.model.columns.inputs["text"], options)
+        return self.valid_texts
 
     def _stopping(self) -> bool:
         return self.ranks.sum(bool(self.stop))[0] > 0

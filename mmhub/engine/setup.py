@@ -196,7 +196,11 @@ class Setup:
         collate = replace(self._collate(), features=self._features)
         if self.task.reads_text:
             feed = LanguageFeed(self.recipe, self.rows, collate, self._measure_rows, None, self.ranks)
-            feed.decoder, feed.corpus = self.model.decoder, self._corpus()
+            feed.decoder = self.model.decoder
+            if feed.decoder.stateful and feed.batch_size < self.ranks.world:
+                problem = f"batches of {feed.batch_size} rows leave some of {self.ranks.world} processes without a text"
+                raise shared(UsageError(problem, "raise train.batch_size, or start fewer processes"))
+            feed.corpus = self._corpus()
             return feed
         if self._lengths is not None:
             collate = replace(collate, read=self._lengths.read)
@@ -213,7 +217,7 @@ class Setup:
             return None
         skipped: list[str] = []
         skip, column = self.recipe.data.on_error == "skip", self.model.columns.inputs["text"]
-        texts = documents(self.rows, column, self.recipe.data.document, skipped if skip else None)
+        texts = documents(self.rows, column, self.data.document, skipped if skip else None)
         where = self.rows.where
         corpus = Corpus.read(texts, decoder.processor, self.policy, where=where, skip=skip, skipped=skipped)
         for text in skipped:

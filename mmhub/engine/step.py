@@ -38,6 +38,7 @@ class Stepper:
     stand_in: Batch | None
     where: Callable[[int], str]
     say: Callable[[str], None]
+    most_rows: int = 0  # of this rank that are computed at once, 0 = a whole batch
 
     def __post_init__(self) -> None:
         self.options, self.device = self.recipe.train, self.ranks.device
@@ -96,16 +97,23 @@ class Stepper:
 
     def _pieces(self, turn: Turn, split: int) -> list[tuple[Batch, float]]:
         """What is computed one after the other, with its weight; on several ranks equally many on each."""
-        pieces = [(batch, batch.weight) for batch in turn.batches if batch is not None]
+        batches = [part for batch in turn.batches if batch is not None for part in self._split(batch, split)]
+        pieces = [(batch, batch.weight) for batch in batches]
         if self.ranks.several:
             assert self.stand_in is not None, "some row could be read, or there would be no step"
-            return pieces + [(self.stand_in, 0.0)] * (self.options.accumulate - len(pieces))
-        return [(part, part.weight) for batch, _ in pieces for part in batch.split(split)] if split > 1 else pieces
+            count = max(self.ranks.gather(len(pieces))) if self.most_rows else self.options.accumulate
+            return pieces + [(self.stand_in, 0.0)] * (count - len(pieces))
+        return pieces
+
+    def _split(self, batch: Batch, pieces: int) -> list[Batch]:
+        pieces = max(pieces, math.ceil(batch.size / self.most_rows) if self.most_rows else 1)
+        return batch.split(pieces) if pieces > 1 else [batch]
 
     def _smaller_pieces(self, turn: Turn, position: Position) -> bool:
         """Halve what is computed at once, if that is asked for and possible."""
-        rows = max(batch.size for batch, _ in self._pieces(turn, position.pieces))
-        if self.options.batch_size != "auto" or rows == 1:
+        if self.options.batch_size != "auto":
+            return False
+        if max(batch.size for batch, _ in self._pieces(turn, position.pieces)) == 1:
             return False
         self.optimizer.zero_grad(set_to_none=True)
         position.pieces *= 2

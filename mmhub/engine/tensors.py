@@ -94,13 +94,14 @@ def gather_carried(model: Model, ranks: Ranks) -> dict[str, Tensor]:
     own: dict[str, Tensor] = getattr(model.decoder, "carried", {})
     if not ranks.several:
         return dict(own)
-    parts = ranks.gather({name: tensor.float().cpu().tolist() for name, tensor in own.items()})
+    said = {name: (str(tensor.dtype), list(tensor.shape[1:]), tensor.tolist()) for name, tensor in own.items()}
+    parts = ranks.gather(said)
     found: dict[str, Tensor] = {}
-    for name in parts[0]:
-        rows = sum(len(part.get(name, ())) for part in parts)
-        whole = torch.zeros(rows, *own[name].shape[1:])
-        for rank, part in enumerate(parts):
-            whole[rank :: len(parts)] = torch.tensor(part[name])
+    for name, (dtype, shape, _) in parts[0].items():  # the first process has as many rows as any
+        rows = [part[name][2] if name in part else [] for part in parts]
+        whole = torch.zeros(sum(map(len, rows)), *shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+        for rank, values in enumerate(rows):
+            whole[rank :: len(parts)] = torch.tensor(values, dtype=whole.dtype).reshape(-1, *shape)
         found[name] = whole
     return found
 

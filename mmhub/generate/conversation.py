@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from torch import Tensor
 
 from mmhub.batch import Bundle
@@ -28,6 +29,8 @@ def chat(
     truncate: bool = False,
 ) -> str:
     """Return the model's answer to the last of `messages`, each {"role", "content"}.
+
+    A content is a text, or a list of parts {"type": "text", "text"}, which are joined.
 
     With `truncate` the oldest turns are left out of a conversation that is longer than the context, else that is an
     error. `stream` gets the answer piece by piece, or whole where plugins' guards review it.
@@ -55,8 +58,8 @@ def answer(
     What a guard refuses is answered {"refused", "guard"}.
     """
     decoder = model.language_model
-    _check(messages)
-    settings = settings or decoder.generation
+    messages = _checked(messages)
+    settings = _settled(decoder, settings)
     ids, left_out = _fitted(decoder, messages, settings, truncate)
     lead = _Lead(stream) if stream is not None else None
     guarded = model.has_guards
@@ -90,17 +93,42 @@ class _Lead:
             self._stream(text)
 
 
-def _check(messages: Sequence[Message]) -> None:
+def _settled(decoder: LanguageModel, settings: Generation | None) -> Generation:
+    """The settings with the texts that end an answer in the layout of the processor's chat template."""
+    settings = settings or decoder.generation
+    stop = dict.fromkeys([*settings.stop, *getattr(decoder.processor, "stop_texts", ())])
+    return msgspec.structs.replace(settings, stop=tuple(stop))
+
+
+def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages, the content of each one text."""
+    found = []
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
             raise InputError(
                 f"message {number} has no role", f'a message is {{"role": {" | ".join(_ROLES)}, "content"}}'
             )
-        if not isinstance(message.get("content"), str):
-            what = type(message.get("content")).__name__
-            raise InputError(f"the content of message {number} is a {what}", "the content of a message is a text")
-    if not messages or messages[-1]["role"] != "user":
+        found.append({**message, "content": _content(number, message.get("content"))})
+    if not found or found[-1]["role"] != "user":
         raise InputError("the conversation does not end with a message of the user", "add the one to be answered")
+    return found
+
+
+def _content(number: int, content: Any) -> str:
+    """The text of a message's content, whose parts are joined as they are."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InputError(f"the content of message {number} is a {type(content).__name__}", _CONTENT)
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            what = "whose text is none" if kind == "text" else f"of type {kind!r}"
+            raise InputError(f"the content of message {number} has a part {what}", _CONTENT)
+    return "".join(part["text"] for part in content)
+
+
+_CONTENT = 'the content of a message is a text, or a list of {"type": "text", "text": ...}'
 
 
 def _fitted(

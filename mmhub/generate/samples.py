@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmhub.batch import Bundle
+from mmhub.batch import Batch, Bundle
 from mmhub.errors import InputError, UsageError
 from mmhub.generate.write import Stream, Written, write
 from mmhub.interfaces import Generation, LanguageModel, Policy, TextDecoder
@@ -36,10 +36,10 @@ def generate(
 
     An answer is {"text", "finish": "end" | "stop" | "length", "score"}; with `n` > 1 texts a sample it is {"texts",
     "finish", "score"}, all lists. `score` is the log-probability in nats. A prompt longer than the model's context is
-    an error, or with `truncate` loses its first tokens, whose number is then in the answer as `truncated`. What a
-    plugin's guard refuses is answered `{"refused": reason, "guard": name}`; where there are guards, `stream` gets a
-    text once they have seen it, else piece by piece: stream(row, sample number, text). Rows are numbered from `first`;
-    random choices depend on the seed and these two numbers alone.
+    an error, or with `truncate` loses its first tokens, whose number is then in the answer as `truncated`; a text that
+    is translated loses its last ones. What a plugin's guard refuses is answered `{"refused": reason, "guard": name}`;
+    where there are guards, `stream` gets a text once they have seen it, else piece by piece: stream(row, sample number,
+    text). Rows are numbered from `first`; random choices depend on the seed and these two numbers alone.
 
     Raises:
         UsageError: the model writes no text. InputError: a sample cannot be read; `row` is its position.
@@ -56,8 +56,9 @@ def generate(
             taken = [part[row] for row in rows]
             if isinstance(decoder, LanguageModel):
                 return _prompt_bundle(model, decoder, taken, settings, policy, truncate)
-            batch = model.collate(taken, policy).to(model.device)
-            return model.fusion(model.encode(batch.items, batch.size)), [0] * len(rows)
+            batch, lost = _cut(model, taken, policy) if truncate else (model.collate(taken, policy), [0] * len(rows))
+            batch = batch.to(model.device)
+            return model.fusion(model.encode(batch.items, batch.size)), lost
 
         sizes = [len(text) if isinstance(text := _text(sample), str) else 0 for sample in part]
         rows = [numbers[id(sample)] for sample in part]
@@ -67,6 +68,23 @@ def generate(
     if guards and stream is not None:
         _stream_reviewed(answers, stream, first)
     return answers
+
+
+def _cut(model: Model, samples: Sequence[Sample], policy: Policy) -> tuple[Batch, list[int]]:
+    """A batch whose texts are cut to what the encoder takes, and how many tokens of each were cut off."""
+    processor: Any = model.processors.get("text")
+    lost = [0] * len(samples)
+    if not getattr(processor, "whole", False):
+        return model.collate(samples, policy), lost
+    processor.whole = False
+    try:
+        batch = model.collate(samples, policy)
+    finally:
+        processor.whole = True
+    items = batch.items["text"]
+    for row, length in zip(items.rows.tolist(), items.lengths.tolist(), strict=True):
+        lost[row] = max(0, processor.count(_text(samples[row])) - length)
+    return batch, lost
 
 
 def _text(sample: Sample) -> Any:
@@ -158,10 +176,22 @@ def _each_guarded(
 
     def apart(passed: Sequence[Sample]) -> list[Answer]:
         once = list({id(sample): sample for sample in passed}.values())
-        texts = {id(sample): iter(_split(found, n)) for sample, found in zip(once, answer(once), strict=True)}
+        try:
+            found = answer(once)
+        except InputError as error:
+            error.row = next(row for row, sample in enumerate(passed) if sample is once[error.row or 0])
+            raise
+        texts = {id(sample): iter(_split(one, n)) for sample, one in zip(once, found, strict=True)}
         return [next(texts[id(sample)]) for sample in passed]
 
-    answers = model.guarded([sample for sample in samples for _ in range(n)], apart)
+    for row, sample in enumerate(samples):
+        model.check_sample(row, sample)
+    try:
+        answers = model.guarded([sample for sample in samples for _ in range(n)], apart)
+    except InputError as error:
+        error.row = (error.row or 0) // n
+        error.__notes__ = [f"in sample {error.row}"]
+        raise
     return [_joined(answers[start : start + n]) for start in range(0, len(answers), n)]
 
 

@@ -178,9 +178,9 @@ def _size(bundle: Bundle) -> int:
 
 
 def _prompts(decoder: TextDecoder, bundle: Bundle) -> list[list[int]]:
-    """The ids each row has read of the text that is written on; none for decoders that begin a new one."""
+    """The ids each row has read of the text that is written on; for decoders that begin a new one, the start token."""
     if not isinstance(decoder, LanguageModel):
-        return [[] for _ in range(_size(bundle))]
+        return [[] if decoder.start is None else [decoder.start] for _ in range(_size(bundle))]
     stream = own_stream(bundle)
     assert stream.ids is not None
     return [[i for i in row if i >= 0] for row in stream.ids.tolist()]

@@ -12,7 +12,8 @@ from mmhub.checkpoint import CheckpointConfig
 from mmhub.errors import TrustError, UsageError
 from mmhub.hub.cache import as_table, read_json
 from mmhub.hub.readme import strings
-from mmhub.interfaces import TASKS, find_task
+from mmhub.hub.search import read_modalities
+from mmhub.interfaces import TASKS, Task, find_task
 
 START, END = "<!-- mmhub: generated from here -->", "<!-- mmhub: to here; text outside is kept -->"
 
@@ -73,8 +74,9 @@ def merge_card(
     facts = _provenance(folder)
     data |= _origins(facts, data, bases_of(config) if library == "mmhub" else [])
     data["library_name"] = library
-    modalities = tuple(role.removesuffix("_encoder") for role in config.components if role.endswith("_encoder"))
-    tag = find_task(config.task).pipeline_tag(modalities)
+    task = find_task(config.task)
+    modalities = tuple(read_modalities(config.components, config.task))
+    tag = task.pipeline_tag(modalities)
     if tag:
         data["pipeline_tag"] = tag
     plugins = [str(record["distribution"]) for record in config.requires]  # so that a search can tell what to install
@@ -83,7 +85,7 @@ def merge_card(
     results = read_results(folder)
     if results:
         data["model-index"] = [_model_index(name, config.task, tag, results)]
-    use = _own_use(config, name, modalities) if library == "mmhub" else _library_use(library, architecture, name)
+    use = _own_use(config, task, name, modalities) if library == "mmhub" else _library_use(library, architecture, name)
     intro = summary or f"A {config.task} model that takes {' and '.join(modalities)}, made with mmhub."
     section = f"{START}\n{_section(facts, config, [intro, '', '## Use', '', *use], results)}\n{END}"
     body = _replace_section(text, section, name)
@@ -226,12 +228,13 @@ def _section(
     return "\n".join(lines)
 
 
-def _own_use(config: CheckpointConfig, name: str, modalities: Sequence[str]) -> list[str]:
+def _own_use(config: CheckpointConfig, task: Task, name: str, modalities: Sequence[str]) -> list[str]:
     needs = " ".join(f'"{r["distribution"]}{r["specifier"]}"' for r in config.requires)
     needs += ' "mmhub[lora]"' if any(record.adapter for record in config.components.values()) else ""
     flags = {"text": "--text TEXT", "image": "--image FILE", "audio": "--audio FILE"}
     options = " ".join(flags.get(m, f"--input {m}=VALUE") for m in modalities)
-    lines = ["```sh", f"pip install {needs}", f"mmhub predict {name} {options}", "```", ""]
+    call = f'generate {name} "TEXT"' if modalities == ("text",) and task.writes else f"predict {name} {options}"
+    lines = ["```sh", f"pip install {needs}", f"mmhub {call}", "```", ""]
     if len(modalities) > 1:
         lines += ["Any subset of the inputs works; what is missing is left out of the command.", ""]
     return lines

@@ -21,7 +21,7 @@ from mmhub.hub.download import Remote, check_commit, fetch, in_cache
 from mmhub.hub.foreign import recognise, why_not
 from mmhub.hub.licences import Link, chain, warnings
 from mmhub.hub.readme import Card, card_of, read_card
-from mmhub.hub.search import modalities_of, unmet_text
+from mmhub.hub.search import modalities_of, read_modalities, unmet_text
 from mmhub.names import Resolved, resolve
 from mmhub.plugins import get_index
 from mmhub.registry import find_component
@@ -326,7 +326,16 @@ def _unreadable(config: Mapping[str, Any], parts: set[str]) -> str:
 
 
 def _role_sizes(parts: Mapping[str, Any], files: _Files, sizes: Mapping[str, int | None]) -> dict[str, int]:
-    """Bytes of each component: of its own weight files, or of its tensors in the one file."""
+    """Bytes of each component: of its own weight files or its tensors in the one file, and of its adapter's file."""
+    total = _weight_sizes(parts, files, sizes)
+    for role, part in parts.items():
+        weights = as_table(part.get("adapter")).get("weights")
+        if isinstance(weights, str) and (size := sizes.get(weights)):
+            total[role] = total.get(role, 0) + size
+    return total
+
+
+def _weight_sizes(parts: Mapping[str, Any], files: _Files, sizes: Mapping[str, int | None]) -> dict[str, int]:
     if "model.safetensors.index.json" in sizes:
         path = files.read("model.safetensors.index.json")
         index = as_table(read_json(path)) if path else {}
@@ -408,7 +417,7 @@ def _composition(found: Resolved) -> Description:
         loadable="by composing it: its parts are fetched or made, and untrained ones need training",
     )
     encoders = as_table(table.get("encoders"))
-    about.modalities = [str(one) for one in encoders]
+    about.modalities = read_modalities([f"{one}_encoder" for one in encoders], about.task)
     parts = {f"{modality}_encoder": part for modality, part in encoders.items()}
     parts |= {role: table[role] for role in ("fusion", "decoder") if role in table}
     origins = []

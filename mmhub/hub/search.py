@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmhub import interfaces
 from mmhub.errors import NetworkError
 from mmhub.hub.cache import Cached, as_table, checkpoints
 from mmhub.hub.client import endpoint, hub_errors, is_offline, request_address, request_headers
@@ -172,12 +173,14 @@ def _registered(named: Named) -> Hit:
     entry = named.entry
     requires = list(entry.requires)
     repo_id, revision = repository_of(named)
+    task = entry.task or str(entry.compose.get("task", ""))
+    encoders = [f"{one}_encoder" for one in as_table(entry.compose.get("encoders"))]
     return Hit(
         name=named.name,
         repo_id=repo_id,
         sources=[named.scope],
-        task=entry.task or str(entry.compose.get("task", "")),
-        modalities=list(as_table(entry.compose.get("encoders"))),
+        task=task,
+        modalities=read_modalities(encoders, task),
         license=entry.license,
         requires=requires,
         missing=missing(requires),
@@ -240,9 +243,16 @@ def _cached(one: Cached) -> Hit:
 
 
 def modalities_of(config: Mapping[str, Any]) -> list[str]:
-    """Return the modalities of a config.json's encoders."""
-    roles = as_table(config.get("components"))
-    return [role.removesuffix("_encoder") for role in roles if role.endswith("_encoder")]
+    """Return the modalities that the model of a config.json takes."""
+    return read_modalities(as_table(config.get("components")), config.get("task"))
+
+
+def read_modalities(roles: Iterable[str], task: object) -> list[str]:
+    """Return what is read by components of these roles: by the encoders, and by the decoder of a language model."""
+    served = interfaces.TASKS
+    own = ["text"] if isinstance(task, str) and task in served and served[task].reads_text else []
+    found = [role.removesuffix("_encoder") for role in roles if role.endswith("_encoder")]
+    return list(dict.fromkeys([*own, *found]))
 
 
 # --- the Hub

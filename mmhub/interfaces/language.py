@@ -5,6 +5,7 @@ Letters in shapes: B rows, N items, S raw positions, T tokens, D width, V vocabu
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -42,9 +43,12 @@ class Generation(ComponentConfig, frozen=True):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "length_penalty", "repetition_penalty"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {value}")
         if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise ValueError("max_new_tokens must be at least 1, and min_new_tokens between 0 and it")
-        if not 0 <= self.temperature < float("inf"):
+        if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (always the most probable token) or above, got {self.temperature}")
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise ValueError("top_k must be 0 (off) or above, top_p in (0, 1] and min_p in [0, 1]")
@@ -105,10 +109,12 @@ class TextDecoder(Decoder):
 
     Attributes:
         processor: the tokenizer of what is written. context: tokens of one text it can handle, None for no limit.
+        start: the id that a new text begins with where the decoder itself puts it there; it counts as repeated.
     """
 
     processor: Any
     context: int | None = None
+    start: int | None = None
 
     @abstractmethod
     def __init__(self, config: Any, inputs: Mapping[str, Stream], processor: Any) -> None:

@@ -11,8 +11,8 @@ from mmhub.errors import PluginError
 def translation(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]) -> dict[str, float | str]:
     """Corpus BLEU (Papineni et al., 2002) and chrF (Popovic, 2015), both 0 to 100, with sacrebleu's signatures.
 
-    Texts are compared as they are, with their case; BLEU is tokenized by sacrebleu ("13a"). A reference is a text, or
-    several texts that are equally right. A BLEU without its signature compares with nothing.
+    Texts are compared as they are, with their case; BLEU is tokenized by sacrebleu ("13a"). A BLEU
+    without its signature compares with nothing.
 
     Raises:
         PluginError: sacrebleu is not installed.
@@ -23,7 +23,7 @@ def translation(predictions: Sequence[Mapping[str, Any]], references: Sequence[A
     except ImportError:
         raise PluginError("translations are measured by sacrebleu, which is not installed", _INSTALL) from None
     texts = [str(p["text"]) for p in predictions]
-    streams: Any = _streams(references)
+    streams = [[str(one) for one in references]]
     found: dict[str, float | str] = {}
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
         found[name] = metric.corpus_score(texts, streams).score
@@ -32,9 +32,3 @@ def translation(predictions: Sequence[Mapping[str, Any]], references: Sequence[A
 
 
 _INSTALL = "pip install 'mmhub[text]', or pip install sacrebleu"
-
-
-def _streams(references: Sequence[Any]) -> list[list[str | None]]:
-    """References as sacrebleu takes them: first ones of all rows, second ones of all rows, ...; None = no such one."""
-    rows = [[one] if isinstance(one, str) else list(one) for one in references]
-    return [[row[n] if n < len(row) else None for row in rows] for n in range(max(map(len, rows)))]

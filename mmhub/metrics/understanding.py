@@ -59,6 +59,8 @@ def calibration(predictions: Sequence[Mapping[str, Any]], references: Sequence[A
     the number of rows (Naeini et al. 2015; Guo et al. 2017, arXiv:1706.04599). Nothing where answers have no score.
     """
     rows = [(p["score"], p["label"] == r) for p, r in zip(predictions, references, strict=True) if "score" in p]
+    if any(math.isnan(score) for score, _ in rows):
+        return {"ece": math.nan}
     bins: dict[int, list[tuple[float, bool]]] = {}
     for score, right in rows:
         bins.setdefault(min(max(math.ceil(score * BINS) - 1, 0), BINS - 1), []).append((score, right))

@@ -59,8 +59,9 @@ def read_answers(raw: Any) -> list[Answer]:
         return _read_table(raw)
     if not isinstance(raw, (list, tuple)):
         raise InputError(f"an answer must be a text or a table of texts, got a {type(raw).__name__}")
-    if len(raw) == 2 and all(isinstance(part, int) for part in raw):
-        return [Answer("", tokens=(raw[0], raw[1]))]
+    first, last = map(_whole, raw) if len(raw) == 2 else (None, None)
+    if first is not None and last is not None:
+        return [Answer("", tokens=(first, last))]
     return [answer for part in raw for answer in read_answers(part)]
 
 
@@ -70,9 +71,17 @@ def _read_table(raw: Mapping[str, Any]) -> list[Answer]:
         raise InputError(f"an answer needs the key 'text', got {', '.join(map(str, raw)) or 'none'}")
     if starts and len(starts) != len(texts):
         raise InputError(f"an answer has {len(texts)} text(s) and {len(starts)} answer_start(s)")
-    if not all(isinstance(start, int) for start in starts):
-        raise InputError(f"answer_start must be a number of characters, got {starts[0]!r}")
-    return [Answer(text, start) for text, start in zip(texts, starts or [None] * len(texts), strict=True)]
+    for start in starts:
+        if not is_missing(start) and _whole(start) is None:
+            raise InputError(f"answer_start must be a number of characters, got {start!r}")
+    return [Answer(text, _whole(start)) for text, start in zip(texts, starts or [None] * len(texts), strict=True)]
+
+
+def _whole(value: Any) -> int | None:
+    """The number, if it is a whole one; tables with gaps hold them as floats."""
+    value = plain(value)
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return int(value) if whole and not isinstance(value, bool) else None
 
 
 def _listed(value: Any) -> list[Any]:

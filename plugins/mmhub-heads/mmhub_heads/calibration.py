@@ -59,7 +59,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     """
     if not len(targets):
         raise UsageError("calibration needs at least 1 held-out row", "give data.valid or data.valid_fraction")
-    logits = logits.detach().double().cpu()
+    logits = logits.detach().cpu().double()  # some devices know no fp64
     if not bool(torch.isfinite(logits).all()):
         raise UsageError("the model's logits are not finite", "train it again with a lower learning rate")
     right = logits.gather(1, targets.cpu()[:, None])

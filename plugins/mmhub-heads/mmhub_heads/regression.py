@@ -80,7 +80,7 @@ class Regression(Decoder):
 
     def predict(self, output: Output, details: bool = True) -> list[dict[str, Any]]:
         """Answer `{"value"}` in the units of the training targets."""
-        return [{"value": value * self.std + self.mean} for (value,) in output.logits.detach().double().tolist()]
+        return [{"value": value * self.std + self.mean} for (value,) in output.logits.detach().cpu().double().tolist()]
 
 
 def _numbers(targets: Iterable[Any]) -> Iterable[float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mmhub.interfaces import describe_raw
 from mmhub_text.frame import read_text
 
 ROLES = ("system", "user", "assistant")
+LONGEST = 4 * 2**20  # characters of a conversation that a template lays out
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 BUILT_IN = {
     "plain": (
@@ -63,17 +64,20 @@ def encode_chat(
     names: Mapping[str, str],
     controls: Mapping[str, Set[str]],
     encode: Callable[[str], Sequence[int]],
+    normalise: Callable[[str], str] = str,
 ) -> list[int]:
     """Return the ids of a conversation up to the assistant's next answer.
 
     `encode` turns text into ids, special tokens in it into theirs; `names` are special tokens such as bos_token. Those
-    that a message spells become plain text, character by character, if they are among the `controls` of its role: only
-    the template writes real ones.
+    that a message spells, as it stands or after `normalise`, become plain text, character by character, if they are
+    among the `controls` of its role: only the template writes real ones.
 
     Raises:
         InputError: the conversation is malformed, or the template refuses it. TrustError: the template is damaged.
     """
     checked = [_checked(message, number) for number, message in enumerate(_listed(messages))]
+    for message in checked:
+        message["content"] = _revealed(message["content"], controls[message["role"]], normalise)
     texts = [message["content"] for message in checked]
     spelled = [{token for token in controls[one["role"]] if token in one["content"]} for one in checked]
     if not any(spelled):
@@ -90,13 +94,33 @@ def render(messages: Sequence[Mapping[str, str]], template: str, names: Mapping[
     """Return the text of checked messages, up to the assistant's next answer."""
     compiled = _compile(template)
     try:
-        return str(compiled.render(**names, messages=messages, tools=None, documents=None, add_generation_prompt=True))
+        return _joined(
+            compiled.generate(**names, messages=messages, tools=None, documents=None, add_generation_prompt=True)
+        )
+    except (RecursionError, MemoryError):
+        raise TrustError("the chat template needs more memory than it may", "give another one") from None
     except SecurityError as error:
         raise TrustError(f"the chat template does what none may do: {error}", "give another one") from None
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"the chat template refuses the conversation: {error}", "check roles and their order"
         ) from None
+
+
+def _joined(parts: Iterable[str]) -> str:
+    found, length = [], 0
+    for part in parts:
+        length += len(part)
+        if length > LONGEST:
+            raise SecurityError(f"it writes more than {LONGEST:,} characters")
+        found.append(part)
+    return "".join(found)
+
+
+def _revealed(text: str, tokens: Set[str], normalise: Callable[[str], str]) -> str:
+    """The text, normalised if that makes it spell more of the tokens, as </S> does in lower case."""
+    normal = normalise(text)
+    return normal if any(normal.count(token) > text.count(token) for token in tokens if token in normal) else text
 
 
 def _encode_pieces(text: str, start: str, end: str, encode: Callable[[str], Sequence[int]]) -> list[int]:
@@ -139,9 +163,7 @@ def _checked(message: Any, number: int) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=8)
 def _compile(template: str) -> Any:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
     environment.filters["tojson"] = _tojson
     environment.globals = {
         "range": environment.globals["range"],  # the sandbox's own, which has a limit
@@ -154,6 +176,24 @@ def _compile(template: str) -> Any:
         return environment.from_string(template)
     except TemplateSyntaxError as error:
         raise TrustError(f"the chat template is damaged: line {error.lineno}: {error.message}") from None
+    except (RecursionError, MemoryError):
+        raise TrustError("the chat template is nested too deeply", "give another one") from None
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """The sandbox, with a limit to what a multiplication makes: one line could ask for all memory."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**":
+            small = all(isinstance(one, (int, float)) and abs(one) <= 1000 for one in (left, right))
+        else:
+            sizes = [one if isinstance(one, (int, float)) else len(one) for one in (left, right)]
+            small = abs(sizes[0] * sizes[1]) <= LONGEST or all(isinstance(one, float) for one in sizes)
+        if not small:
+            raise SecurityError(f"it computes a huge {operator}")
+        return super().call_binop(context, operator, left, right)
 
 
 class _Generation(Extension):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,11 +21,14 @@ from mmhub_text.tokenizer import (
     TEXT_SPECIALS,
     Kind,
     TokenizerRecipe,
+    is_panic,
     load_tokenizer,
     parse_tokenizer,
     read_recipe,
     train_text_tokenizer,
 )
+
+_NAMES = dict(zip(("pad_token", "unk_token", "bos_token", "eos_token"), TEXT_SPECIALS, strict=True))
 
 
 class LanguageTextProcessor(LanguageProcessor):
@@ -62,7 +66,7 @@ class LanguageTextProcessor(LanguageProcessor):
         if recipe.kind == "pretrained":
             tokenizer, path = load_tokenizer(recipe.name), Path(recipe.name).expanduser()
             frame = read_frame(path if path.is_dir() else path.parent, tokenizer)
-            processor = cls.of_frame(tokenizer, frame)
+            processor = cls.of_frame(tokenizer, _completed(frame, tokenizer))
             if recipe.chat_template:
                 processor.take_template(recipe.chat_template)
             return processor
@@ -116,6 +120,11 @@ class LanguageTextProcessor(LanguageProcessor):
         """One more than the highest id."""
         return self._store.vocab_size
 
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """Texts that end an answer in a conversation, where the chat template has no token for it."""
+        return ("\nUser:",) if self.chat_template == BUILT_IN["plain"] else ()
+
     def read(self, raw: Any, policy: Policy, rng: torch.Generator | None = None) -> Tensor:
         """Return the ids of a document, (S,) long: the begin token, the text, and the end token where `ends`."""
         ids = self._framed(raw, policy, begins=True)
@@ -142,7 +151,8 @@ class LanguageTextProcessor(LanguageProcessor):
         def encoded(text: str) -> list[int]:
             return encode(chat, checked_text(text, policy), framed=False).ids
 
-        ids = encode_chat(messages, self.chat_template, self.names, controls, encoded)
+        ids = encode_chat(messages, self.chat_template, self.names, controls, encoded, _normaliser(tokenizer))
+        self._store.check_ids(ids)
         return torch.tensor(ids, dtype=torch.long)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -161,10 +171,9 @@ class LanguageTextProcessor(LanguageProcessor):
         extra = CHATML_TOKENS if self.chat_template == BUILT_IN["chatml"] else ()
         tokenizer = train_text_tokenizer(recipe, training_texts(raws), extra)
         begin, end = (tokenizer.token_to_id(name) for name in TEXT_SPECIALS[2:])
-        names = dict(zip(("pad_token", "unk_token", "bos_token", "eos_token"), TEXT_SPECIALS, strict=True))
         stops = [tokenizer.token_to_id(name) for name in extra[1:]]
         stop_ids = tuple(i for i in stops if i is not None)
-        self._use(Frame(begin_id=begin, end_id=end, stop_ids=stop_ids, chat_template=self.chat_template, names=names))
+        self._use(Frame(begin_id=begin, end_id=end, stop_ids=stop_ids, chat_template=self.chat_template, names=_NAMES))
         self._put(tokenizer)
 
     def take_template(self, name: str) -> None:
@@ -180,6 +189,9 @@ class LanguageTextProcessor(LanguageProcessor):
                 'take chat_template = "plain", or a file that fits the tokenizer',
             )
         self.chat_template = template
+        if template == BUILT_IN["chatml"]:
+            turn = tokenizer.token_to_id(CHATML_TOKENS[1])
+            self.stop_ids = self.stop_ids if turn is None or turn in self.stop_ids else (*self.stop_ids, turn)
 
     def state(self) -> dict[str, Any]:
         self._store.ready()
@@ -240,6 +252,30 @@ class LanguageTextProcessor(LanguageProcessor):
             name = self._store.ready().id_to_token(token)
             raise InputError(f"the text spells {name!r}, which this tokenizer can only read as its special token")
         return self.unknown_id
+
+
+def _completed(frame: Frame, tokenizer: Tokenizer) -> Frame:
+    """The frame of a tokenizer that was trained here, where the files beside it say nothing of one."""
+    begin, end = (tokenizer.token_to_id(name) for name in TEXT_SPECIALS[2:])
+    if frame.begin_id is not None or frame.end_id is not None or begin is end is None:
+        return frame
+    known = {role: name for role, name in _NAMES.items() if tokenizer.token_to_id(name) is not None}
+    return replace(frame, begin_id=begin, end_id=end, begins=True, ends=True, names=known | dict(frame.names))
+
+
+def _normaliser(tokenizer: Tokenizer) -> Callable[[str], str]:
+    """What the tokenizer makes of a text before it looks for words in it."""
+    normal = tokenizer.normalizer
+
+    def normalised(text: str) -> str:
+        try:
+            return text if normal is None else str(normal.normalize_str(text))
+        except BaseException as error:  # what the tokenizer cannot read it refuses itself
+            if isinstance(error, Exception) or is_panic(error):
+                return text
+            raise
+
+    return normalised
 
 
 def _unknown_id(tokenizer: Tokenizer) -> int | None:

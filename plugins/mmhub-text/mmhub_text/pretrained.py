@@ -135,10 +135,10 @@ def _checked_length(wanted: int | None, described: Any) -> int:
 def _own_tokenizer(folder: Path, table: Mapping[str, Any] | None) -> Any:
     if table is None:
         return read_tokenizer(folder)
-    recipe = read_recipe(table, "pretrained")
+    recipe = read_recipe({"kind": "pretrained"} | dict(table), "pretrained")
     if recipe.kind != "pretrained":
         raise UsageError(
             f"pretrained weights belong to their own tokenizer, not to a new one of kind {recipe.kind!r}",
             "leave [model.tokenizer] out",
         )
-    return load_tokenizer(recipe.name)
+    return load_tokenizer(recipe.name) if recipe.name else read_tokenizer(folder)

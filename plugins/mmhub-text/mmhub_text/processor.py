@@ -45,6 +45,7 @@ class TextProcessor(Processor):
         tokenizer: the `tokenizers.Tokenizer`, None until `fit`.
         max_length: texts are cut to this many tokens, special ones included, and pairs by the longer text first; None
             for no limit. Words and contexts are never cut: too many are an InputError.
+        whole: is a text that is too long an InputError, not cut? Set where texts are rewritten; not saved.
         pad_id: the id that padding gets inside an encoder. empty_id: the id that stands for an empty text or word.
     """
 
@@ -55,6 +56,7 @@ class TextProcessor(Processor):
         self, tokenizer: Tokenizer | None, *, max_length: int | None = None, pad_id: int = 0, empty_id: int = 1
     ) -> None:
         self.max_length, self.pad_id, self.empty_id = max_length, pad_id, empty_id
+        self.whole = False
         self._recipe: TokenizerRecipe | None = None
         self._wrap = False
         self._sep: tuple[int | None] | None = None  # what a checkpoint says, so that its tokenizer is not parsed
@@ -115,12 +117,30 @@ class TextProcessor(Processor):
     def read(self, raw: Any, policy: Policy, rng: torch.Generator | None = None) -> Tensor:
         """Return the token ids of a text, a pair or words, (S,) long."""
         if isinstance(raw, Mapping):
-            ids = self._read_pair(_pair(raw, policy))
+            ids = self._read_pair(_pair(raw, policy), raw)
         elif self.words:
             ids = self._read_words(raw, policy)
         else:
-            ids = self._store.encode(checked_text(raw, policy)).ids or [self.empty_id]
+            encoding = self._store.encode(checked_text(raw, policy))
+            self._check_whole(encoding, raw)
+            ids = encoding.ids or [self.empty_id]
         return torch.tensor(ids, dtype=torch.long)
+
+    def count(self, raw: Any, policy: Policy | None = None) -> int:
+        """Return how many tokens a text or a pair has, special ones included, before anything is cut off."""
+        policy = policy or Policy()
+        texts = _pair(raw, policy)[:2] if isinstance(raw, Mapping) else (checked_text(raw, policy),)
+        framed = sum(self._store.encode(*texts).special_tokens_mask)
+        return max(1, framed + sum(map(self._own_tokens, texts)))
+
+    def _own_tokens(self, text: str) -> int:
+        encoding = self._store.encode(text)
+        return sum(len(part) - sum(part.special_tokens_mask) for part in (encoding, *encoding.overflowing))
+
+    def _check_whole(self, encoding: Encoding, raw: Any) -> None:
+        if self.whole and encoding.overflowing:
+            what = f"the text has {self.count(raw)} tokens, the encoder takes at most {self.max_length}"
+            raise InputError(what, "shorten it, or raise max_length")
 
     def offsets(self, raw: Mapping[str, Any], policy: Policy | None = None) -> list[tuple[int, int] | None]:
         """Return which characters of the second text of a pair each position that `read` gives stands for.
@@ -167,8 +187,9 @@ class TextProcessor(Processor):
         if self.max_length is not None:
             tokenizer.enable_truncation(self.max_length)
 
-    def _read_pair(self, pair: Pair) -> list[int]:
+    def _read_pair(self, pair: Pair, raw: Mapping[str, Any]) -> list[int]:
         encoding = self._encode_pair(pair)
+        self._check_whole(encoding, raw)
         ids: list[int] = encoding.ids
         if self.words:
             ids = [i if span is None else ~i for i, span in zip(ids, self._spans(encoding, pair.second), strict=True)]

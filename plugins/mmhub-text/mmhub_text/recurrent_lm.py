@@ -37,9 +37,10 @@ class _RecurrentLM(CausalLM):
         """Settings of both recurrent language models.
 
         `dropout` acts on the last layer's states, `layer_dropout` between layers and `input_dropout` on the embeddings,
-        each with one mask for a whole text; `word_dropout` takes all occurrences of a word at once, `weight_dropout`
-        recurrent weights. `tied` makes the embeddings the output matrix; where `embedding_dim` is not `dim`, a
-        projection stands between. `vocab_size` follows from the tokenizer.
+        each with one mask for a whole text, on the embeddings for a whole row of texts; `word_dropout` takes all
+        occurrences of a word at once, `weight_dropout` recurrent weights. `tied` makes the embeddings the output
+        matrix; where `embedding_dim` is not `dim`, a projection stands between. `vocab_size` follows from the
+        tokenizer.
         """
 
         dim: Width = 256
@@ -94,7 +95,8 @@ class _RecurrentLM(CausalLM):
         parts = None if stream.parts is None else stream.parts[:, :-1]
         texts = Texts.of(followed(stream), parts, x.device)
         if not len(texts.rows):
-            return x.new_zeros(0, self._width), texts.where
+            self._carry(continues, _unread(before, stream.mask))
+            return x.new_zeros(0, self._width) + self._unused(), texts.where
         found, after = self._texts(x, texts, _starts(texts, before))
         if continues is not None:
             self._carry(continues, _ends(texts, after, before, stream.mask))
@@ -123,6 +125,10 @@ class _RecurrentLM(CausalLM):
     @property
     def _width(self) -> int:
         return self.output_weight.shape[1]
+
+    def _unused(self) -> Tensor:
+        """Zero, by way of every parameter: other processes wait for a gradient of each."""
+        return 0 * torch.stack([parameter.sum() for parameter in self.parameters()]).sum()
 
     def _texts(self, x: Tensor, texts: Texts, start: State) -> tuple[Tensor, State]:
         """Run texts behind each other: their tokens of x (B, T, D) -> (tokens, D), and each text's last state."""
@@ -211,8 +217,12 @@ def _starts(texts: Texts, before: State) -> State:
 def _ends(texts: Texts, after: State, before: State, mask: Tensor) -> State:
     """The states in which the rows stop: after the last text but its last token, which the next batch begins with."""
     device = mask.device
-    real = mask.sum(1)
-    last = texts.firsts + torch.tensor(texts.packing.lengths) + 1 == real.cpu()[texts.rows]
+    last = texts.firsts + torch.tensor(texts.packing.lengths) + 1 == mask.sum(1).cpu()[texts.rows]
     here, last = texts.rows[last].to(device), last.to(device)
-    unread = (real < 2)[:, None, None]
-    return {n: (before[n] * unread.to(before[n])).index_put((here,), after[n][last]) for n in after}
+    return {n: kept.index_put((here,), after[n][last]) for n, kept in _unread(before, mask).items()}
+
+
+def _unread(before: State, mask: Tensor) -> State:
+    """The states before, where a row has nothing but the token that the next batch begins with; else zero."""
+    unread = (mask.sum(1) < 2)[:, None, None]
+    return {name: tensor * unread.to(tensor) for name, tensor in before.items()}

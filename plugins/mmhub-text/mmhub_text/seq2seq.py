@@ -38,6 +38,7 @@ class Seq2Seq(TextDecoder):
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("translation",)
+    start: int
 
     class Config(ComponentConfig, frozen=True):
         """Settings of the sequence-to-sequence decoder.
@@ -333,7 +334,12 @@ def _check_same_tokens(theirs: Any, ours: Any) -> None:
     first, second = ({i: token for token, i in p.tokenizer.get_vocab().items()} for p in (theirs, ours))
     for number in range(len(SPECIALS), len(first)):
         if first.get(number) != second.get(number):
-            raise UsageError(
-                f"token {number} is {first.get(number)!r} to the encoder and {second.get(number)!r} to the decoder",
-                _UNTIE,
-            )
+            what = f"token {number} is {first.get(number)!r} to the encoder and {second.get(number)!r} to the decoder"
+            if _normal(theirs) != _normal(ours):
+                what += "; only one of them composes Unicode characters (NFC)"
+                raise UsageError(what, f"compose those of the data, or {_UNTIE}")
+            raise UsageError(what, _UNTIE)
+
+
+def _normal(processor: Any) -> str:
+    return repr(processor.tokenizer.normalizer)

@@ -77,9 +77,13 @@ class TokenizerStore:
         tokenizer = self.ready()
         tokenizer.encode_special_tokens = plain  # each time, for it is lost when a processor is pickled
         found = encode(tokenizer, text, pair, framed=not plain)
-        if self._limit is not None and max(found.ids, default=0) >= self._limit:
-            raise _too_many_ids()
+        self.check_ids(found.ids)
         return found
+
+    def check_ids(self, ids: Iterable[int]) -> None:
+        """Raise TrustError for an id that a checkpoint's tokenizer should not have."""
+        if self._limit is not None and max(ids, default=0) >= self._limit:
+            raise _too_many_ids()
 
     def encode_plain(self, text: str) -> list[int]:
         """Return the ids of a text of any length, as `encode` with `plain`.

@@ -33,11 +33,12 @@ class TokenizerRecipe(ComponentConfig, frozen=True):
 
     `kind`: words; byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909); single UTF-8 bytes; unigram
     language model (Kudo 2018, arXiv:1804.10959); or `pretrained`, read from `name`, a tokenizer.json or a folder that
-    holds one. `vocab_size` is an upper bound (byte-level kinds hold at least the 256 bytes; 0 = none, for words only);
-    without it, it is 8,000, and none for words that are split at white space. `min_frequency` is the count from which
-    a word or merge is kept. `split` says what a word is: what stands between `whitespace`, each line break being a word
-    too, as in WikiText; or `words` and runs of punctuation. The first is the default for texts that are written, the
-    second for encoders. `chat_template` is "plain", "chatml" or a file, for models that answer in a conversation.
+    holds one, or without a name from the folder of `init`. `vocab_size` is an upper bound (byte-level kinds hold at
+    least the 256 bytes; 0 = none, for words only); without it, it is 8,000, and none for words that are split at white
+    space. `min_frequency` is the count from which a word or merge is kept. `split` says what a word is: what stands
+    between `whitespace`, each line break being a word too, as in WikiText; or `words` and runs of punctuation. The
+    first is the default for texts that are written, the second for encoders. `chat_template` is "plain", "chatml" or a
+    file, for models that answer in a conversation.
     """
 
     kind: Kind
@@ -54,8 +55,8 @@ class TokenizerRecipe(ComponentConfig, frozen=True):
             raise ValueError(f"vocab_size must be above {least}, or 0 = no limit for kind word, got {self.vocab_size}")
         if self.split and self.kind != "word":
             raise ValueError(f'split is for kind = "word", got kind = "{self.kind}"')
-        if (self.kind == "pretrained") != bool(self.name):
-            raise ValueError('kind = "pretrained" needs name, a tokenizer.json or its folder, and no other kind does')
+        if self.name and self.kind != "pretrained":
+            raise ValueError(f'only kind = "pretrained" needs name, a tokenizer.json or its folder, got "{self.kind}"')
 
 
 def read_recipe(table: Mapping[str, Any] | None, default: Kind) -> TokenizerRecipe:
@@ -144,6 +145,8 @@ def parse_tokenizer(content: bytes | str, source: str = "tokenizer.json") -> Tok
 
 def load_tokenizer(name: str) -> Tokenizer:
     """Read the tokenizer.json at `name`, the file or the folder that holds it."""
+    if not name:
+        raise UsageError('kind = "pretrained" needs name, a tokenizer.json or its folder', "or begin with `init`")
     path = Path(name).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():

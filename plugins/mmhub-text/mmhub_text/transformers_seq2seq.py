@@ -44,13 +44,15 @@ class TransformersSeq2Seq(TextDecoder):
 
     tasks: ClassVar[tuple[str, ...]] = ("translation",)
     needs: ClassVar[tuple[str, ...]] = ("text",)
+    start: int
 
     class Config(ComponentConfig, frozen=True):
         """Settings of the decoder.
 
         `config` describes the whole model as it does for the `transformers` encoder. The rest follows, with `init`,
         from the folder, else from the tokenizer: writing starts after the token `start`; `forced_begin` is always the
-        first that is written (a language); `lead` is what target texts begin with, and `suppress` is never written.
+        first that is written (a language), not scored; `lead` is what target texts begin with, and `suppress` is never
+        written.
         """
 
         config: dict[str, Any] = {}  # noqa: RUF012 - msgspec copies it
@@ -73,6 +75,10 @@ class TransformersSeq2Seq(TextDecoder):
         if start is None or processor.end_id is None:
             what = "the end token" if processor.end_id is None else "the token that writing starts after"
             raise UsageError(f"nothing says which is {what}", "set `start` in config, or take another tokenizer")
+        for name, one in (("start", start), ("forced_begin", config.forced_begin)):
+            if one is not None and not 0 <= one < described.vocab_size:
+                what = f"{name} is token {one}, and the model knows {described.vocab_size} tokens"
+                raise UsageError(what, f"set `{name}` in config to an id of the tokenizer")
         table = complete_table(described, SEQ2SEQ)
         super().__init__(msgspec.structs.replace(config, config=table, start=start), inputs, processor)
         _check_width(inputs, described)
@@ -159,6 +165,8 @@ class TransformersSeq2Seq(TextDecoder):
                 raise InputError(what, "cut the text, or leave the row out")
         except InputError as error:
             raise at_row(error, row) from None
+        if self.config.forced_begin is not None:
+            ids[0] = IGNORE  # it is not chosen, so that nothing is to be learned from it; `_states` reads it
         return torch.tensor(ids, dtype=torch.long)
 
     def weigh(self, targets: Tensor) -> Tensor:
@@ -183,6 +191,8 @@ class TransformersSeq2Seq(TextDecoder):
     def _states(self, source: Features, targets: Tensor) -> Tensor:
         """The last states of the decoder that has read the targets before each, (B, L, D)."""
         before = torch.cat((targets.new_full((len(targets), 1), self.start), targets[:, :-1]), 1)
+        if self.config.forced_begin is not None:
+            before[:, 1:2] = self.config.forced_begin
         return self._run(before.masked_fill(before == IGNORE, self.pad), source.tokens, source.mask).last_hidden_state
 
     def _run(self, ids: Tensor, tokens: Tensor, mask: Tensor, past: Any = None, keep: bool = False) -> Any:

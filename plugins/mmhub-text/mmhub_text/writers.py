@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,8 @@ def complete_vocabulary(table: Mapping[str, Any], processor: Any, family: Family
 
     found: dict[str, Any] = {"vocab_size": vocabulary(0, processor), "pad_token_id": padding_id(processor)}
     found |= {"bos_token_id": processor.begin_id, "eos_token_id": processor.end_id}
+    start = processor.end_id if processor.begin_id is None else processor.begin_id
+    found |= {} if start is None or family is not SEQ2SEQ else {"decoder_start_token_id": start}
     kind = table.get("model_type")
     known = hyperparameters(CONFIG_MAPPING[kind]) if kind in family.types else frozenset(found)
     return {key: value for key, value in found.items() if key in known} | dict(table)
@@ -136,12 +139,17 @@ def generation_table(folder: Path) -> dict[str, Any]:
 def read_generation(table: Mapping[str, Any], *, whole_length: bool = False) -> Generation:
     """Translate a table of the library; `whole_length`: its `max_length` counts written tokens and the start alone.
 
-    Sampling and beams exclude each other here: several beams win.
+    Sampling and beams exclude each other here: several beams win. What of it is not followed is named on stderr.
     """
+    _name_ignored(table, whole_length)
     beams = max(1, _number(table, "num_beams", 1, int))
     longest = _number(table, "max_new_tokens", 0, int)
     if not longest and whole_length:
         longest = _number(table, "max_length", 0, int) - 1
+    least = max(0, _number(table, "min_new_tokens", 0, int))
+    if not least and whole_length:
+        least = max(0, _number(table, "min_length", 0, int) - 1)
+    longest = longest if longest > 0 else max(Generation().max_new_tokens, least)
     draws = table.get("do_sample") is True and beams == 1
     sampling = {
         "temperature": _number(table, "temperature", 1.0, float),
@@ -150,7 +158,8 @@ def read_generation(table: Mapping[str, Any], *, whole_length: bool = False) -> 
         "min_p": _number(table, "min_p", 0.0, float),
     }
     values: dict[str, Any] = {
-        "max_new_tokens": longest if longest > 0 else Generation().max_new_tokens,
+        "max_new_tokens": longest,
+        "min_new_tokens": min(least, longest),
         "beams": beams,
         "length_penalty": _number(table, "length_penalty", 1.0, float),
         "early_stopping": table.get("early_stopping") is True,
@@ -160,6 +169,43 @@ def read_generation(table: Mapping[str, Any], *, whole_length: bool = False) -> 
         return Generation(**values, **(sampling if draws else {}))
     except ValueError as error:
         raise UsageError(f"the folder's generation_config.json cannot be used: {error}") from None
+
+
+# Settings of the library that nothing here corresponds to, with what switches them off.
+_NOT_FOLLOWED: dict[str, Any] = {
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "diversity_penalty": 0.0,
+    "num_beam_groups": 1,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "forced_eos_token_id": None,
+    "begin_suppress_tokens": None,
+    "penalty_alpha": None,
+    "sequence_bias": None,
+    "exponential_decay_length_penalty": None,
+    "force_words_ids": None,
+    "guidance_scale": None,
+    "stop_strings": None,
+}
+# The same for models that go on with a prompt: lengths count it, and no token is left out.
+_NOT_FOLLOWED_BEHIND = {"min_length": 0, "bad_words_ids": None, "suppress_tokens": None, "forced_bos_token_id": None}
+
+
+def _name_ignored(table: Mapping[str, Any], whole_length: bool) -> None:
+    off = _NOT_FOLLOWED | ({} if whole_length else _NOT_FOLLOWED_BEHIND)
+    found = [name for name, value in off.items() if table.get(name) not in (None, [], value)]
+    words = table.get("bad_words_ids")
+    if whole_length and isinstance(words, list) and any(isinstance(word, list) and len(word) > 1 for word in words):
+        found.append("bad_words_ids of several tokens")
+    if table.get("early_stopping") == "never":
+        found.append("early_stopping")
+    if table.get("do_sample") is True and _number(table, "num_beams", 1, int) > 1:
+        found.append("do_sample with beams")
+    if found:
+        print(f"warning: the model's generation settings {', '.join(found)} are not followed here", file=sys.stderr)
 
 
 def ids_of(value: Any) -> tuple[int, ...]:
@@ -195,4 +241,6 @@ def read_processor(
     if processor.vocab_size > described.vocab_size:
         what = f"the tokenizer has {processor.vocab_size} ids, and the model in '{folder}' knows {described.vocab_size}"
         raise UsageError(what, "use the tokenizer that the model was trained with")
+    if table and table.get("chat_template"):
+        processor.take_template(table["chat_template"])
     return processor, frame.begin_id if frame.begins else None

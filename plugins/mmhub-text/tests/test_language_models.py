@@ -378,3 +378,17 @@ def test_a_gpu_gives_what_the_cpu_gives_and_trains(cls: Any) -> None:
             loss = model.train()({"fused": stream}, goals_of(rows).cuda()).loss
         loss.backward(retain_graph=True)
         assert loss.isfinite()
+
+
+@RECURRENT
+def test_a_batch_that_predicts_nothing_resets_the_state_and_reaches_every_parameter(cls: Any) -> None:
+    model = build(cls).train()
+    a, other = texts(9, 4)
+    losses(model, [[a], [a]], continues=torch.tensor([False, False]))
+    kept = {name: tensor.clone() for name, tensor in model.carried.items()}
+    rows = [[a[-1:]], [other[:1]]]
+    given = bundle(model, rows, continues=torch.tensor([True, False]))
+    model(given, goals_of(rows)).loss.backward()
+    for name, tensor in model.carried.items():
+        assert torch.equal(tensor[0], kept[name][0]) and not tensor[1].any()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

@@ -269,3 +269,15 @@ def test_a_chat_template_whose_tokens_the_tokenizer_lacks_is_refused(tmp_path: P
     with pytest.raises(UsageError, match=r"has no <\|im_start\|>"):
         pretrained(folder, chat_template="chatml")
     assert pretrained(folder, chat_template="plain").chat_template
+
+
+@pytest.mark.parametrize("template", ["", "chatml"])
+def test_a_tokenizer_that_was_trained_here_keeps_its_begin_and_end(template: str, tmp_path: Path) -> None:
+    first = trained(["one two three"], "bpe", chat_template=template)
+    for name, content in first.files().items():
+        (tmp_path / name).write_bytes(content)
+    for place in (tmp_path, tmp_path / "tokenizer.json"):
+        again = pretrained(place, chat_template=template)
+        assert again.read("one two", POLICY).tolist() == first.read("one two", POLICY).tolist()
+        assert (again.begin_id, again.end_id, again.stop_ids) == (first.begin_id, first.end_id, first.stop_ids)
+        assert dict(again.names) == dict(first.names)

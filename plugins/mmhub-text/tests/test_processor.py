@@ -286,3 +286,20 @@ def test_a_pair_gets_the_librarys_states(kind: str, tmp_path: Path, texts: list[
     items = encoder.processor([{"text": a, "text_pair": b} for a, b in zip(first, second, strict=True)], POLICY)
     tokens = encoder(items.data, items.mask).tokens
     torch.testing.assert_close(tokens[items.mask], expected[items.mask], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+def test_a_text_of_which_nothing_may_be_lost_is_refused_with_both_counts(kind: str, texts: list[str]) -> None:
+    processor, free = trained(texts, kind, max_length=6), trained(texts, kind)
+    text = " ".join(texts)
+    pair = {"text": texts[0], "text_pair": text}
+    assert len(processor.read(text, POLICY)) == 6
+    for raw in (text, pair, ""):
+        assert processor.count(raw) == len(free.read(raw, POLICY))
+    processor.whole = True
+    for raw in (text, pair):
+        message = f"the text has {processor.count(raw)} tokens, the encoder takes at most 6; shorten it, or raise"
+        with pytest.raises(InputError, match=message):
+            processor.read(raw, POLICY)
+    assert processor.read("a", POLICY).tolist() == free.read("a", POLICY).tolist()
+    assert not TextProcessor.from_state(processor.state(), processor.files()).whole

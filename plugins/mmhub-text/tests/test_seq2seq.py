@@ -299,3 +299,21 @@ def test_on_a_gpu_it_gives_the_same_losses_and_tokens() -> None:
         half = part.train()(moved, targets.cuda())
         half.loss.backward()
     assert abs(float(half.loss) - float(losses.sum() / (targets != IGNORE).sum())) < 0.5
+
+
+def test_a_source_text_is_never_cut_in_silence(tmp_path: Path) -> None:
+    short = {**ENCODER, "config": {**ENCODER["config"], "max_length": 8}}
+    model: Any = translator("output", short)
+    for one in (model, mmhub.load(str(model.save(tmp_path / "model")))):
+        with pytest.raises(InputError, match=r"the text has \d+ tokens, the encoder takes at most 8"):
+            one.predict([{"text": "two dogs"}, {"text": "a woman reads the newspaper " * 9}])
+
+
+def test_tokenizers_that_differ_by_unicode_composition_say_so() -> None:
+    model: Any = translator("output")
+    decoder = Seq2Seq(msgspec.structs.replace(model.decoder.config, tie="encoder"), {"text": Stream(16)}, processor())
+    other = LanguageTextProcessor.from_recipe(TOKENIZER, default="bpe")
+    other.fit([*SOURCES, "ganz andere worte " * 20])
+    decoder.processor = other
+    with pytest.raises(UsageError, match=r"only one of them composes Unicode characters \(NFC\); compose those of"):
+        decoder.tie(dict(model.encoders.items()))

@@ -155,7 +155,7 @@ def test_a_damaged_tokenizer_file_is_a_trust_error(content: bytes) -> None:
         ({"kind": "bpe", "vocabsize": 9}, "unknown key 'vocabsize'; did you mean 'vocab_size'?"),
         ({"kind": "bpe", "vocab_size": 3}, "vocab_size must be above 4"),
         ({"kind": "pretrained"}, 'kind = "pretrained" needs name'),
-        ({"kind": "word", "name": "x"}, 'kind = "pretrained" needs name'),
+        ({"kind": "word", "name": "x"}, 'only kind = "pretrained" needs name'),
         ({}, "the key 'kind' is missing"),
     ],
 )

@@ -18,8 +18,8 @@ from mmhub.interfaces import Policy, Stream, decode_config, encode_config
 from mmhub_text.hooks import mmhub_load_foreign, mmhub_write_foreign
 from mmhub_text.language_processor import LanguageTextProcessor
 from mmhub_text.pretrained import Transformers
-from mmhub_text.transformers_seq2seq import TransformersSeq2Seq
-from mmhub_text.writers import TRANSLATORS
+from mmhub_text.transformers_seq2seq import IGNORE, TransformersSeq2Seq
+from mmhub_text.writers import TRANSLATORS, read_generation
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -113,7 +113,12 @@ def test_loss_and_greedy_text_are_those_of_transformers(kind: str, tmp_path: Pat
     encoder, decoder = read(tmp_path)
     bundle, labels = encode(encoder), decoder.encode_targets(TARGETS)
     inputs = AutoTokenizer.from_pretrained(tmp_path)(SOURCES, padding=True, return_tensors="pt")
-    expected = model(**inputs, labels=labels)
+    given = torch.cat((torch.full((len(labels), 1), decoder.start), labels[:, :-1]), 1)
+    if decoder.config.forced_begin is not None:
+        assert bool((labels[:, 0] == IGNORE).all())  # it is read, and not learned
+        given[:, 1] = decoder.config.forced_begin
+    given = given.masked_fill(given == IGNORE, 0)
+    expected = model(**inputs, labels=labels, decoder_input_ids=given)
     torch.testing.assert_close(decoder(bundle, labels).loss, expected.loss, atol=1e-5, rtol=0)
     losses = decoder.token_losses(bundle, labels)
     torch.testing.assert_close(losses.sum() / decoder.weigh(labels).sum(), expected.loss, atol=1e-5, rtol=0)
@@ -247,3 +252,38 @@ def test_a_folder_of_transformers_is_read_and_written_back_equal(kind: str, tmp_
     (tmp_path / "two").mkdir()
     with pytest.raises(UsageError, match="and this model has two"):
         writer.write(tmp_path / "two")
+
+
+@pytest.mark.parametrize("kind", ["marian", "blenderbot-small"])
+def test_fresh_weights_start_with_a_token_of_the_tokenizer(kind: str) -> None:
+    config = TransformersSeq2Seq.Config(config={"model_type": kind, "d_model": 16, **BART})
+    processor = TransformersSeq2Seq.make_processor(config, {"kind": "byte"})
+    decoder = TransformersSeq2Seq(config, {"text": Stream(16)}, processor)
+    assert decoder.start == processor.begin_id
+    for wrong in ({"start": 5000}, {"forced_begin": 5000}):
+        config = TransformersSeq2Seq.Config(config={"model_type": kind, "d_model": 16, **BART}, **wrong)
+        with pytest.raises(UsageError, match=r"(start|forced_begin) is token 5000, and the model knows 260 tokens"):
+            TransformersSeq2Seq(config, {"text": Stream(16)}, processor)
+
+
+def test_how_a_folder_writes_is_kept_or_said_to_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    table = {"max_length": 20, "min_length": 5, "no_repeat_ngram_size": 3, "forced_eos_token_id": 1, "typical_p": 1.0}
+    found = read_generation(table, whole_length=True)
+    assert (found.max_new_tokens, found.min_new_tokens) == (19, 4)
+    line = capsys.readouterr().err
+    assert line == (
+        "warning: the model's generation settings no_repeat_ngram_size, forced_eos_token_id are not followed here\n"
+    )
+    assert read_generation({"min_new_tokens": 70}).min_new_tokens == 70
+    assert read_generation({"min_new_tokens": 9, "max_new_tokens": 7}).min_new_tokens == 7
+    assert capsys.readouterr().err == ""
+    assert read_generation({"min_length": 9}).min_new_tokens == 0
+    assert "settings min_length are" in capsys.readouterr().err
+
+
+def test_a_folders_tokenizer_can_be_given_another_chat_template(tmp_path: Path) -> None:
+    save_model(tmp_path, "bart")
+    table = {"kind": "pretrained", "chat_template": "plain"}
+    for given in (table, {"chat_template": "plain"}):
+        decoder = TransformersSeq2Seq.from_library(TransformersSeq2Seq.Config(), tmp_path, {"text": Stream(16)}, given)
+        assert decoder.processor.stop_texts == ("\nUser:",)
