@@ -32,6 +32,7 @@ def client(hub: str, tmp_path: Path) -> Callable[[str], None]:
     return run
 
 
+@pytest.mark.slow
 def test_transformers_pushes_and_loads_and_mmhub_gives_the_same_embeddings(
     client: Callable[[str], None], tmp_path: Path
 ) -> None:
@@ -47,12 +48,14 @@ def test_transformers_pushes_and_loads_and_mmhub_gives_the_same_embeddings(
     torch.testing.assert_close(scores, torch.tensor(expected["scores"]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_timm_pushes_and_loads_and_mmhub_predicts_with_its_label_names(client: Callable[[str], None]) -> None:
     client("timm")
     (answer,) = mmhub.load("team/timm-lfs").predict({"image": png(1)})
     assert set(answer["scores"]) == {"cat", "dog", "fox"}
 
 
+@pytest.mark.slow
 def test_sentence_transformers_pushes_and_loads_and_mmhub_gives_the_same_embeddings(
     client: Callable[[str], None], tmp_path: Path
 ) -> None:
@@ -62,6 +65,7 @@ def test_sentence_transformers_pushes_and_loads_and_mmhub_gives_the_same_embeddi
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["datasets", "mixin"])
 def test_other_clients_push_and_load_through_our_hub(client: Callable[[str], None], library: str) -> None:
     client(library)

@@ -102,6 +102,7 @@ def partials(cache: Path) -> list[Path]:
 # -- integrity --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_bit_that_flips_in_the_cache_is_found_and_repaired(
     server: FaultyHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +122,7 @@ def test_every_bit_that_flips_in_the_cache_is_found_and_repaired(
         assert folder_files(pull(REPO)) == server.files, (trial, name)
 
 
+@pytest.mark.slow
 def test_every_bit_that_flips_on_the_way_is_found(
     server: FaultyHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

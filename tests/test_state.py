@@ -723,6 +723,7 @@ def check_chain(folder: Path, *chain: tuple[str, int]) -> None:
     assert_same(everything(model, optimizer), everything(*trained(position.step)))
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_goes_on_sharded_over_two_and_then_on_one(tmp_path: Path) -> None:
     check_chain(tmp_path / "run", ("fsdp", 2))
     step = tmp_path / "run" / step_name(2)

@@ -106,6 +106,7 @@ def test_whatever_else_is_asked_of_a_deferred_module_is_real(monkeypatch: pytest
     assert rgb_to_hsv is colorsys.rgb_to_hsv
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.20"), reason="older transformers imports scipy elsewhere, too"
 )
