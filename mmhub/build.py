@@ -144,7 +144,9 @@ def _fusion_and_decoder(
         decoder, sources["decoder"], origin = _decoder(task, recipe, values, {}, folder)
         fusion, sources["fusion"] = _fusion(recipe, {**streams, "text": Stream(decoder.dim)}, "interleave")
         return fusion, decoder, origin
-    fusion, sources["fusion"] = _fusion(recipe, streams, "streams" if len(streams) == 1 else "attention")
+    fusion, sources["fusion"] = _fusion(
+        recipe, streams, task.fusion or ("streams" if len(streams) == 1 else "attention")
+    )
     decoder, sources["decoder"], origin = _decoder(task, recipe, values, fusion.outputs, folder)
     return fusion, decoder, origin
 

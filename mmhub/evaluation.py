@@ -117,9 +117,9 @@ def evaluate(
         if getattr(options, name):
             raise UsageError(f"{name!r} is for language models, and this one is for {model.task.name}", "leave it out")
     target = target or model.columns.target
-    if not target:
+    if not target and not model.task.paired:
         raise UsageError("no target column is known", "add --target-column NAME")
-    require_columns(rows, [target], "name the column with --target-column")
+    require_columns(rows, [target] if target else [], "name the column with --target-column")
     tallies, skipped = _run(model, rows, wanted, target, options)
     everything = tallies.pop(())
     if not everything.answers:
@@ -168,7 +168,9 @@ Tallies = dict[tuple[str, ...], Tally]
 
 
 def _run(model: Model, rows: Rows, inputs: Mapping[str, str], target: str, options: EvalOptions) -> tuple[Tallies, int]:
-    subsets = _subsets(tuple(m for m in model.modalities if m in inputs)) if options.subsets else []
+    subsets = (
+        _subsets(tuple(m for m in model.modalities if m in inputs)) if options.subsets and not model.task.paired else []
+    )
     subsets = [subset for subset in subsets if set(model.task.required) <= set(subset)]
     tallies: Tallies = {subset: Tally() for subset in [(), *subsets]}
     processors = {name: model.processors[name] for name in inputs}

@@ -156,8 +156,28 @@ class Model(nn.Module):
         A modality in `features` is not run again.
         """
         known = features or {}
+        if self.decoder.paired and len(self.encoders) == 1:
+            (name,) = self.encoders
+            return self._both_sides(name, known.get(name, items.get(name)), size)
         bundle = {name: self._by_row(name, known.get(name, items.get(name)), size) for name in self.encoders}
         return bundle | ({"text": self.text_stream(items.get("text"), size)} if self.decoder.reads_text else {})
+
+    def _both_sides(self, name: str, items: Items | Encoded | None, size: int) -> Bundle:
+        """The first item of each row as one stream, the second as another: see `PairDecoder`."""
+        if isinstance(items, Items) and len(items):
+            features = self.encode_items(name, items)
+            items = Encoded(features, items.rows)
+        if not isinstance(items, Encoded) or not len(items):
+            empty = self._by_row(name, items, size)
+            return {name: empty, f"{name}_pair": empty.emptied()}
+        rows = items.rows
+        place = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
+        sides = {}
+        for number, side in enumerate((name, f"{name}_pair")):
+            own = (place == number).nonzero().squeeze(1)
+            part = items.features.select(own)
+            sides[side] = part.to_rows(rows[own], size) if len(own) else self._absent(name, size, None)
+        return sides
 
     def text_stream(self, items: Items | None, size: int) -> Features:
         """Embed token ids for a decoder that reads text: the texts of one row behind each other, (B, T, D)."""
@@ -372,18 +392,22 @@ class Model(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """Return one vector a sample, (B, D): the fused summary, or the stream's own where there is a single one.
 
-        A model that keeps several streams apart returns a dict of stream to (B, D), rows without it zero.
+        A model that keeps several streams apart returns a dict of stream to (B, D), rows without it zero; one that was
+        trained to tell what belongs together, vectors of length 1 in the space that the streams share.
 
         Raises:
             InputError: a raw input cannot be read; `row` is its position in `samples`.
         """
-        found = {name: [torch.zeros(0, stream.summary)] for name, stream in self.fusion.outputs.items()}
+        decoder: Any = self.decoder
+        widths = {name: decoder.dim if decoder.paired else part.summary for name, part in self.fusion.outputs.items()}
+        found = {name: [torch.zeros(0, width)] for name, width in widths.items()}
         for batch in self._batches(samples, batch_size, policy):
             bundle = self.fusion(self.encode(batch.items, batch.size))
+            vectors = decoder.vectors(bundle) if decoder.paired else {}
             for name, parts in found.items():
-                parts.append(summary(bundle[name]).float().cpu())
-        vectors = {name: torch.cat(parts) for name, parts in found.items()}
-        return next(iter(vectors.values())) if len(vectors) == 1 else vectors
+                parts.append((vectors[name] if decoder.paired else summary(bundle[name])).float().cpu())
+        joined = {name: torch.cat(parts) for name, parts in found.items()}
+        return next(iter(joined.values())) if len(joined) == 1 else joined
 
     def _batches(self, samples: Any, batch_size: int, policy: Policy | None) -> Iterator[Batch]:
         """Yield the samples as batches on the model's device; the model is in evaluation mode meanwhile."""

@@ -63,8 +63,11 @@ data metrics
 optim
 build
 generate
+speech
+zero_shot
 evaluation
 perplexity
+index verification report
 engine explain
 testing demo
 cli
@@ -75,6 +78,7 @@ LATE = {
     ("config", "interfaces"): "the names of tasks are checked where a recipe is read",
     ("model", "checkpoint"): "Model.save is where people look for it",
     ("model", "generate"): "Model.generate and Model.chat are where people look for them",
+    ("model", "speech"): "recordings are longer than what a model hears at once",
     ("model", "perplexity"): "Model.score is where people look for it",
     ("evaluation", "perplexity"): "what is measured of a language model is perplexity",
     ("checkpoint", "hub"): "the base of an adapter may have to be fetched",

@@ -155,6 +155,10 @@ class Collate:
             batch.raw = [{name: values[row] for name, values in raw.items()} for row in range(len(samples))]
         if decoder is not None and decoder.reads_text:
             batch.targets = decoder.count_targets(batch.items["text"])
+        elif decoder is not None and decoder.paired:
+            groups = [row.get(self.target) if self.target else number for number, row in samples]
+            batch.raw_targets = [group if _has_pair(raw, i) else None for i, group in enumerate(groups)]
+            batch.targets = decoder.encode_targets(batch.raw_targets)
         elif decoder is not None and self.target:
             batch.raw_targets = [row.get(self.target) for _, row in samples]
             batch.targets = self._targets(batch)
@@ -173,7 +177,11 @@ class Collate:
         kept, alone = self.features.get(modality), len(self.inputs) == 1
         if kept is not None:
             return [True if kept.has(i) else None for i, _ in samples]
-        return [usable(modality, cell(row, column), self.rows.folder(i), alone) for i, row in samples]
+        values = [usable(modality, cell(row, column), self.rows.folder(i), alone) for i, row in samples]
+        return [_sides(value, row) for row, value in enumerate(values)] if self._in_pairs(alone) else values
+
+    def _in_pairs(self, alone: bool) -> bool:
+        return alone and self.decoder is not None and self.decoder.paired
 
     def _known(self, modality: str, numbers: Sequence[int]) -> list[list[Tensor] | None] | None:
         known = self.read.get(modality)
@@ -186,6 +194,25 @@ class Collate:
         place = self.rows.where(samples[error.row][0]) + (f", column '{column}'" if column else "")
         hint = error.hint or ('fix the row, or set data.on_error = "skip"' if not self.skip else None)
         return InputError(f"{place}: {error.message}", hint)
+
+
+def _sides(value: Any, row: int) -> Any:
+    """Two inputs of one modality that belong together, as two items of a row."""
+    if isinstance(value, Mapping) and "text_pair" in value:
+        value = [value["text"], value["text_pair"]]
+    if isinstance(value, (list, tuple)) and len(value) > 2:
+        error = InputError(f"a pair is two inputs, got {len(value)}", 'name two columns, such as "question+answer"')
+        error.row = row
+        raise error
+    return value
+
+
+def _has_pair(raw: Mapping[str, Sequence[Any]], row: int) -> bool:
+    """Does a row have both sides: an input of every modality, or two of the only one?"""
+    if len(raw) > 1:
+        return all(values[row] is not None for values in raw.values())
+    (values,) = raw.values()
+    return isinstance(values[row], (list, tuple)) and len(values[row]) == 2
 
 
 class _EmptyRow(InputError):

@@ -41,7 +41,7 @@ class TrainingData:
         self.inputs = _inputs(recipe, task)
         if task.reads_text and recipe.data.target:
             raise UsageError(f"{task.name} has no target column", "remove data.target: the texts themselves are it")
-        if not task.reads_text and not self.target and task.name != "embedding":
+        if not (task.reads_text or task.paired or self.target or task.name == "embedding"):
             raise UsageError(f"{task.name} needs a target column", 'add target = "COLUMN" under [data]')
         self.rows, self.valid = self._open(folder)
 
@@ -70,6 +70,8 @@ class TrainingData:
             alone, column = len(self.inputs) == 1, self.inputs[name]
             cells = self.rows.cells(column) if isinstance(self.rows, Stream) else enumerate(self.rows.column(column))
             return (usable(name, cell, self.rows.folder(i), alone) for i, cell in cells)
+        if not self.target:
+            return ()
         values = self.rows.column(self.target)
         if self.recipe.data.on_error == "stop":
             return values

@@ -353,13 +353,13 @@ class _Run:
         except EvaluationStopped:  # after a stop signal; it is done again on resuming
             self.position.evaluated_step = before
             self._save_and_stop()
-        value = report["metrics"][self.task.monitor]
+        loss = report["metrics"].get("loss", 0.0)
+        value = report["metrics"].get(self.task.monitor, loss)  # what is measured of written texts waits for the end
         if not math.isfinite(report["metrics"].get("loss", 0.0)):
             raise MmhubError(
                 f"the validation loss is {report['metrics']['loss']} at step {self.position.step}",
                 "what was saved before is kept; lower train.learning_rate",
             )
-        loss = report["metrics"].get("loss", 0.0)
         better = self._is_better(value, loss)
         if better:
             gained = value != self.position.best  # a lower loss at the same value does not renew the patience

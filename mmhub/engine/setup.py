@@ -236,6 +236,8 @@ class Setup:
             return {}
         if self.model.decoder.marks_words or self.model.decoder.points:
             return {}  # features are kept without the places of words
+        if self.model.decoder.paired and len(self.model.encoders) == 1:
+            return {}  # a row's two inputs are told apart as items
         reason = "rows of a stream pass once" if not isinstance(rows, Rows) else ""
         if not reason and training and self._seen_rows() < len(rows):
             reason = "this run does not see every row"
@@ -270,7 +272,9 @@ class Setup:
         examples = stand_in_items(self._collate(), self.rows)
         known = {name: items.to(self.device) for name, items in examples.items()}
         self.model.stand_ins = {name: items for name, items in known.items() if name not in self._features}
-        return stand_in(replace(self._collate(), features=self._features), self.rows).to(self.device)
+        batch = stand_in(replace(self._collate(), features=self._features), self.rows)
+        decoder: Any = self.model.decoder
+        return replace(batch, targets=decoder.void(batch.targets) if decoder.paired else batch.targets).to(self.device)
 
     def _say(self, text: str) -> None:
         if not self._quiet:

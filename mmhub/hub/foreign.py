@@ -134,8 +134,20 @@ def _head_parts(parts: ForeignParts, encoder: Encoder) -> tuple[Fusion, Decoder,
     from mmhub.fusion.streams import Streams
 
     fusion = Streams(Streams.Config(), {encoder.modality: encoder.stream})
-    decoder = parts.decoder or Embedding(Embedding.Config(left_out=parts.left_out), fusion.outputs)
+    decoder = parts.decoder or _read_decoder(parts, fusion) if parts.decoder_id else None
+    decoder = decoder or Embedding(Embedding.Config(left_out=parts.left_out), fusion.outputs)
     return fusion, decoder, {"fusion": "mmhub/streams", "decoder": parts.decoder_id or "mmhub/embedding"}
+
+
+def _read_decoder(parts: ForeignParts, fusion: Fusion) -> Decoder:
+    """The decoder that another plugin reads from the same checkpoint."""
+    from mmhub.interfaces import decode_config
+
+    assert parts.decoder_from is not None
+    cls: Any = find_component("decoder", parts.decoder_id).load()
+    config = decode_config(cls.Config, dict(parts.decoder_config), parts.decoder_id)
+    decoder: Decoder = cls.from_library(config, parts.decoder_from, fusion.outputs)
+    return decoder
 
 
 def _reader_parts(parts: ForeignParts) -> tuple[Fusion, Decoder, dict[str, str]]:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from mmhub.interfaces.config import ComponentConfig, Rate, Width, decode_config, encode_config
     from mmhub.interfaces.foreign import ForeignParts, ForeignReader, ForeignWriter
     from mmhub.interfaces.language import Generation, LanguageModel, LanguageProcessor, TextDecoder, own_stream
+    from mmhub.interfaces.pairs import PairDecoder
     from mmhub.interfaces.raw import Policy, describe_raw, raw_bytes
-    from mmhub.interfaces.roles import Decoder, Encoder, Fusion, Processor, Stream
+    from mmhub.interfaces.roles import Decoder, Encoder, Fusion, Processor, Stream, Window
     from mmhub.interfaces.task import TASKS, Task, find_task
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Generation",
     "LanguageModel",
     "LanguageProcessor",
+    "PairDecoder",
     "Policy",
     "Processor",
     "Rate",
@@ -38,6 +40,7 @@ __all__ = [
     "Task",
     "TextDecoder",
     "Width",
+    "Window",
     "decode_config",
     "describe_raw",
     "encode_config",
@@ -58,6 +61,7 @@ _HOMES = {
     "Generation": "language",
     "LanguageModel": "language",
     "LanguageProcessor": "language",
+    "PairDecoder": "pairs",
     "Policy": "raw",
     "Processor": "roles",
     "Rate": "config",
@@ -66,6 +70,7 @@ _HOMES = {
     "Task": "task",
     "TextDecoder": "language",
     "Width": "config",
+    "Window": "roles",
     "decode_config": "config",
     "describe_raw": "raw",
     "encode_config": "config",

@@ -6,9 +6,10 @@ fetching files, is left to `mmhub.hub.foreign`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mmhub.errors import MmhubError
 from mmhub.interfaces.roles import Decoder, Encoder
@@ -22,6 +23,8 @@ class ForeignParts:
         encoder, encoder_id: the encoder, and what a checkpoint calls it, such as "mmhub-text/transformers"; None for a
             language model, which reads text itself.
         decoder, decoder_id: the head, or the decoder that writes text; None makes a model that only embeds.
+        decoder_from, decoder_config: the library's checkpoint from which another plugin's decoder, `decoder_id`, is
+            read instead, by `Decoder.from_library`, and what its configuration says beside that.
         task: the task the head serves.
         left_out: the library's name of a head that cannot be run here, for the message of `predict`.
     """
@@ -30,6 +33,8 @@ class ForeignParts:
     encoder_id: str = ""
     decoder: Decoder | None = None
     decoder_id: str = ""
+    decoder_from: Path | None = None
+    decoder_config: Mapping[str, Any] = field(default_factory=dict)
     task: str = "embedding"
     left_out: str = ""
 

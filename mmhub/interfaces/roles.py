@@ -8,7 +8,7 @@ model's business, never a plugin's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -24,15 +24,31 @@ from mmhub.interfaces.raw import Policy
 
 @dataclass(frozen=True)
 class Stream:
-    """The widths of one entry of a bundle: `dim` of its tokens, `pooled` of its own summary if it has one."""
+    """One entry of a bundle: `dim`, the width of its tokens, `pooled`, that of its own summary if it has one, and
+    `seconds`, what one token of sound stands for: token k is about what was heard at k * seconds."""
 
     dim: int
     pooled: int | None = None
+    seconds: float | None = None
 
     @property
     def summary(self) -> int:
         """Width of `mmhub.layers.summary` of this stream."""
         return self.pooled or self.dim
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of a long input: what `Processor.read` takes, and where it stands, in seconds from the start.
+
+    `left` and `right` are how much of it the window before and the one after hold, too.
+    """
+
+    raw: Any
+    start: float
+    end: float
+    left: float = 0.0
+    right: float = 0.0
 
 
 class Processor(ABC):
@@ -76,6 +92,16 @@ class Processor(ABC):
     def is_item(self, raw: Sequence[Any]) -> bool:
         """Say whether a list or tuple is one raw input. Override where it may be; else it holds several items."""
         return False
+
+    def windows(self, raw: Any, policy: Policy, seconds: float, overlap: float) -> Iterator[Window]:
+        """Cut one raw input that lasts into windows of at most `seconds`, each sharing `overlap` with its neighbours.
+
+        Only the window that is looked at need be in memory.
+
+        Raises:
+            InputError: `raw` is not a usable input. UsageError: this modality does not last.
+        """
+        raise UsageError(f"{self.modality} has no length in time", "windows are for audio")
 
     def fit(self, raws: Iterable[Any]) -> None:  # noqa: B027 - optional, unlike the abstract methods
         """Learn state such as a vocabulary from training inputs. Called once, and only if `needs_fit` is set."""
@@ -147,6 +173,7 @@ class Encoder(nn.Module, ABC):
     Attributes:
         modality: "text", "image", "audio" or a plugin's own.
         dim: width D of the tokens. pooled_dim: width of `Features.pooled`, None if the encoder gives none.
+        token_seconds: seconds of sound that one token stands for, None for anything that does not last.
         padding_invariant: padding an item changes no real output. If False, mmhub runs items of equal length together.
         config, processor: what the encoder was built from, complete enough to rebuild it.
     """
@@ -156,6 +183,7 @@ class Encoder(nn.Module, ABC):
     padding_invariant: bool
     dim: int
     pooled_dim: int | None = None
+    token_seconds: float | None = None
     config: Any
     processor: Any
 
@@ -207,7 +235,7 @@ class Encoder(nn.Module, ABC):
 
     @property
     def stream(self) -> Stream:
-        return Stream(self.dim, self.pooled_dim)
+        return Stream(self.dim, self.pooled_dim, self.token_seconds)
 
 
 class Fusion(nn.Module, ABC):
@@ -248,6 +276,7 @@ class Decoder(nn.Module, ABC):
         reads_text: it reads the text of a sample itself, as ids: see `mmhub.interfaces.LanguageModel`.
         marks_words: it answers about words: the text processor marks where each begins (`Features.marks`).
         points: its answers point into the raw inputs: `locate` completes them.
+        paired: it learns which inputs belong together: see `mmhub.interfaces.PairDecoder`.
     """
 
     Config: ClassVar[type[ComponentConfig]]
@@ -257,6 +286,7 @@ class Decoder(nn.Module, ABC):
     reads_text: ClassVar[bool] = False
     marks_words: ClassVar[bool] = False
     points: ClassVar[bool] = False
+    paired: ClassVar[bool] = False
     config: Any
 
     @abstractmethod

@@ -14,7 +14,8 @@ class Task:
 
     `monitor` names a metric (or "loss"); `higher_is_better` its direction. `required` modalities must be in the model.
     `reads_text`: its decoder is a language model, which reads the text of a sample itself; `writes`: answers are texts,
-    written token by token. `inputs` and `target` are column names that are taken where a recipe names none.
+    written token by token; `paired`: it has no answer, for what belongs together stands in one row. `fusion` is taken
+    where a recipe names none, '' for the usual one. `inputs` and `target` are column names that are taken likewise.
     """
 
     name: str
@@ -25,15 +26,17 @@ class Task:
     required: tuple[str, ...] = ()
     reads_text: bool = False
     writes: bool = False
+    paired: bool = False
+    fusion: str = ""
     inputs: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     target: str = ""
-    tags: Mapping[str, str]  # modality -> Hub pipeline_tag when the model has that modality alone; "" for any other
+    tags: Mapping[str, str]  # modalities, such as "text" or "image+text", -> Hub pipeline_tag; "" for any others
 
     def pipeline_tag(self, modalities: tuple[str, ...]) -> str:
         """Return the Hub's name for this task on these modalities, '' if it has none."""
         several = self.tags.get("", "")
         if len(modalities) != 1:
-            return several
+            return self.tags.get("+".join(sorted(modalities)), several)
         return self.tags.get(modalities[0], "" if several == "any-to-any" else several)  # a plugin's own modality
 
 
@@ -109,6 +112,56 @@ TASKS: dict[str, Task] = {
             inputs={"text": "source"},
             target="target",
             tags={"text": "translation"},
+        ),
+        Task(
+            name="retrieval",
+            decoder="contrastive",
+            metrics=("retrieval",),
+            monitor="mean_recall",
+            higher_is_better=True,
+            paired=True,
+            fusion="streams",
+            tags={
+                "text": "sentence-similarity",
+                "image+text": "zero-shot-image-classification",
+                "audio+text": "zero-shot-audio-classification",
+                "": "feature-extraction",
+            },
+        ),
+        Task(
+            name="speech-recognition",
+            decoder="ctc",
+            metrics=("speech",),
+            monitor="wer",
+            higher_is_better=False,
+            required=("audio",),
+            fusion="streams",
+            target="text",
+            tags={"": "automatic-speech-recognition"},
+        ),
+        Task(
+            name="captioning",
+            decoder="seq2seq",
+            metrics=("captions",),
+            monitor="loss",
+            higher_is_better=False,
+            writes=True,
+            fusion="streams",
+            target="caption",
+            tags={"image": "image-to-text", "audio": "automatic-speech-recognition", "": "any-to-any"},
+        ),
+        Task(
+            name="visual-question-answering",
+            decoder="seq2seq",
+            metrics=("visual_answers",),
+            monitor="loss",
+            higher_is_better=False,
+            required=("image", "text"),
+            writes=True,
+            fusion="streams",
+            inputs={"image": "image", "text": "question"},
+            target="answer",
+            tags={"": "visual-question-answering"},
         ),
         Task(
             name="embedding",

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mmhub.metrics.captions import captions, visual_answers
 from mmhub.metrics.classification import accuracy, macro_f1, multilabel, regression
+from mmhub.metrics.retrieval import retrieval
+from mmhub.metrics.speech import speech
 from mmhub.metrics.translation import translation
 from mmhub.metrics.understanding import answers, calibration, tagging
 
@@ -21,6 +24,10 @@ METRICS: dict[str, Metric] = {
     "tagging": tagging,
     "answers": answers,
     "calibration": calibration,
+    "retrieval": retrieval,
+    "speech": speech,
+    "captions": captions,
+    "visual_answers": visual_answers,
 }
 
 
