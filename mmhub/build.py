@@ -185,7 +185,8 @@ def _from_base(task: Task, recipe: ModelRecipe, values: Values, columns: Columns
     own = any(part.use or part.config or part.init for part in recipe.encoders.values())
     if own or recipe.fusion or recipe.tokenizer:
         raise UsageError(
-            "model.base brings its own encoders, tokenizer and fusion", "keep only freeze and lr_multiplier there"
+            "model.base brings its own encoders, tokenizer and fusion",
+            "keep only freeze, lr_multiplier and layer_decay there",
         )
     name = local_name(recipe.base, folder)
     model = load(name)

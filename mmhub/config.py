@@ -30,13 +30,18 @@ class LoraRecipe(_Table):
 
 
 class PartRecipe(_Table):
-    """One component: `use` names it, `config` is its own configuration, `init` a source of pretrained weights."""
+    """One component: `use` names it, `config` is its own configuration, `init` a source of pretrained weights.
+
+    `layer_decay` is an encoder's: layer l, of which 0 stands before all L blocks and 1 is the first, learns at
+    `layer_decay` ** (L + 1 - l) times the rate of what follows them.
+    """
 
     use: str = ""
     config: dict[str, Any] = {}
     init: str = ""
     freeze: bool = False
     lr_multiplier: float = 1.0
+    layer_decay: float = 1.0
     lora: LoraRecipe | None = None
 
 
@@ -82,6 +87,7 @@ class DataRecipe(_Table):
     document: str = ""
     on_error: Literal["stop", "skip"] = "stop"
     allow_urls: bool = False
+    noise: str = ""  # folder of recordings for encoders that add noise in training
     workers: int | Literal["auto"] = "auto"
 
 
@@ -99,6 +105,7 @@ class TrainRecipe(_Table):
     block_size: int = 0  # tokens a language model predicts in one row of a batch, 0 = its context, or 64 for recurrent
     group_by_length: bool = True  # batch rows of like length together
     accumulate: int = 1  # batches per optimizer step
+    cached_rows: int = 0  # rows of a contrastive batch that are computed at once, 0 = all
     optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     min_learning_rate: float = 0.0
@@ -106,6 +113,9 @@ class TrainRecipe(_Table):
     warmup: float = 0.06
     weight_decay: float = 0.01
     clip_norm: float = 1.0  # 0 = off
+    mixup: float = 0.0  # alpha of Beta(alpha, alpha), from which the shares of two mixed pictures are drawn, 0 = off
+    cutmix: float = 0.0  # the same where a box of one picture is put into another; with both, each has half the batches
+    ema: float = 0.0  # decay of the average of the weights that is evaluated and saved, 0 = off
     unimodal_loss: float = 0.5  # share of a mixing fusion's loss that comes from each modality alone
     precision: Literal["auto", "fp32", "bf16", "bf16-pure"] = "auto"
     device: str = "auto"
@@ -179,15 +189,16 @@ def check_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
     from mmhub.interfaces.task import find_task
 
     recipe = decode_config(Recipe, _join_columns(table, where), where)
-    find_task(recipe.task)
+    paired = find_task(recipe.task).paired
     _check_ranges(recipe, where)
+    _check_contrastive(recipe.train, recipe.task, paired, where)
     return recipe
 
 
 _AT_LEAST_ONE = ("epochs", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every")
 _NOT_NEGATIVE = (
     "learning_rate", "min_learning_rate", "warmup", "weight_decay", "clip_norm", "max_steps", "patience", "eval_every",
-    "batch_tokens", "block_size", "cache_gb", "profile",
+    "batch_tokens", "block_size", "cache_gb", "profile", "mixup", "cutmix", "cached_rows",
 )  # fmt: skip
 
 
@@ -227,6 +238,15 @@ def _check_ranges(recipe: Recipe, where: str) -> None:
         raise UsageError(f"{where}: data.valid_fraction is {data.valid_fraction}", "it must be in [0, 1)")
     if not 0 <= train.unimodal_loss < 1:
         raise UsageError(f"{where}: train.unimodal_loss is {train.unimodal_loss}", "it must be in [0, 1)")
+    if not 0 <= train.ema < 1:
+        raise UsageError(f"{where}: train.ema is {train.ema}", "it must be in [0, 1), such as 0.999")
+    for modality, encoder in recipe.model.encoders.items():
+        if not 0 < encoder.layer_decay <= 1:
+            problem = f"{where}: model.encoders.{modality}.layer_decay is {encoder.layer_decay}"
+            raise UsageError(problem, "it must be above 0 and at most 1, such as 0.75")
+    for role in ("fusion", "decoder"):
+        if (getattr(recipe.model, role) or PartRecipe()).layer_decay != 1:
+            raise UsageError(f"{where}: model.{role}.layer_decay is given", "it is for encoders, leave it out")
     if data.mix and data.train:
         raise UsageError(f"{where}: data.train and data.mix are both given", "keep one")
     for number, part in enumerate(data.mix, 1):
@@ -239,6 +259,17 @@ def _check_ranges(recipe: Recipe, where: str) -> None:
         raise UsageError(f'{where}: train.batch_tokens and batch_size = "auto" are both given', "keep one")
     if data.valid and data.valid_fraction:
         raise UsageError(f"{where}: data.valid and data.valid_fraction are both given", "keep one")
+
+
+def _check_contrastive(train: TrainRecipe, task: str, paired: bool, where: str) -> None:
+    """Rows that are each other's wrong answers cannot be computed in pieces, except by `cached_rows`."""
+    if train.cached_rows and not paired:
+        raise UsageError(f"{where}: train.cached_rows is for contrastive batches, not for {task}", "use accumulate")
+    if train.cached_rows and train.parallel == "fsdp":
+        raise UsageError(f'{where}: train.cached_rows and parallel = "fsdp" do not go together', 'use "ddp"')
+    if paired and train.batch_size == "auto":
+        problem = f'{where}: train.batch_size = "auto" would change which rows are compared'
+        raise UsageError(problem, "give a number of rows, and train.cached_rows for those computed at once")
 
 
 def apply_override(table: dict[str, Any], override: str) -> None:

@@ -26,7 +26,8 @@ from mmhub.data.sources import Rows, open_rows, require_columns
 from mmhub.errors import InputError, MmhubError, UsageError
 from mmhub.generate.write import write as write_texts
 from mmhub.interfaces import Policy, TextDecoder
-from mmhub.metrics import measure
+from mmhub.metrics import explain, measure
+from mmhub.metrics.classification import best_labels
 from mmhub.model import Model
 
 if TYPE_CHECKING:
@@ -45,12 +46,28 @@ class Tally:
     losses: list[tuple[float, float]] = field(default_factory=list)  # of each batch its weight, and that times the loss
 
     def report(self, metrics: Sequence[str]) -> dict[str, Any]:
-        answers = sorted(self.answers, key=lambda answer: answer[0])
+        answers = sorted(self.answers, key=_row_of)
         weight = math.fsum(weight for weight, _ in self.losses)
         loss = {"loss": math.fsum(loss for _, loss in self.losses) / weight} if weight else {}
         given = [(one, reference) for _, one, reference in answers if one is not None]
         found = measure(metrics, [one for one, _ in given], [reference for _, reference in given]) if given else {}
         return found | loss
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model answered to the rows of a data set.
+
+    `answers` are (row, prediction, reference) in row order; `inputs` (modality -> column) and `target` are the columns
+    that were read, `policy` bounds their inputs, and `skipped` says of each unreadable row why it was.
+    """
+
+    rows: Rows
+    inputs: Mapping[str, str]
+    target: str
+    answers: Sequence[tuple[int, Mapping[str, Any], Any]]
+    skipped: Sequence[str]
+    policy: Policy = field(default_factory=Policy)
 
 
 @dataclass(frozen=True)
@@ -61,7 +78,8 @@ class EvalOptions:
     rows, if they are known. `stop` is asked between batches whether to end with `EvaluationStopped`. Where `ranks` are
     several, all of them call `evaluate`, and each measures its share. Where answers are texts, `write` says whether
     they are written, which takes long; without, the loss alone is measured. `document`, `window` and `stride` are for
-    language models: see `mmhub.perplexity`.
+    language models: see `mmhub.perplexity`. `top` is how many of the best labels count as a guess of "top5".
+    `details` adds what is no single number, and `keep` is handed the answers to all rows.
     """
 
     batch_size: int = 64
@@ -70,6 +88,9 @@ class EvalOptions:
     workers: int | str = "auto"
     subsets: bool = True
     write: bool = True
+    top: int = 5
+    details: bool = False
+    keep: Callable[[Answered], None] | None = None
     document: str = ""
     window: int = 0
     stride: int = 0
@@ -97,6 +118,7 @@ def evaluate(
 
     `inputs` (modality -> column), `target` and `columns` default to what the checkpoint was trained with. Returns
     {"name", "task", "rows", "skipped", "metrics", "subsets"}; a subset counts the rows that have all its modalities.
+    With `options.details` there is also "details": see `mmhub.metrics.explain`.
 
     Raises:
         UsageError: a column is missing. InputError: a row cannot be read (unless `options.skip`).
@@ -124,11 +146,14 @@ def evaluate(
     everything = tallies.pop(())
     if not everything.answers:
         raise InputError(f"none of the {len(rows)} rows could be evaluated", "check the data")
-    return {
+    answers = [(row, one, truth) for row, one, truth in sorted(everything.answers, key=_row_of) if one is not None]
+    if options.keep is not None:
+        options.keep(Answered(rows, wanted, target, answers, skipped, options.policy))
+    found = {
         "name": model.name,
         "task": model.task.name,
         "rows": len(everything.answers),
-        "skipped": skipped,
+        "skipped": len(skipped),
         "metrics": everything.report(model.task.metrics),
         "subsets": {
             "+".join(subset): tally.report(model.task.metrics) | {"rows": len(tally.answers)}
@@ -136,6 +161,14 @@ def evaluate(
             if tally.answers
         },
     }
+    if options.details:
+        predictions, references = [one for _, one, _ in answers], [truth for _, _, truth in answers]
+        found["details"] = explain(model.task.name, predictions, references)
+    return found
+
+
+def _row_of(answer: tuple[int, Any, Any]) -> int:
+    return answer[0]
 
 
 def input_columns(model: Model, rows: Rows, inputs: Mapping[str, str] | None) -> dict[str, str]:
@@ -167,7 +200,9 @@ def _measure_language(model: Model, rows: Rows, column: str, options: EvalOption
 Tallies = dict[tuple[str, ...], Tally]
 
 
-def _run(model: Model, rows: Rows, inputs: Mapping[str, str], target: str, options: EvalOptions) -> tuple[Tallies, int]:
+def _run(
+    model: Model, rows: Rows, inputs: Mapping[str, str], target: str, options: EvalOptions
+) -> tuple[Tallies, list[str]]:
     subsets = (
         _subsets(tuple(m for m in model.modalities if m in inputs)) if options.subsets and not model.task.paired else []
     )
@@ -175,7 +210,8 @@ def _run(model: Model, rows: Rows, inputs: Mapping[str, str], target: str, optio
     tallies: Tallies = {subset: Tally() for subset in [(), *subsets]}
     processors = {name: model.processors[name] for name in inputs}
     unread = {name: column for name, column in inputs.items() if name not in options.features}
-    lengths = options.lengths or measure_rows(rows, processors, model.readers, unread, options.policy)
+    pairs = model.decoder.paired and len(inputs) == 1
+    lengths = options.lengths or measure_rows(rows, processors, model.readers, unread, options.policy, pairs=pairs)
     collate = Collate(
         rows=rows,
         processors=processors,
@@ -198,19 +234,22 @@ def _run(model: Model, rows: Rows, inputs: Mapping[str, str], target: str, optio
     return share.gather(tallies, skipped)
 
 
-def _measure_all(model: Model, share: _Share, parts: Iterator[Loaded], tallies: Tallies, options: EvalOptions) -> int:
-    """Measure this process's batches; return how many rows were skipped."""
-    skipped, latest = 0, Batch(items={}, size=1)  # the latest stands in where there is none
+def _measure_all(
+    model: Model, share: _Share, parts: Iterator[Loaded], tallies: Tallies, options: EvalOptions
+) -> list[str]:
+    """Measure this process's batches; return why each row that was skipped was."""
+    skipped: list[str] = []
+    latest = Batch(items={}, size=1)  # the latest stands in where there is none
     for turn, part in enumerate(options.progress(parts, share.turns) if options.progress else parts):
         share.check(part.error, options.stop is not None and options.stop())
         own = turn < share.own
-        skipped += len(part.skipped) if own else 0
+        skipped += part.skipped if own else []
         latest = part.batch or latest
         if part.batch is not None and own:
-            _measure_batch(model, part.batch, tallies, options.precision, share.several, options.write)
+            _measure_batch(model, part.batch, tallies, options, share.several)
         elif share.several:
             unused = {subset: Tally() for subset in tallies}
-            _measure_batch(model, latest, unused, options.precision, share.several, options.write)
+            _measure_batch(model, latest, unused, options, share.several)
     return skipped
 
 
@@ -249,7 +288,7 @@ class _Share:
         if error is not None:
             raise error
 
-    def gather(self, tallies: Tallies, skipped: int) -> tuple[Tallies, int]:
+    def gather(self, tallies: Tallies, skipped: list[str]) -> tuple[Tallies, list[str]]:
         """Join what all processes have measured."""
         if not self.several:
             return tallies, skipped
@@ -263,7 +302,7 @@ class _Share:
             )
             for i, subset in enumerate(tallies)
         }
-        return joined, sum(count for count, _ in parts)
+        return joined, [text for texts, _ in parts for text in texts]
 
 
 @torch.inference_mode()
@@ -271,12 +310,11 @@ def _measure_batch(
     model: Model,
     batch: Batch,
     tallies: Mapping[tuple[str, ...], Tally],
-    precision: torch.dtype,
+    options: EvalOptions,
     always: bool,
-    write: bool,
 ) -> None:
     """Add a batch to the tallies. `always` decodes a subset that no row has as well, and forgets the result."""
-    with torch.autocast(model.device.type, precision, enabled=precision != torch.float32):
+    with torch.autocast(model.device.type, options.precision, enabled=options.precision != torch.float32):
         bundle = model.encode(batch.items, batch.size, batch.features)
         references = model.decoder.references(batch.raw_targets)
         weights = torch.ones(batch.size) if batch.weights is None else batch.weights
@@ -294,7 +332,7 @@ def _measure_batch(
                 output, answers = known
             else:
                 output = model.decode(part, batch.targets if whole else _pick(batch.targets, keep))
-                answers = _answers(model, batch, part, output, rows, write)
+                answers = _answers(model, batch, part, output, rows, options)
             if whole and (not always or len(bundle) == 1):  # else processes would make different numbers of calls
                 known = output, answers
             if batch.index:
@@ -307,16 +345,26 @@ def _measure_batch(
 
 
 def _answers(
-    model: Model, batch: Batch, part: Bundle, output: Output, rows: list[int], write: bool
+    model: Model, batch: Batch, part: Bundle, output: Output, rows: list[int], options: EvalOptions
 ) -> Sequence[dict[str, Any] | None]:
     """What the model answers to some rows of a batch."""
     if isinstance(model.decoder, TextDecoder):
-        if not write:
+        if not options.write:
             return [None] * len(rows)
         numbers = [batch.index[row] for row in rows] if batch.index else rows  # what is drawn depends on them
         return [{"text": texts[0].text} for texts in write_texts(model.decoder, model.fusion(part), rows=numbers)]
     raw = [batch.raw[row] for row in rows] if batch.raw else []
-    return model.answers(replace(batch, raw=raw), output, details=False)
+    scored = options.details or "top" in model.task.metrics
+    return [_slim(one, options) for one in model.answers(replace(batch, raw=raw), output, details=scored)]
+
+
+def _slim(answer: dict[str, Any], options: EvalOptions) -> dict[str, Any]:
+    """An answer without the scores that nothing is computed from: those of all labels may be large."""
+    scores = answer.get("scores")
+    if isinstance(scores, Mapping) and "label" in answer:
+        best = {"top": best_labels(scores, options.top)} if len(scores) > options.top else {}
+        return {key: value for key, value in answer.items() if key != "scores"} | best
+    return answer
 
 
 def _subsets(modalities: tuple[str, ...]) -> list[tuple[str, ...]]:

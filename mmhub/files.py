@@ -137,6 +137,8 @@ def _reason(error: Exception) -> tuple[str, str] | None:
         told = getattr(error, "strerror", None) or ""
         detail = f" ({told})" if told and told != os.strerror(number) else ""
         return plain + detail, "free some space; nothing that was there before is lost"
+    if number == errno.ENAMETOOLONG:
+        return os.strerror(number).lower(), "choose a shorter name"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
         return os.strerror(number).lower(), "choose a folder you may write to"
     return None

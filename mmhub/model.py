@@ -281,6 +281,10 @@ class Model(nn.Module):
             InputError: a raw input cannot be read; `row` is its position in `samples`.
         """
         samples = [samples] if isinstance(samples, Mapping) else samples
+        if self.task.name == "speech-recognition":
+            from mmhub.speech import transcribe  # what hears recordings of any length stands above this module
+
+            return transcribe(self, samples, batch_size=batch_size, policy=policy)
         if isinstance(self.decoder, TextDecoder):
             return self.generate(samples, batch_size=batch_size, policy=policy)
 

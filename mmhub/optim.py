@@ -9,23 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmhub.config import ModelRecipe, Recipe
+from mmhub.config import ModelRecipe, PartRecipe, Recipe
 from mmhub.data.loader import row_seed
-from mmhub.errors import MmhubError
+from mmhub.errors import MmhubError, UsageError
 from mmhub.model import Model
 
 
 def learning_rate_groups(model: Model, recipe: ModelRecipe, rate: float, decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: weight decay for matrices only, and each encoder's own learning-rate multiplier."""
-    factors = {name: part.lr_multiplier for name, part in recipe.encoders.items()}
+    """Parameter groups: weight decay for matrices only, and each encoder's own learning-rate multiplier and decay."""
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     seen: set[int] = set()
     for role, part in model.parts().items():
-        factor = factors.get(role.removesuffix("_encoder"), 1.0)
-        for parameter in part.parameters():
+        own = recipe.encoders.get(role.removesuffix("_encoder"), PartRecipe())
+        shares = _layer_shares(part, role, own.layer_decay)
+        for name, parameter in part.named_parameters():
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                key = (factor, decay if parameter.ndim > 1 else 0.0)
+                key = (own.lr_multiplier * shares.get(name, 1.0), decay if parameter.ndim > 1 else 0.0)
                 groups.setdefault(key, []).append(parameter)
     if not groups:
         raise MmhubError("nothing to train: every part is frozen", "unfreeze an encoder, or just evaluate the model")
@@ -33,6 +33,25 @@ def learning_rate_groups(model: Model, recipe: ModelRecipe, rate: float, decay: 
         {"params": parameters, "lr": rate * factor, "base_lr": rate * factor, "weight_decay": weight}
         for (factor, weight), parameters in groups.items()
     ]
+
+
+def _layer_shares(part: Any, role: str, decay: float) -> dict[str, float]:
+    """What the parameters of an encoder's layers learn at, as a share of what follows the last of them, by name.
+
+    Layer l of L learns at decay ** (L + 1 - l), what stands before the first at decay ** (L + 1), as in ELECTRA (Clark
+    et al., arXiv:2003.10555) and BEiT (Bao et al., arXiv:2106.08254).
+
+    Raises:
+        UsageError: the encoder has no layers that can be told apart.
+    """
+    if decay == 1:
+        return {}
+    numbers: dict[str, int] = part.layer_numbers()
+    if not numbers:
+        where = f"model.encoders.{role.removesuffix('_encoder')}.layer_decay"
+        raise UsageError(f"{where}: {type(part).__name__} has no layers with numbers", "leave it out")
+    last = max(numbers.values())
+    return {name: decay ** (last + 1 - number) for name, number in numbers.items()}
 
 
 def learning_rate_factor(step: int, total: int, recipe: Recipe) -> float:

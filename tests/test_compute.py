@@ -299,6 +299,7 @@ def test_autocast_is_off_in_fp32() -> None:
         assert (x @ x).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_run_in_pure_bf16_goes_on_bit_for_bit(tables: Path, tmp_path: Path) -> None:
     from mmhub.engine import train
 

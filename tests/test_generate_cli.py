@@ -212,6 +212,7 @@ def test_a_terminal_shows_text_as_it_comes_but_never_obeys_it(mmhub: Any, monkey
     assert shown("a\x1b[2Jb") == "a\x1b[2Jb"
 
 
+@pytest.mark.slow
 def test_a_saved_model_writes_in_a_process_of_its_own(cli: Cli, lm: Any, tmp_path: Path) -> None:
     lm.save(tmp_path / "lm")
     done = cli("generate", "./lm", "hello", "--max-new-tokens", 5, "--json", "--device", "cpu")

@@ -185,6 +185,7 @@ def test_a_source_that_is_none_costs_a_line_and_the_others_go_on(site: Site, cap
     assert line.startswith("plugin mmhub-fake-bad 0.1.0 gives no valid data source")
 
 
+@pytest.mark.slow
 def test_data_sources_and_guards_work_through_the_command_line(site: Site) -> None:
     install(site, "mmhub_datasets", SOURCE)
     (site.work / "rows.txt").write_text("a good thing|yes\na bad thing|no\n" * 4)
@@ -265,6 +266,7 @@ def test_without_guards_predict_is_as_before_and_a_disabled_guard_is_off(site: S
 # Trackers.
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_is_named_with_its_plugin_and_the_run_goes_on(site: Site) -> None:
     code = (
         "from mmhub.spec import hookimpl\nclass T:\n    def on_start(self, run): print('started', run.total_steps)\n"

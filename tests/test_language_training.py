@@ -80,6 +80,7 @@ def test_the_loss_the_perplexity_and_the_scores_of_texts_say_the_same(use: str, 
     check_report(evaluate(done.model, str(tmp_path / "valid.txt")), done.model)
 
 
+@pytest.mark.slow
 def test_they_do_on_the_command_line(tmp_path: Path, cli: Cli) -> None:
     path = write_recipe(tmp_path, language(tmp_path, "transformer-lm", epochs=6, learning_rate=3e-2))
     done = cli("train", path, "--out", "run", "-q", "--json")

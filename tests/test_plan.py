@@ -191,6 +191,34 @@ def test_inputs_of_fixed_length_are_not_looked_at() -> None:
     assert known.varying == []
 
 
+def test_of_a_decoder_of_pairs_the_two_of_a_pair_are_measured_and_read_once_as_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Pairs:
+        paired, points, reads_text = True, False, False
+
+        def encode_targets(self, targets: list[Any]) -> None:
+            return None
+
+    rows = open_rows([{"question": "the good film", "answer": "a"}, {"question": "bad", "answer": "the end"}])
+    processor = TextProcessor.from_recipe({"kind": "word"}, default="word", max_length=30)
+    processor.fit(["the good film a bad end"])
+    inputs, parts = {"text": "question+answer"}, {"text": processor}
+    known = measure_rows(rows, parts, {"text": Whole()}, inputs, pairs=True)
+    expected = processor([["the good film", "a"], ["bad", "the end"]], Policy())
+    assert known.positions["text"].tolist() == [int(expected.lengths[:2].sum()), int(expected.lengths[2:].sum())]
+    decoder: Any = Pairs()
+
+    def unreadable(*args: Any) -> Any:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(TextProcessor, "read", unreadable)
+    batch = Collate(rows, parts, inputs, decoder, read=known.read)([(i, rows[i]) for i in range(2)]).batch
+    assert batch is not None
+    assert torch.equal(batch.items["text"].data, expected.data)
+    assert torch.equal(batch.items["text"].rows, expected.rows)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_text_is_read_once_in_a_run(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["the good film", "", "a", "bad " * 40, "the end"] * 5

@@ -425,6 +425,7 @@ def test_an_interrupted_push_goes_on_without_sending_whole_files_again(
     assert pull(REPO).name == pushed.commit
 
 
+@pytest.mark.slow
 def test_a_push_killed_while_it_sends_leaves_the_repository_as_it_was(
     hub: str, split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -475,6 +476,7 @@ def test_what_arrived_is_compared_with_what_was_sent(hub: str, model: Path, monk
 # -- the token --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_token_is_in_no_output_card_file_or_command_line(
     team: dict[str, str], model: Path, tmp_path: Path, cli: Cli
 ) -> None:

@@ -133,6 +133,7 @@ def killed_run(tables: Path, folder: Path, checkpoint: str) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_a_checkpoint_ends_in_the_same_bytes(tables: Path, whole: Path, tmp_path: Path) -> None:
     run = killed_run(tables, tmp_path, "step-00000005")
     train(tmp_path / "r.toml", run, resume=True)

@@ -615,7 +615,7 @@ def test_every_device_that_tensors_come_from_is_waited_for(monkeypatch: pytest.M
 
 
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    def copy(model: Model, optimizer: Any, buffers: Any, *, first: bool, carried: Any) -> Copied:
+    def copy(model: Model, optimizer: Any, buffers: Any, **options: Any) -> Copied:
         return Copied({"model/x": torch.ones(2)}, {}, {}, [], {}, sharded=True)
 
     monkeypatch.setattr(state_module, "copy_tensors", copy)

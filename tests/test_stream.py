@@ -1140,6 +1140,7 @@ for source in sys.argv[1:]:  # a little data first, to have every library at wor
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured as Linux does")
+@pytest.mark.slow
 def test_memory_stays_flat_while_the_data_grow(tmp_path: Path) -> None:
     noise, files = random.Random(0).randbytes(20_000), []
     for rows in (200, 5000):

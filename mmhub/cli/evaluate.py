@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from mmhub.cli.labels import labels_options, read_labels
 from mmhub.cli.options import columns_options, device_option, parse_mapping, parse_names, urls_option
 from mmhub.cli.output import emit, json_option, note, quiet_option, table
 from mmhub.errors import UsageError
@@ -26,6 +28,13 @@ from mmhub.errors import UsageError
 @click.option("--window", type=click.IntRange(min=2), help="Tokens a language model sees at once; its context.")
 @click.option("--stride", type=click.IntRange(min=1), help="Tokens between windows over a long text. Default: half.")
 @click.option("--no-subsets", is_flag=True, help="Only all inputs together, not each subset of them.")
+@click.option(
+    "--top-k", type=click.IntRange(min=2), default=5, show_default=True, help="Best labels that count as one."
+)
+@click.option("--details", is_flag=True, help="Each label's scores and the confusion matrix; in --json.")
+@click.option("--report", "folder", metavar="DIR", help="Write a page with pictures and the worst mistakes.")
+@click.option("--verification", is_flag=True, help="How well vectors tell rows of one label from others: EER.")
+@labels_options
 @device_option
 @urls_option
 @quiet_option
@@ -43,18 +52,39 @@ def evaluate(
     window: int | None,
     stride: int | None,
     no_subsets: bool,
+    top_k: int,
+    details: bool,
+    folder: str | None,
+    verification: bool,
+    labels: str | None,
+    templates: tuple[str, ...],
     device: str,
     allow_urls: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Measure the model NAME on held-out data, with all inputs and with every subset of them."""
+    """Measure the model NAME on held-out data, with all inputs and with every subset of them.
+
+    With --labels, a model for retrieval tells them apart, and the column of --target-column holds the truth; of
+    `--labels auto` it names them, too.
+    """
     mapping = parse_mapping(inputs, "--inputs")
+    names = read_labels(labels, templates)
+    if names and not target_column:
+        raise UsageError("--labels needs the column that holds the truth", "add --target-column NAME")
+    if verification:
+        _check_verification()
     from mmhub.evaluation import EvalOptions
     from mmhub.evaluation import evaluate as run
     from mmhub.hub import load
     from mmhub.interfaces import Policy
+    from mmhub.verification import verify
 
+    if folder is not None:
+        from mmhub.report import check_report
+
+        check_report(folder)
+    kept: list[Any] = []
     options = EvalOptions(
         batch_size=batch_size,
         subsets=not no_subsets,
@@ -64,17 +94,64 @@ def evaluate(
         skip=on_error == "skip",
         policy=Policy(urls=allow_urls),
         progress=_watch(quiet),
+        top=top_k,
+        details=details or folder is not None,
+        keep=kept.append if folder is not None else None,
     )
     source: Any = sorted(data.split(",")) if "," in data and not Path(data).exists() else data
     model = load(name, device=device)
     if target is not None:
         source = _parallel(model, data, target)
-    report = run(
+    if names:
+        model, source = _zero_shot(model, source, names, templates, parse_names(columns), target_column or "")
+    if folder is not None:
+        check_report(folder, model.task.name)
+    report = (verify if verification else run)(
         model, source, inputs=mapping, target=target_column or "", columns=parse_names(columns), options=options
     )
     for text in [report["definition"]] if "definition" in report else _signatures(report["metrics"]):
         note(text, quiet)
-    emit(report, as_json, _text(report))
+    emit(report, as_json, _text(report))  # whatever becomes of the page, the numbers are out
+    if folder is not None:
+        from mmhub.evaluation import data_name
+        from mmhub.report import write_report
+
+        page = write_report(folder, model, report, kept[0] if kept else None, data_name(source))
+        note(f"report: {page}", quiet)
+
+
+def _check_verification() -> None:
+    """Raise UsageError for options that --verification has no use for."""
+    source = click.get_current_context().get_parameter_source
+    given = [option for name, option in _NOT_VERIFIED.items() if source(name) is not ParameterSource.DEFAULT]
+    if given:
+        raise UsageError(f"--verification takes no {' or '.join(given)}", "leave it out")
+
+
+_NOT_VERIFIED = {
+    "labels": "--labels",
+    "templates": "--template",
+    "folder": "--report",
+    "target": "--target",
+    "document": "--document",
+    "window": "--window",
+    "stride": "--stride",
+    "details": "--details",
+    "top_k": "--top-k",
+    "no_subsets": "--no-subsets",
+}
+
+
+def _zero_shot(
+    model: Any, source: Any, labels: list[str], templates: tuple[str, ...], columns: list[str], target: str
+) -> tuple[Any, Any]:
+    """A classifier of these labels, or of those in the column, and the rows."""
+    from mmhub.data.sources import open_rows, require_columns
+    from mmhub.zero_shot import classifier, labels_in
+
+    rows = open_rows(source, columns=columns or list(model.columns.names) or None)
+    require_columns(rows, [target], "name the column with --target-column")
+    return classifier(model, list(labels_in(rows.column(target))) if labels == ["auto"] else labels, templates), rows
 
 
 def _parallel(model: Any, source: str, target: str) -> dict[str, str]:
@@ -113,13 +190,31 @@ def _cell(value: float | None) -> str:
 
 
 def _text(report: dict[str, Any]) -> str:
+    """A line for all rows and for each subset; where that would be too wide, a line for each metric."""
     from mmhub.metrics import flat
 
     rows = [("all rows", report["rows"], report["metrics"])]
     rows += [(name, values["rows"], values) for name, values in report["subsets"].items()]
     if len(rows) == 2:  # one modality: its subset is everything
         rows.pop()
-    names = list(flat(report["metrics"]))
     known = [(name, count, flat(values)) for name, count, values in rows]
+    names, more = _few(list(known[0][2]))
     text = table(["inputs", "rows", *names], [[k, n, *(_cell(v.get(x)) for x in names)] for k, n, v in known])
+    if max(map(len, text.splitlines())) > _WIDTH:
+        lines = [["rows", *(str(n) for _, n, _ in known)]]
+        lines += [[x, *(_cell(v.get(x)) for *_, v in known)] for x in names]
+        text = table(["metric", *(k for k, *_ in known)], lines)
+    text += f"\n{more} more numbers by label: see --json or --report" if more else ""
     return text + (f"\n{report['skipped']} unreadable rows were skipped" if report["skipped"] else "")
+
+
+def _few(names: list[str]) -> tuple[list[str], int]:
+    """The metrics to print, and how many are not: those of each label where there are many labels."""
+    by_label = [name for name in names if "_by_label." in name]
+    if len(by_label) <= _MAX_LABELS:
+        return names, 0
+    return [name for name in names if name not in by_label], len(by_label)
+
+
+_WIDTH = 110  # characters of a line that can be read in a terminal
+_MAX_LABELS = 12

@@ -9,8 +9,10 @@ from typing import Any
 
 import click
 
+from mmhub.cli.labels import labels_options, read_labels
 from mmhub.cli.options import columns_options, device_option, parse_mapping, parse_names, urls_option
 from mmhub.cli.output import emit, json_option, note, quiet_option
+from mmhub.cli.speech import check_speech, speech_options, take_search, wants_subtitles, write_subtitles
 from mmhub.cli.writing import read_settings, writing_options
 from mmhub.errors import InputError, NotFoundError, UsageError, did_you_mean
 
@@ -26,8 +28,14 @@ Answer = Callable[[list[dict[str, Any]], int], list[dict[str, Any]]]
 @click.option("--input", "others", multiple=True, metavar="MODALITY=VALUE", help="Any other modality (repeatable).")
 @click.option("--data", help="A table or folder of samples instead.")
 @columns_options
-@click.option("--out", type=click.Path(path_type=Path), help="Write one JSON line a sample to this file.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Write one JSON line a sample to this file; speech to a .srt or .vtt as subtitles.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@labels_options
+@speech_options
 @writing_options
 @device_option
 @urls_option
@@ -45,6 +53,9 @@ def predict(
     columns: str | None,
     out: Path | None,
     batch_size: int,
+    labels: str | None,
+    templates: tuple[str, ...],
+    speech: dict[str, Any],
     writing: dict[str, Any],
     device: str,
     allow_urls: bool,
@@ -55,7 +66,9 @@ def predict(
 
     Several modalities given once each make one sample; options given several times make several samples, paired in
     order. A modality left out is missing, and models that fuse modalities cope with that. The options of generation,
-    from --max-new-tokens to --stop, are for models that write texts.
+    from --max-new-tokens to --stop, are for models that write texts. With --labels, a model for retrieval says which
+    label a picture or a sound fits best. Recordings of speech may last up to 6 hours; --out FILE.srt or FILE.vtt makes
+    subtitles of one.
     """
     given: dict[str, list[Any]] = {"text": _pairs(text, pairs), "image": list(image), "audio": list(audio)}
     for part in others:
@@ -69,17 +82,32 @@ def predict(
     above = next((path for path in out.parents if path.exists()), None) if out else None
     if above and not above.is_dir():
         raise UsageError(f"'{above}' is a file", "name another file with --out")
-    _check_files((*image, *audio))
+    check_files((*image, *audio))
+    names = read_labels(labels, templates)
     samples = _zip(given) if given else []
     from mmhub.hub import load
     from mmhub.interfaces import Policy, TextDecoder
 
     model = load(name, device=device)
+    if names:
+        from mmhub.zero_shot import classifier
+
+        model = classifier(model, names, templates, batch_size=batch_size)
     policy = Policy(urls=allow_urls)
+    search = take_search(model, speech, writing)
     writes = bool(writing) or isinstance(model.decoder, TextDecoder)
     settings = read_settings(model, writing) if writes else None
 
+    check_speech(model, speech, out, len(samples))
+    if wants_subtitles(out):
+        speech = {"timestamps": "segment"} | speech
+
     def answer(samples: list[dict[str, Any]], first: int = 0) -> list[dict[str, Any]]:
+        if model.task.name == "speech-recognition":
+            from mmhub.speech import transcribe
+
+            how = {"settings": settings, "search": search} | speech
+            return transcribe(model, samples, batch_size=batch_size, policy=policy, **how)
         found: list[dict[str, Any]] = (
             model.predict(samples, batch_size=batch_size, policy=policy)
             if settings is None
@@ -89,13 +117,13 @@ def predict(
 
     predictions = _predict_table(model, answer, data, inputs, columns, batch_size) if data else answer(samples)
     if out:
-        _write(out, predictions)
+        (write_subtitles if wants_subtitles(out) else _write)(out, predictions)
         note(f"{len(predictions)} predictions in {out}", quiet)
     if not out or as_json:
         emit({"predictions": predictions}, as_json, "\n".join(_line(answer) for answer in predictions))
 
 
-def _check_files(files: tuple[str, ...]) -> None:
+def check_files(files: tuple[str, ...]) -> None:
     """Report a wrong path before a model is loaded for it."""
     for text in files:
         path = Path(text).expanduser()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmhub.data.cells import cell
-from mmhub.data.loader import ReadItems, usable
+from mmhub.data.loader import ReadItems, two_items, usable
 from mmhub.data.sources import Rows
 from mmhub.errors import InputError
 from mmhub.interfaces import Policy
@@ -57,12 +57,14 @@ def measure_rows(
     policy: Policy | None = None,
     progress: Progress | None = None,
     folder: Callable[[int], Path | None] | None = None,
+    pairs: bool = False,
 ) -> Lengths:
     """Measure the inputs of all rows; `inputs` maps modality to column, `readers` modality to encoder
     (or a decoder that reads text).
 
     Rows of a stream are pairs of number and row; `folder` tells the folder from which relative paths in a row of that
     number start (`Stream.folder`), as it does where they are decoded.
+    With `pairs` the two of a pair of texts are items of their own, as a decoder of pairs reads them.
     A modality of fixed length is taken to be in every row, unseen. Addresses are not fetched to be measured, and a row
     that cannot be read has length 0: whoever decodes it will say what is wrong.
     """
@@ -75,6 +77,7 @@ def measure_rows(
     for name, column in inputs.items():
         meter = _Meter(processors[name], readers[name].token_count, policy, space)
         values = _values(rows, name, column, len(inputs) == 1, folder)
+        values = map(two_items, values) if pairs else values
         if name not in variable:
             first = next((size for value in islice(values, _TRIES) if (size := meter.measure(value))[0]), (0, 0))
             sizes[name] = np.tile(np.array(first, np.int64)[:, None], len(rows))

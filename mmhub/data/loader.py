@@ -26,6 +26,7 @@ from mmhub.batch import Batch, Encoded
 from mmhub.data.cells import cell
 from mmhub.errors import InputError, MmhubError
 from mmhub.interfaces import Decoder, Policy
+from mmhub.interfaces.labels import is_missing
 
 Numbered: TypeAlias = "int | tuple[int, Mapping[str, Any]]"  # a row by its number, or with its content
 
@@ -103,7 +104,7 @@ class Collate:
     """Turn table rows into a batch.
 
     `seed` switches training-time augmentation on; it and the row number alone decide what happens to a row. `read`
-    holds by modality what is read already (see `mmhub.data.lengths`).
+    holds by modality what is read already (see `mmhub.data.lengths`), of a decoder of pairs in two items a pair.
     """
 
     rows: Any  # Rows, or another source with its `folder` and `where`
@@ -156,14 +157,19 @@ class Collate:
         if decoder is not None and decoder.reads_text:
             batch.targets = decoder.count_targets(batch.items["text"])
         elif decoder is not None and decoder.paired:
-            groups = [row.get(self.target) if self.target else number for number, row in samples]
-            batch.raw_targets = [group if _has_pair(raw, i) else None for i, group in enumerate(groups)]
-            batch.targets = decoder.encode_targets(batch.raw_targets)
+            groups = batch.raw_targets = [self._group(number, row) for number, row in samples]
+            known = [group if _has_pair(raw, i) else None for i, group in enumerate(groups)]
+            batch.targets = decoder.encode_targets(known)
         elif decoder is not None and self.target:
             batch.raw_targets = [row.get(self.target) for _, row in samples]
             batch.targets = self._targets(batch)
         batch.weights = decoder.weigh(batch.targets) if batch.targets is not None else None
         return batch
+
+    def _group(self, number: int, row: Mapping[str, Any]) -> Any:
+        """What the rows that belong together have in common; a row without it is alone."""
+        group = row.get(self.target) if self.target else number
+        return f"row {number}" if is_missing(group) else group
 
     def _targets(self, batch: Batch) -> Any:
         """Encode the targets; of a decoder that points into its input, beside that."""
@@ -196,10 +202,14 @@ class Collate:
         return InputError(f"{place}: {error.message}", hint)
 
 
+def two_items(value: Any) -> Any:
+    """Return a pair of texts as a decoder of pairs reads it, as two items; anything else as it is."""
+    return [value["text"], value["text_pair"]] if isinstance(value, Mapping) and "text_pair" in value else value
+
+
 def _sides(value: Any, row: int) -> Any:
     """Two inputs of one modality that belong together, as two items of a row."""
-    if isinstance(value, Mapping) and "text_pair" in value:
-        value = [value["text"], value["text_pair"]]
+    value = two_items(value)
     if isinstance(value, (list, tuple)) and len(value) > 2:
         error = InputError(f"a pair is two inputs, got {len(value)}", 'name two columns, such as "question+answer"')
         error.row = row

@@ -203,7 +203,7 @@ def with_base_columns(recipe: Recipe, out: Path, folder: Path | None, *, resume:
 def resolved(recipe: Recipe, folder: Path | None) -> Recipe:
     """The recipe with data paths made absolute, so that the copy in the run folder can be run again."""
     data = recipe.data
-    changes: dict[str, Any] = {key: _absolute(getattr(data, key), folder) for key in ("train", "valid")}
+    changes: dict[str, Any] = {key: _absolute(getattr(data, key), folder) for key in ("train", "valid", "noise")}
     changes["mix"] = [replace(part, {"source": _absolute(part.source, folder)}) for part in data.mix]
     return replace(recipe, {"data": replace(data, changes)})
 

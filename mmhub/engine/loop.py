@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -151,6 +151,8 @@ class _Run:
             self.rows.where,
             self.reporter.say,
             self.feed.most_rows,
+            self.setup.mixer,
+            self.setup.averages,
         )
         self._announce()
 
@@ -322,7 +324,8 @@ class _Run:
         position.lines = self.reporter.lines
         whole = with_all_places(position, self.place, self.ranks)
         with self.meter.pausing():
-            self.checkpoints.save(self.model, self.setup.optimizer, whole, wait=wait)
+            averages = self.setup.averages.tensors if self.setup.averages else None
+            self.checkpoints.save(self.model, self.setup.optimizer, whole, averages=averages, wait=wait)
         self.saved_step = position.step
 
     def _save_and_stop(self) -> NoReturn:
@@ -377,10 +380,15 @@ class _Run:
 
     def _save_model(self) -> None:
         """Write the model to where people look for it."""
-        tensors = self.setup.parallel.tensors()
-        if self.ranks.first:
-            with disk_errors("the model", self.out):
-                save(self.model, self.out / "model", tensors)
+        with self._averaged():
+            tensors = self.setup.parallel.tensors()
+            if self.ranks.first:
+                with disk_errors("the model", self.out):
+                    save(self.model, self.out / "model", tensors)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Let the model hold the averages of its weights, if they are kept."""
+        return self.setup.averages.applied() if self.setup.averages else nullcontext()
 
     def _is_better(self, value: float, loss: float) -> bool:
         """Compare the task's main metric, and where that is equal, as on small validation sets, the loss."""
@@ -411,7 +419,10 @@ class _Run:
             stop=self._stopping if model is self.model else None,
         )
         try:
-            with self.setup.parallel.whole() if model is self.model else nullcontext():
+            with ExitStack() as held:
+                if model is self.model:
+                    held.enter_context(self._averaged())
+                    held.enter_context(self.setup.parallel.whole())
                 if self.task.reads_text and model is self.model:
                     return measure_corpus(model, self._valid_texts(options), options)
                 inputs, target = model.columns.inputs, self.setup.data.target

@@ -18,6 +18,7 @@ from mmhub.data.loader import Collate
 from mmhub.data.sources import Rows
 from mmhub.data.stream import Stream
 from mmhub.device import find_precision
+from mmhub.engine.averages import Averages
 from mmhub.engine.compute import prepare_model
 from mmhub.engine.data import TrainingData, resolved, with_base_columns
 from mmhub.engine.data import replace as with_values
@@ -25,6 +26,7 @@ from mmhub.engine.features import open_features, show_progress
 from mmhub.engine.feed import AUTO_ROWS, Feed, stand_in, stand_in_items
 from mmhub.engine.language_feed import LanguageFeed, block_size, stand_in_text
 from mmhub.engine.meter import Meter
+from mmhub.engine.mixing import make_mixer
 from mmhub.engine.optimizer import make_optimizer
 from mmhub.engine.parallel import Parallel
 from mmhub.engine.ranks import Ranks, shared
@@ -45,7 +47,8 @@ class Setup:
 
     Attributes:
         recipe, resolved: as given, and with absolute paths. data: rows and columns. restored: a checkpoint was read.
-        position: how far the run has come. model, optimizer, parallel, meter, feed, checkpoints: what trains it.
+        position: how far the run has come. model, optimizer, parallel, meter, feed, checkpoints: what trains it,
+            and mixer, averages where it mixes pictures and averages weights.
         stand_in: for a rank without rows, on several. valid_lengths, valid_features: of the validation rows.
     """
 
@@ -54,6 +57,8 @@ class Setup:
     ) -> None:
         self.recipe, self.folder = with_base_columns(recipe, out, folder, resume=resume), folder
         self.resolved = resolved(self.recipe, folder)
+        if (noise := self.resolved.data.noise) and not Path(noise).is_dir():
+            raise UsageError(f"data.noise: no folder '{noise}'", "name one relative to the recipe")
         self.ranks, self.device, self._quiet = ranks, ranks.device, quiet
         self.task, self.options = find_task(recipe.task), recipe.train
         if self.options.batch_size == "auto" and (ranks.several or self.task.reads_text):
@@ -77,7 +82,7 @@ class Setup:
 
     @property
     def policy(self) -> Policy:
-        return Policy(urls=self.recipe.data.allow_urls)
+        return Policy(urls=self.recipe.data.allow_urls, noise=self.resolved.data.noise)
 
     def _check_out(self, out: Path, resume: bool) -> None:
         there = next((path for path in (out, *out.parents) if path.exists()), None)
@@ -136,6 +141,7 @@ class Setup:
         if not state:
             self.position.parents = self.model.parents
         self.model.unimodal_loss = self.options.unimodal_loss
+        self.mixer = make_mixer(self.model, self.options)
         self.model.to(self.device)
         prepare_model(self.model, self.options, self.device, self.precision)
         self._features, self.valid_features = self._frozen(self.rows, True), self._frozen(self.valid, False)
@@ -148,8 +154,10 @@ class Setup:
         if self.stand_in is not None:
             self.parallel.prepare(self.stand_in)
         self.optimizer = make_optimizer(self.model, self.recipe, self.device)
+        self.averages = Averages(self.model, self.options.ema) if self.options.ema else None
         if state:
-            self.checkpoints.load_tensors(state, self.model, self.optimizer)
+            averages = self.averages.tensors if self.averages else None
+            self.checkpoints.load_tensors(state, self.model, self.optimizer, averages)
 
     def _lengths_of(self, rows: Any) -> Lengths | None:
         return None if not isinstance(rows, Rows) or self.task.reads_text else self._measure_rows(rows)
@@ -229,7 +237,8 @@ class Setup:
         """Measure rows, and read once what is small; of all inputs, so that no cache decides what a batch is."""
         model, folder = self.model, None if isinstance(self.rows, Rows) else self.rows.folder
         inputs = dict(model.columns.inputs)
-        return measure_rows(rows, model.processors, model.readers, inputs, self.policy, folder=folder)
+        pairs = self.model.decoder.paired and len(inputs) == 1
+        return measure_rows(rows, model.processors, model.readers, inputs, self.policy, folder=folder, pairs=pairs)
 
     def _frozen(self, rows: Any, training: bool) -> dict[str, Any]:
         if rows is None or not self.model.frozen or not self.options.cache_features:

@@ -2,7 +2,7 @@
 
     checkpoints/step-00000500/
       model/           config.json and processors' files; and the weights, where no tensor is sharded
-      state.safetensors                                the optimizer's state
+      state.safetensors                                the optimizer's state, and averages of the weights
       rank-00000-of-00002.safetensors, .json           instead, where tensors are sharded: one process's pieces of all
       state.json       position, and what of the optimizer is no tensor
       manifest.json    size and sha256 of every file, written last
@@ -21,13 +21,14 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+from torch import Tensor
 
 from mmhub.checkpoint import FileRecord, Structure, load_structure, structure_of, write_structure
 from mmhub.engine.ranks import Ranks
@@ -39,6 +40,7 @@ from mmhub.engine.tensors import (
     Stored,
     add_stored,
     copy_tensors,
+    fill_averages,
     fill_carried,
     fill_model,
     fill_optimizer,
@@ -130,10 +132,19 @@ class Checkpoints:
 
     # -- saving -------------------------------------------------------------------------------------------------
 
-    def save(self, model: Model, optimizer: Any, position: Position, *, wait: bool = False) -> None:
+    def save(
+        self,
+        model: Model,
+        optimizer: Any,
+        position: Position,
+        *,
+        averages: Mapping[str, Tensor] | None = None,
+        wait: bool = False,
+    ) -> None:
         """Save this step: at once as far as the run can see, and on disk once `wait` returns.
 
-        Waits for the save before. `optimizer` needs `param_groups` and `state`, as torch's own have.
+        Waits for the save before. `optimizer` needs `param_groups` and `state`, as torch's own have; `averages` are
+        those of the weights, by name.
 
         Raises:
             MmhubError: the save before has failed, or this one with `wait`; what was on disk before is whole.
@@ -146,7 +157,7 @@ class Checkpoints:
         carried = gather_carried(model, self.ranks)
         try:
             with disk_errors(_WHAT, self.folder):
-                copied = self._copy(model, optimizer, aside, carried)
+                copied = self._copy(model, optimizer, aside, carried, averages)
         except (MmhubError, OSError) as failed:
             error = failed
         self._agree(error)
@@ -195,9 +206,12 @@ class Checkpoints:
             raise error
         raise MmhubError(message, hint)
 
-    def _copy(self, model: Model, optimizer: Any, aside: Path, carried: dict[str, Any]) -> Copied:
+    def _copy(
+        self, model: Model, optimizer: Any, aside: Path, carried: dict[str, Any], averages: Mapping[str, Tensor] | None
+    ) -> Copied:
         """What has to be done before training goes on."""
-        copied = copy_tensors(model, optimizer, self._buffers, first=self.ranks.first, carried=carried)
+        first = self.ranks.first
+        copied = copy_tensors(model, optimizer, self._buffers, first=first, carried=carried, averages=averages)
         if self.ranks.first:
             self._structure = self._structure or structure_of(model, copied.tied)
             shutil.rmtree(aside, ignore_errors=True)
@@ -335,10 +349,12 @@ class Checkpoints:
         fill_model(model, _stored(path))
         return model
 
-    def load_tensors(self, path: Path, model: Model, optimizer: Any = None) -> None:
+    def load_tensors(
+        self, path: Path, model: Model, optimizer: Any = None, averages: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Fill parameters and buffers of a model, sharded or not, and an optimizer's state, of any number of ranks.
 
-        The optimizer may be made before or after: parameters stay the same objects.
+        The optimizer may be made before or after: parameters stay the same objects. `averages` are filled in place.
 
         Raises:
             MmhubError: the recipe trains other tensors. TrustError: the checkpoint does not fit the model.
@@ -346,6 +362,8 @@ class Checkpoints:
         stored = _stored(path)
         fill_model(model, stored)
         fill_carried(model, stored, self.ranks)
+        if averages is not None:
+            fill_averages(averages, stored)
         if optimizer is not None:
             state = _read_state(path)
             fill_optimizer(optimizer, parameter_names(model), stored, state.numbers, state.trained)

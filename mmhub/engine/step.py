@@ -12,9 +12,12 @@ from torch import Tensor
 from mmhub.batch import Batch
 from mmhub.config import Recipe
 from mmhub.data.loader import row_seed
+from mmhub.engine.averages import Averages
+from mmhub.engine.cached import Cached
 from mmhub.engine.compute import autocast
 from mmhub.engine.feed import AUTO_ROWS, Turn
 from mmhub.engine.meter import Meter
+from mmhub.engine.mixing import Mixer
 from mmhub.engine.parallel import Parallel, clip_gradients
 from mmhub.engine.ranks import Ranks
 from mmhub.engine.state import Position
@@ -39,10 +42,14 @@ class Stepper:
     where: Callable[[int], str]
     say: Callable[[str], None]
     most_rows: int = 0  # of this rank that are computed at once, 0 = a whole batch
+    mixer: Mixer | None = None
+    averages: Averages | None = None
 
     def __post_init__(self) -> None:
         self.options, self.device = self.recipe.train, self.ranks.device
         self.trained = [p for params in self.optimizer.param_groups for p in params["params"]]
+        rows = self.options.cached_rows
+        self.cached = Cached(self.parallel, self.device, self.precision, rows) if rows else None
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, as a share of its peak."""
@@ -66,6 +73,8 @@ class Stepper:
         self._check_finite(loss, "loss", turn, position)
         self._check_finite(norm, "gradient norm", turn, position)
         self.optimizer.step()
+        if self.averages is not None:
+            self.averages.update(position.step, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
@@ -83,25 +92,33 @@ class Stepper:
 
     def _gradients(self, pieces: list[tuple[Batch, float]], total: float) -> Tensor:
         loss = torch.zeros((), device=self.device)
+        backward = self.cached.backward if self.cached else self._plain
         for number, (batch, weight) in enumerate(pieces, 1):
-            with self.parallel.synchronised(last=number == len(pieces)):
-                with autocast(self.device, self.precision):
-                    output = self.parallel.forward(batch)
-                assert output.loss is not None
-                part = output.loss * (weight / total)
-                loss += part.detach()
-                (part * self.parallel.scale).backward()
+            mixed = self.mixer.mix(batch) if self.mixer and weight else batch
+            loss += backward(mixed, weight / total, number == len(pieces))
             if weight:
                 self.meter.count(batch)
         return loss
 
+    def _plain(self, batch: Batch, share: float, last: bool) -> Tensor:
+        with self.parallel.synchronised(last):
+            with autocast(self.device, self.precision):
+                output = self.parallel.forward(batch)
+            assert output.loss is not None
+            part = output.loss * share
+            (part * self.parallel.scale).backward()
+        return part.detach()
+
     def _pieces(self, turn: Turn, split: int) -> list[tuple[Batch, float]]:
         """What is computed one after the other, with its weight; on several ranks equally many on each."""
-        batches = [part for batch in turn.batches if batch is not None for part in self._split(batch, split)]
-        pieces = [(batch, batch.weight) for batch in batches]
+        own = [part for batch in turn.batches if batch is not None for part in self._split(batch, split)]
+        pieces = [(batch, batch.weight) for batch in own]
         if self.ranks.several:
             assert self.stand_in is not None, "some row could be read, or there would be no step"
-            count = max(self.ranks.gather(len(pieces))) if self.most_rows else self.options.accumulate
+            if not self.most_rows:  # all ranks compute the same batch at a time, for they may compare its rows
+                batches = turn.batches + [None] * (self.options.accumulate - len(turn.batches))
+                return [(self.stand_in, 0.0) if batch is None else (batch, batch.weight) for batch in batches]
+            count = max(self.ranks.gather(len(pieces)))
             return pieces + [(self.stand_in, 0.0)] * (count - len(pieces))
         return pieces
 
@@ -125,6 +142,9 @@ class Stepper:
     def _out_of_memory(self, position: Position) -> MmhubError:
         tokens, rows = self.options.batch_tokens, self.options.batch_size
         key, size = ("batch_tokens", f"{tokens} tokens") if tokens else ("batch_size", f"{rows} rows")
+        if self.model.task.paired:  # rows are each other's wrong answers, and fewer of them another loss
+            hint = "lower train.cached_rows" if self.cached else "set train.cached_rows, the rows computed at once"
+            return MmhubError(f"out of memory at step {position.step + 1} with batches of {size}", hint)
         hint = f"lower train.{key} and raise train.accumulate by as much"
         hint += "" if tokens or rows == "auto" else ', or set train.batch_size = "auto"'
         return MmhubError(f"out of memory at step {position.step + 1} with batches of {size}", hint)

@@ -21,8 +21,8 @@ from mmhub.errors import MmhubError, TrustError
 from mmhub.model import Model
 from mmhub.weights import named_tensors, read_tensors
 
-# What names begin with: model/NAME, optimizer/KEY/NAME and carried/NAME.
-MODEL, OPTIMIZER, CARRIED = "model/", "optimizer/", "carried/"
+# What names begin with: model/NAME, optimizer/KEY/NAME, average/NAME and carried/NAME.
+MODEL, OPTIMIZER, AVERAGE, CARRIED = "model/", "optimizer/", "average/", "carried/"
 Number = float | int | bool | None
 
 
@@ -56,13 +56,14 @@ def copy_tensors(
     *,
     first: bool,
     carried: Mapping[str, Tensor] | None = None,
+    averages: Mapping[str, Tensor] | None = None,
 ) -> Copied:
     """Copy what this process holds; whole tensors are the `first` one's to write.
 
-    `carried` is what `gather_carried` gave. `buffers` keeps the memory for the next time; it is pinned where the
-    tensors are on a GPU.
+    `carried` is what `gather_carried` gave, `averages` those of the weights. `buffers` keeps the memory for the next
+    time; it is pinned where the tensors are on a GPU.
     """
-    _reshard(model)
+    reshard(model)
     state, tied = named_tensors(model.parts())
     names = parameter_names(model)
     found = {MODEL + name: tensor for name, tensor in state.items()}
@@ -77,6 +78,7 @@ def copy_tensors(
             else:
                 raise MmhubError(f"the optimizer keeps a {type(value).__name__} as {key!r}", "it may keep tensors only")
     found |= {CARRIED + name: tensor for name, tensor in (carried or {}).items()}
+    found |= {AVERAGE + name: tensor for name, tensor in (averages or {}).items()}
     pieces = {name: _own_piece(tensor, name, first) for name, tensor in found.items()}
     written = {name: piece for name, piece in pieces.items() if piece is not None}
     tensors = {name: _copy(name, piece, buffers) for name, (piece, _) in written.items()}
@@ -119,7 +121,22 @@ def fill_carried(model: Model, stored: Mapping[str, Stored], ranks: Ranks) -> No
         decoder.carried = found
 
 
-def _reshard(model: Model) -> None:
+@torch.no_grad()
+def fill_averages(averages: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
+    """Copy the stored averages of the weights into these, in place.
+
+    Raises:
+        TrustError: there are others.
+    """
+    known = {name.removeprefix(AVERAGE) for name in stored if name.startswith(AVERAGE)}
+    if known != averages.keys():
+        odd = min(known ^ averages.keys())
+        raise TrustError(f"the checkpoint's averages do not fit the model ({odd} is not in both)", "use another")
+    for name, tensor in averages.items():
+        _fill(tensor, stored[AVERAGE + name], name)
+
+
+def reshard(model: Model) -> None:
     """Leave to every process its own pieces: after a forward pass alone, FSDP holds the last group whole."""
     modules: Iterator[Any] = model.modules()
     for module in modules:
@@ -260,7 +277,7 @@ def fill_model(model: Model, stored: Mapping[str, Stored]) -> None:
     Raises:
         TrustError: a tensor is missing, unexpected, or of another shape.
     """
-    _reshard(model)
+    reshard(model)
     parts = model.parts()
     state, _ = named_tensors(parts)
     names = {name.removeprefix(MODEL) for name in stored if name.startswith(MODEL)}

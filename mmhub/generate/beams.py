@@ -27,17 +27,18 @@ def search(
     rooms: Sequence[int],
     ends: Sequence[int],
     decode: Callable[[Sequence[int]], str],
+    limit: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> list[list[Found]]:
     """Return up to K finished hypotheses for each row, best first, from the logits (B, V) of their first token.
 
     A hypothesis is worth its log-probability / length ** `length_penalty`. A row is done when no running hypothesis
     could become better than the worst finished one at its present length, or, with `early_stopping`, when K have
-    finished; rows never depend on each other.
+    finished; rows never depend on each other. `limit` is as in `Rules`.
     """
     k, device = settings.beams, logits.device
     repeated = torch.arange(len(rooms), device=device).repeat_interleave(k)
     logits, state = logits[repeated], source.select(state, repeated)
-    rules = Rules(settings, [ids for ids in prompts for _ in range(k)], ends)
+    rules = Rules(settings, [ids for ids in prompts for _ in range(k)], ends, limit)
     beams = _Beams(settings, rooms, ends, decode, device)
     step = 0
     while True:

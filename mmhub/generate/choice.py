@@ -6,7 +6,7 @@ Letters in shapes: R rows that are being written, V vocabulary.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,11 +19,19 @@ _BLOCK = 64  # random numbers that are drawn at once for each row
 class Rules:
     """What changes the scores before a token is chosen: the repetition penalty, and that no text may end yet.
 
-    `prompts` are the ids each row has read, which count as repeated; `ends` the ids that end a text.
+    `prompts` are the ids each row has read, which count as repeated; `ends` the ids that end a text. `limit` is the
+    decoder's own word on which token may follow the ids written so far, (R, L): it gives scores (R, V) for scores.
     """
 
-    def __init__(self, settings: Generation, prompts: Sequence[Sequence[int]], ends: Sequence[int]) -> None:
-        self._settings, self._prompts, self._ends = settings, prompts, list(ends)
+    def __init__(
+        self,
+        settings: Generation,
+        prompts: Sequence[Sequence[int]],
+        ends: Sequence[int],
+        limit: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        self._settings, self._prompts, self._ends, self._limit = settings, prompts, list(ends), limit
+        self._written: Tensor | None = None  # (R, L) long, kept only where there is a limit
         self._seen: Tensor | None = None  # (R, V) bool, kept only where there is a penalty
 
     def __call__(self, scores: Tensor, step: int) -> Tensor:
@@ -36,17 +44,25 @@ class Rules:
         if step < self._settings.min_new_tokens and self._ends:
             scores = scores.clone()
             scores[:, self._ends] = -torch.inf
-        return scores
+        if self._limit is None:
+            return scores
+        if self._written is None:
+            self._written = torch.zeros(len(scores), 0, dtype=torch.long, device=scores.device)
+        return self._limit(scores, self._written)
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, in this order."""
         if self._seen is not None:
             self._seen = self._seen[rows]
+        if self._written is not None:
+            self._written = self._written[rows]
 
     def take(self, ids: Tensor) -> None:
         """Count the chosen ids, (R,), as seen."""
         if self._seen is not None:
             self._seen.scatter_(1, ids[:, None], True)
+        if self._written is not None:
+            self._written = torch.cat((self._written, ids[:, None]), 1)
 
 
 def _members(texts: Sequence[Sequence[int]], like: Tensor) -> Tensor:

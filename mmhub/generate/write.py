@@ -61,10 +61,11 @@ def write(
     if settings.beams > 1 and samples > settings.beams:
         raise UsageError(f"{samples} texts were asked for, of {settings.beams} beams", "ask for no more than the beams")
     source: Any = decoder if cache else Recomputed(decoder)
+    limit = decoder.limit
     logits, state = source.begin(bundle)
     ends = sorted(set(decoder.processor.stop_ids))
     if settings.beams > 1:
-        found = search(source, logits, state, settings, prompts, rooms, ends, decoder.processor.decode)
+        found = search(source, logits, state, settings, prompts, rooms, ends, decoder.processor.decode, limit)
         texts = [[_finished(decoder, settings, ends, *one) for one in row[:samples]] for row in found]
         if stream is not None:
             _stream_whole(stream, numbers, texts)
@@ -77,7 +78,7 @@ def write(
     if samples > 1:
         each = torch.arange(len(numbers), device=logits.device).repeat_interleave(samples)
         logits, state = logits[each], source.select(state, each)
-    rules = Rules(settings, [ids for ids in prompts for _ in range(samples)], ends)
+    rules = Rules(settings, [ids for ids in prompts for _ in range(samples)], ends, limit)
     draw = Draw(settings, [(w.row, w.sample) for w in writers], logits.device) if settings.temperature else None
     _loop(source, logits, state, writers, rules, draw, frozenset(ends))
     done = [writer.written() for writer in writers]

@@ -43,15 +43,26 @@ class Classifier(Decoder):
         return self.labels.encode(targets)
 
     def weigh(self, targets: Tensor) -> Tensor | None:
-        """Return the weight of each row's class, (B,), None where all weigh the same."""
-        return torch.tensor(self.weights, device=targets.device)[targets] if self.weights else None
+        """Return the weight of each row's class, (B,), None where all weigh the same; the mean of soft ones (B, V)."""
+        if not self.weights:
+            return None
+        weights = torch.tensor(self.weights, device=targets.device)
+        # no product of matrices: autocast would round the weights
+        return (targets * weights).sum(1) if targets.is_floating_point() else weights[targets]
+
+    def soft_targets(self, targets: Tensor) -> Tensor:
+        """Return one-hot rows, (B, V) float."""
+        return F.one_hot(targets, len(self.labels.names)).float()
 
     def references(self, targets: Sequence[Any]) -> list[str]:
         """Return the labels as text, as in the `label` of an answer."""
         return list(label_texts(targets))
 
     def forward(self, bundle: Bundle, targets: Tensor | None = None) -> Output:
-        """Return logits (B, V); the loss is the mean cross entropy with targets (B,), weighed by class."""
+        """Return logits (B, V); the loss is the mean cross entropy with targets (B,), weighed by class.
+
+        With soft targets (B, V) a row's loss is the mean of those of its classes, each weighed by its own weight.
+        """
         logits = self.logits(bundle)
         return Output(logits=logits, loss=None if targets is None else self._loss(logits, targets))
 
@@ -59,6 +70,8 @@ class Classifier(Decoder):
         weights = self.weigh(targets)
         if weights is None:
             return F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
+        if targets.is_floating_point():
+            targets = targets * torch.tensor(self.weights, device=targets.device) / weights[:, None]
         # By hand, because PyTorch's weights would also weigh what smoothing gives to the other classes.
         losses = F.cross_entropy(logits, targets, label_smoothing=self.smoothing, reduction="none")
         return (losses * weights).sum() / weights.sum()

@@ -110,11 +110,14 @@ class TextDecoder(Decoder):
     Attributes:
         processor: the tokenizer of what is written. context: tokens of one text it can handle, None for no limit.
         start: the id that a new text begins with where the decoder itself puts it there; it counts as repeated.
+        limit: where some tokens may not follow others, a method that takes scores (R, V) and the ids written so far,
+        (R, L), and returns the scores with those tokens at -inf.
     """
 
     processor: Any
     context: int | None = None
     start: int | None = None
+    limit: Any = None
 
     @abstractmethod
     def __init__(self, config: Any, inputs: Mapping[str, Stream], processor: Any) -> None:

@@ -6,11 +6,13 @@ processor understands (a PIL image, an array with an explicit rate). Nothing is 
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mmhub.errors import InputError
 
@@ -22,6 +24,7 @@ class Policy:
     paths: bool = True  # may read local files
     urls: bool = False  # may fetch http(s) addresses
     root: str = ""  # folder that relative paths start from, '' = the current one
+    noise: str = ""  # folder of recordings that training may add as noise
     max_bytes: int = 256 * 2**20
     max_pixels: int = 50_000_000
     max_seconds: float = 600.0
@@ -62,6 +65,38 @@ def raw_bytes(raw: Any, policy: Policy) -> bytes | None:
     return None
 
 
+def open_raw(raw: Any, policy: Policy) -> BinaryIO | None:
+    """Open for reading piece by piece what `raw_bytes` would read at once; None for any other object.
+
+    A local file may then have any size, because nothing of it is held.
+
+    Raises:
+        InputError: the file is missing, unreadable, empty or not permitted.
+    """
+    if isinstance(raw, Mapping) and raw.get("bytes") is None and raw.get("path"):
+        return open_raw(raw["path"], policy)
+    path = local_path(raw, policy)
+    if path is None:
+        content = raw_bytes(raw, policy)
+        return None if content is None else io.BytesIO(content)
+    with _readable(path):
+        file = path.open("rb")
+    if not os.fstat(file.fileno()).st_size:
+        file.close()
+        raise InputError(f"'{path}' is empty")
+    return file
+
+
+def local_path(raw: Any, policy: Policy) -> Path | None:
+    """Return the file that a path names, where the policy permits it; None for anything else."""
+    if not isinstance(raw, (str, os.PathLike)) or not policy.paths:
+        return None
+    text = os.fspath(raw)
+    if not isinstance(text, str) or text.startswith(("http://", "https://")):
+        return None
+    return Path(policy.root, text).expanduser()
+
+
 def _bounded(content: bytes, raw: Any, policy: Policy) -> bytes:
     if not content:
         raise InputError(f"{describe_raw(raw)} is empty")
@@ -72,19 +107,28 @@ def _bounded(content: bytes, raw: Any, policy: Policy) -> bytes:
 
 def _read_file(text: str, policy: Policy) -> bytes:
     if not policy.paths:
-        raise InputError(f"'{text}' is a path, and local files may not be read here", "send the bytes instead")
+        raise InputError(
+            f"{describe_raw(text)} is a path, and local files may not be read here", "send the bytes instead"
+        )
     path = Path(policy.root, text).expanduser()
-    try:
+    with _readable(path):
         if path.is_file() and path.stat().st_size > policy.max_bytes:
             raise InputError(f"'{path}' has {path.stat().st_size} bytes, more than the limit of {policy.max_bytes}")
         return path.read_bytes()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Say in our words why a file cannot be read."""
+    try:
+        yield
     except FileNotFoundError:
-        raise InputError(f"no file '{path}'", "check the path") from None
+        raise InputError(f"no file {describe_raw(path)}", "check the path") from None
     except IsADirectoryError:
-        raise InputError(f"'{path}' is a folder", "name a file") from None
+        raise InputError(f"{describe_raw(path)} is a folder", "name a file") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot read '{path}': {reason}") from None
+        raise InputError(f"cannot read {describe_raw(path)}: {reason}") from None
 
 
 def _fetch(url: str, policy: Policy) -> bytes:

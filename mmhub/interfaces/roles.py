@@ -7,6 +7,7 @@ model's business, never a plugin's.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,6 +168,9 @@ class Processor(ABC):
         return list(value) if isinstance(value, (list, tuple)) and not self.is_item(value) else [value]
 
 
+_BLOCK = re.compile(r"(?:^|\.)(?:layers?|blocks?|stages?|h)\.(\d+)\.")  # the outermost, where blocks hold blocks
+
+
 class Encoder(nn.Module, ABC):
     """Turn items of one modality into features. An encoder sees items only: never rows, never a missing input.
 
@@ -213,6 +217,19 @@ class Encoder(nn.Module, ABC):
         Batches that are filled up to a number of tokens, and counts of operations, rely on it.
         """
         return positions
+
+    def layer_numbers(self) -> dict[str, int]:
+        """Return in which layer a parameter is, by its name: 0 = what stands before all blocks, 1 = the first block.
+
+        What is in none, such as a last norm, is left out, and so is everything where there are no layers. Override
+        where names do not tell: "blocks.3." and the like are blocks, and embeddings stand before them.
+        """
+        names = [name for name, _ in self.named_parameters()]
+        blocks = {name: int(found[1]) for name in names if (found := _BLOCK.search(name))}
+        numbers = {place: number for number, place in enumerate(sorted({*blocks.values()}), 1)}
+        first = next((place for place, name in enumerate(names) if name in blocks), 0)
+        before = {name: 0 for place, name in enumerate(names) if place < first or (blocks and "embed" in name)}
+        return before | {name: numbers[place] for name, place in blocks.items()}
 
     @classmethod
     def from_library(cls, config: Any, path: Path, tokenizer: Mapping[str, Any] | None = None) -> Self:
@@ -271,7 +288,8 @@ class Decoder(nn.Module, ABC):
     """Turn features into logits, a loss and predictions.
 
     Attributes:
-        tasks: names of the tasks it serves. needs: streams it reads; () means `fused`, or the only stream there is.
+        tasks: names of the tasks it serves. needs: streams it reads; () means `fused`, or the only stream there is, or
+        all of them where it can read several.
         reads: what it reads of them: their "tokens", or no more than their `mmhub.layers.summary`.
         reads_text: it reads the text of a sample itself, as ids: see `mmhub.interfaces.LanguageModel`.
         marks_words: it answers about words: the text processor marks where each begins (`Features.marks`).
@@ -313,6 +331,11 @@ class Decoder(nn.Module, ABC):
 
     def weigh(self, targets: Any) -> Tensor | None:
         """Return what each row counts in the mean loss, (B,): the number of its targets. None: every row the same."""
+        return None
+
+    def soft_targets(self, targets: Any) -> Tensor | None:
+        """Return targets as what each label is worth, (B, V), so that those of two rows can be mixed; None = they
+        cannot. `forward` and `weigh` take these as well."""
         return None
 
     def locate(

@@ -48,7 +48,7 @@ TASKS: dict[str, Task] = {
         Task(
             name="classification",
             decoder="classification",
-            metrics=("accuracy", "f1", "calibration"),
+            metrics=("accuracy", "top", "f1", "calibration"),
             monitor="accuracy",
             higher_is_better=True,
             tags=_CLASSIFY | {"": "any-to-any"},

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmhub.metrics.captions import captions, visual_answers
-from mmhub.metrics.classification import accuracy, macro_f1, multilabel, regression
+from mmhub.metrics.classification import accuracy, classes, labels, macro_f1, multilabel, regression, top
 from mmhub.metrics.retrieval import retrieval
 from mmhub.metrics.speech import speech
 from mmhub.metrics.translation import translation
@@ -17,6 +17,7 @@ Metric = Callable[[Sequence[Mapping[str, Any]], Sequence[Any]], Mapping[str, Any
 
 METRICS: dict[str, Metric] = {
     "accuracy": accuracy,
+    "top": top,
     "f1": macro_f1,
     "multilabel": multilabel,
     "regression": regression,
@@ -36,6 +37,15 @@ def measure(
 ) -> dict[str, Any]:
     """Return the values of all the metrics called `names`; both sequences hold one entry a row, at least one."""
     return {key: value for name in names for key, value in METRICS[name](predictions, references).items()}
+
+
+# By task what there is to say beyond numbers with a name.
+DETAILS: dict[str, Metric] = {"classification": classes, "zero-shot-classification": classes, "multilabel": labels}
+
+
+def explain(task: str, predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]) -> dict[str, Any]:
+    """Return what lies behind the metrics of a task, such as those of each class; {} where there is nothing."""
+    return dict(DETAILS[task](predictions, references)) if task in DETAILS and predictions else {}
 
 
 def flat(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,20 +24,25 @@ _STEPS = 40
 
 
 def streams(check: Check) -> None:
-    """It reads the streams it `needs`, or, if it names none, `fused` or the only stream there is, of any width, and
-    gives one finite row of logits for each row."""
+    """It reads the streams it `needs`, or, if it names none, `fused` or the only stream there is, of any width, and for
+    visual-question-answering several, and for pairs two, or one and its pair; it gives one finite row of logits for
+    each row."""
     subject: DecoderSubject = subject_of(check)
     decoder = subject.part()
     if isinstance(subject, LanguageSubject):
         raise NotApplicableError("it reads the text of a sample itself")
     cases = [subject.streams]
-    if not subject.cls.needs:
+    if subject.cls.paired:
+        cases += [{"audio": Stream(3), "image": Stream(WIDTH, pooled=5)}, {"text": Stream(WIDTH)}]
+    elif not subject.cls.needs:
         cases += [{"image": Stream(WIDTH, pooled=5)}, {"text": Stream(3), "fused": Stream(WIDTH, pooled=WIDTH)}]
+        if "visual-question-answering" in subject.cls.tasks:
+            cases += [{"image": Stream(WIDTH, pooled=5), "text": Stream(3)}]
     for given in cases:
         if given is not subject.streams:
             decoder = _with_streams(subject, decoder.config, given)
         with torch.no_grad():
-            output = decoder(subject.bundle(streams=given))
+            output = decoder(subject.bundle(streams=_with_pair(subject, given)))
         expect(isinstance(output, Output), f"it returns a {type(output).__name__}", "Output", _RULE)
         good = len(output.logits) == 8 and bool(torch.isfinite(output.logits).all())
         expect(good, f"of {sorted(given)}, 8 rows make logits {tuple(output.logits.shape)}", "(8, ...), finite", _RULE)
@@ -74,6 +79,8 @@ def loss_mean(check: Check) -> None:
     subject: DecoderSubject = subject_of(check)
     if isinstance(subject, LanguageSubject):
         raise NotApplicableError("its loss is a mean over tokens, see the check token-losses")
+    if subject.cls.paired:
+        raise NotApplicableError("in its loss, rows are compared with each other")
     for task, toy in _toys(subject):
         decoder, targets = _built(subject, toy), subject.targets(toy)
         bundle = subject.bundle()
@@ -128,6 +135,8 @@ def references(check: Check) -> None:
     """`references` gives targets in the form of `predict`, so that metrics can compare them."""
     subject: DecoderSubject = subject_of(check)
     _is_no_writer(subject)
+    if subject.cls.paired:
+        raise NotApplicableError("its answers are vectors, and its targets groups of rows")
     for task, toy in _toys(subject):
         decoder, targets = _built(subject, toy), subject.targets(toy)
         found = decoder.references(targets)
@@ -167,6 +176,13 @@ def _is_no_writer(subject: DecoderSubject) -> None:
         raise NotApplicableError("its answers are texts, see the check step-by-step")
 
 
+def _with_pair(subject: DecoderSubject, given: Mapping[str, Stream]) -> dict[str, Stream]:
+    """The streams of a bundle: of a single one that is compared with itself, its pair as well."""
+    if not subject.cls.paired or len(given) > 1:
+        return dict(given)
+    return dict(given) | {f"{name}_pair": stream for name, stream in given.items()}
+
+
 def _with_streams(subject: DecoderSubject, config: Any, streams: Any) -> Any:
     if isinstance(subject, WriterSubject):
         return subject.build(config, streams).eval()
@@ -203,6 +219,8 @@ def _alike(one: Any, other: Any) -> bool:
     """Are two answers the same, numbers up to rounding?"""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_alike, one, other))
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-5)
     return bool(one == other)

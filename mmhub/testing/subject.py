@@ -226,11 +226,12 @@ class FusionSubject(Subject):
 
 
 class DecoderSubject(Subject):
-    """A decoder of the streams it needs, or of a single one, with toy targets of the first task it serves."""
+    """A decoder of the streams it needs, of two for pairs, or of a single one, with toy targets of its first task."""
 
     def __init__(self, check: Check) -> None:
         super().__init__(check)
-        self.streams = {name: Stream(WIDTH) for name in self.cls.needs or ("text",)}
+        alone = ("text", "image") if self.cls.paired else ("text",)
+        self.streams = {name: Stream(WIDTH) for name in self.cls.needs or alone}
 
     @property
     def task(self) -> str:

@@ -85,8 +85,23 @@ def _check_text(answer: Mapping[str, Any]) -> None:
     _check_keys(answer, {"text": str}, {})
 
 
+def _check_speech(answer: Mapping[str, Any]) -> None:
+    _check_keys(answer, {"text": str}, {"words": list, "score": float})
+    expect(0 <= answer.get("score", 0) <= 1, f"score is {answer.get('score')}", "a probability", RULE)
+    for word in answer.get("words", ()):
+        _check_keys(word, {"word": str, "start": float, "end": float}, {})
+
+
 def _check_value(answer: Mapping[str, Any]) -> None:
     _check_keys(answer, {"value": float}, {})
+
+
+def _check_vectors(answer: Mapping[str, Any]) -> None:
+    _check_keys(answer, {"embeddings": dict}, {})
+    expect(len(answer["embeddings"]) == 2, f"there are vectors of {sorted(answer['embeddings'])}", "two sides", RULE)
+    for side, vector in answer["embeddings"].items():
+        length = math.sqrt(math.fsum(number * number for number in vector))
+        expect(abs(length - 1) < 1e-3, f"the vector of {side} is {length:.4g} long", "a length of 1", RULE)
 
 
 def _check_keys(answer: Mapping[str, Any], needed: Mapping[str, type], optional: Mapping[str, type]) -> None:
@@ -105,5 +120,13 @@ TOYS = {
     "tagging": Toy(_tags, (None, ["never seen before"] * 2), "tags", _check_tags),
     "question-answering": Toy(_tokens, (None, 0.5), "tokens", _check_span),
     "translation": Toy(lambda known: ["a short text", "one two three four five"], (None, 0.5), "text", _check_text),
+    "captioning": Toy(
+        lambda known: ["a red square", ["a blue circle", "a circle"]], (None, 0.5, [], ["a", 0.5]), "text", _check_text
+    ),
+    "visual-question-answering": Toy(
+        lambda known: ["red", ["two", "2", "two"]], (None, 0.5, [], ["two", 0.5]), "text", _check_text
+    ),
+    "speech-recognition": Toy(lambda known: ["a", "b"], (None, 0.5), "text", _check_speech),
+    "retrieval": Toy(lambda known: ["a thing", "another"], ({"no": "name"},), "embeddings", _check_vectors),
     "regression": Toy(lambda known: [-1.0, 1.0], (None, "no number"), "value", _check_value),
 }

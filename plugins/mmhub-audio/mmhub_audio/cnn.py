@@ -33,8 +33,9 @@ class CNN(ScratchEncoder):
         inputs = (1, *config.channels[:-1])
         strides = [2 if stage < 2 else 1 for stage in range(len(config.channels))]
         self.stride = 2 ** strides.count(2)
+        self.token_seconds = self.stride * self.frontend.hop / config.sample_rate
         self.stages = nn.ModuleList(map(Stage, inputs, config.channels, strides))
-        bands = -(-config.n_mels // 2 ** len(config.channels))
+        bands = -(-config.bands // 2 ** len(config.channels))
         self.drop = nn.Dropout(config.dropout)
         self.out = nn.Linear(config.channels[-1] * bands, config.dim)
         self.norm = nn.LayerNorm(config.dim)

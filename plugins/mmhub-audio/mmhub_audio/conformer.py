@@ -38,7 +38,7 @@ class Conformer(ScratchEncoder):
 
     def __init__(self, config: Any, processor: Any) -> None:
         super().__init__(config, processor)
-        self.subsample = Subsample(config.n_mels, config.channels, config.dim)
+        self.subsample = Subsample(config.bands, config.channels, config.dim)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(ConformerBlock(config) for _ in range(config.depth))
 

@@ -34,11 +34,12 @@ def read_transformers(folder: Path) -> ForeignParts:
     """
     table = read_json(folder, "config.json")
     kind = str(table["model_type"])
+    if kind == "whisper" and _whole_name(table).endswith("ForConditionalGeneration") and _has_tokenizer(folder):
+        return _read_whisper(folder)
     cls: Any = _ENCODERS[kind]
     rate = read_json(folder, "preprocessor_config.json").get("sampling_rate", 16000)
     encoder = cls.from_library(cls.Config(sample_rate=rate), folder)
-    names = table.get("architectures")
-    whole = str(names[0]) if isinstance(names, list) and names else ""
+    whole = _whole_name(table)
     if whole.endswith("ForSequenceClassification") and not table.get("use_weighted_layer_sum"):
         return ForeignParts(
             encoder=encoder,
@@ -47,8 +48,36 @@ def read_transformers(folder: Path) -> ForeignParts:
             decoder_id="mmhub-audio/audio-classification",
             task="classification",
         )
+    if whole.endswith("ForCTC") and (folder / "vocab.json").is_file():
+        return ForeignParts(
+            encoder=encoder,
+            encoder_id=f"mmhub-audio/{kind}",
+            decoder_id="mmhub-heads/ctc",
+            decoder_from=folder,
+            task="speech-recognition",
+        )
     bare = whole.endswith(("Model", "ForPreTraining"))
     return ForeignParts(encoder=encoder, encoder_id=f"mmhub-audio/{kind}", left_out="" if bare else whole)
+
+
+def _read_whisper(folder: Path) -> ForeignParts:
+    """Whisper as a whole: what it writes with is a sequence-to-sequence decoder as for texts."""
+    return ForeignParts(
+        encoder=Whisper.from_library(Whisper.Config(whole_window=True), folder),
+        encoder_id="mmhub-audio/whisper",
+        decoder_id="mmhub-text/transformers-seq2seq",
+        decoder_from=folder,
+        task="speech-recognition",
+    )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+
+
+def _whole_name(table: Mapping[str, Any]) -> str:
+    names = table.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
 
 
 def _read_classifier(encoder: Encoder, table: Mapping[str, Any], folder: Path) -> AudioClassifier:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def mmhub_load_foreign(folder: Path, config: Mapping[str, Any]) -> Iterable[ForeignReader]:
-    """Read wav2vec 2.0, HuBERT and WavLM, with or without a classification head, and the encoder of Whisper."""
+    """Read wav2vec 2.0, HuBERT and WavLM, with or without a classification or CTC head, and Whisper."""
     if config.get("model_type") not in ("wav2vec2", "hubert", "wavlm", "whisper"):
         return []
     from mmhub.interfaces import ForeignReader
@@ -25,7 +25,7 @@ def mmhub_load_foreign(folder: Path, config: Mapping[str, Any]) -> Iterable[Fore
 
 @hookimpl
 def mmhub_write_foreign(encoder: Encoder, decoder: Decoder | None, layout: str) -> Iterable[ForeignWriter]:
-    """Write them, too; but not Whisper, whose decoder is left out when it is read."""
+    """Write them, too, but for CTC heads and Whisper."""
     if encoder.modality != "audio" or layout != "transformers":
         return []
     from mmhub.interfaces import ForeignWriter

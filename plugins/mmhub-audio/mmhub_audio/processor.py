@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any, Self
 
 import torch
-import torchaudio
 from torch import Tensor
 
 from mmhub.errors import InputError
 from mmhub.interfaces import ComponentConfig, Policy, Processor, decode_config, describe_raw, encode_config
-from mmhub_audio.decode import MAX_RATE, MIN_RATE, decode, measure
-
-_MAX_TERM = 1000  # bounds the resampling kernel; a rate is then off by less than one part in a million
-
-
-class Augment(ComponentConfig, frozen=True):
-    """Changes made to a clip in training. Zero switches one off.
-
-    `speed` picks one of (1 - speed, 1, 1 + speed) times the original, as in Ko et al. 2015 "Audio augmentation for
-    speech recognition"; `shift` adds up to so many seconds of silence at either end; `gain_db` changes the level by
-    up to so many decibels either way.
-    """
-
-    speed: float = 0.1
-    shift: float = 0.05  # seconds
-    gain_db: float = 6.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.speed <= 0.5:
-            raise ValueError(f"speed must lie in 0 to 0.5, not {self.speed}")
-        if not 0 <= self.shift <= 5 or not 0 <= self.gain_db <= 60:
-            raise ValueError("shift must lie in 0 to 5 seconds and gain_db in 0 to 60")
-
-    @property
-    def active(self) -> bool:
-        return bool(self.speed or self.shift or self.gain_db)
-
-
-NO_AUGMENT = Augment(speed=0.0, shift=0.0, gain_db=0.0)
+from mmhub.interfaces.roles import Window
+from mmhub_audio.decode import MAX_CHANNELS, MAX_RATE, MIN_RATE, Channel, decode, is_pair, measure, open_sound
+from mmhub_audio.perturb import NO_AUGMENT, Augment, Draw, add_noise, draw, pad
+from mmhub_audio.resample import resample, resample_blocks, resampled_length
+from mmhub_audio.windows import cut
 
 
 class AudioProcessor(Processor):
@@ -53,35 +27,51 @@ class AudioProcessor(Processor):
         """The whole state. `do_normalize`: zero mean and unit variance per clip; `min_samples` at `sample_rate`."""
 
         sample_rate: int = 16000  # Hz
+        channel: Channel = "mix"  # of several: their mean, the "first", or the one of that number, from 0
         do_normalize: bool = False
         min_samples: int = 1
         augment: Augment = NO_AUGMENT
 
         def __post_init__(self) -> None:
             check_rate(self.sample_rate)
+            check_channel(self.channel)
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.augments = config.augment.active
 
     def read(self, raw: Any, policy: Policy, rng: torch.Generator | None = None) -> Tensor:
-        waveform = decode(raw, policy)
-        augment = self.config.augment
-        speed, gain, left, right = _draw(augment, rng) if rng is not None else (Fraction(1), 1.0, 0.0, 0.0)
-        ratio = Fraction(self.config.sample_rate, waveform.rate) / speed
-        samples = resample(waveform.samples, ratio) * gain
+        waveform = decode(raw, policy, self.config.channel)
+        augment, rate = self.config.augment, self.config.sample_rate
+        drawn = draw(augment, rng) if rng is not None else Draw()
+        samples = resample(waveform.samples, Fraction(rate, waveform.rate) / drawn.speed) * drawn.gain
         if len(samples) < self.config.min_samples:
-            rate = self.config.sample_rate
             have, need = len(samples) / rate, self.config.min_samples / rate
             raise InputError(f"{describe_raw(raw)} lasts {have:.4f} s, but this encoder needs at least {need:.4f} s")
-        pads = int(left * self.config.sample_rate), int(right * self.config.sample_rate)
-        samples = torch.nn.functional.pad(samples, pads) if any(pads) else samples
+        power = float(samples.square().mean())
+        samples = pad(samples, drawn, rate)
+        if rng is not None:
+            samples = add_noise(samples, power, rate, augment, policy, rng)
         return _normalize(samples) if self.config.do_normalize else samples
 
     def length(self, raw: Any, policy: Policy) -> int:
         """Return the number of samples without decoding them."""
         frames, rate = measure(raw, policy)
         return resampled_length(frames, Fraction(self.config.sample_rate, rate))
+
+    def is_item(self, raw: Sequence[Any]) -> bool:
+        return is_pair(raw)
+
+    def windows(self, raw: Any, policy: Policy, seconds: float, overlap: float) -> Iterator[Window]:
+        """Cut a recording into windows of raw samples at `sample_rate`, joined equal to the whole one resampled.
+
+        A file is decoded block by block. One that is cut off or not finite further on is an InputError when that place
+        is reached.
+        """
+        sound = open_sound(raw, policy, self.config.channel)
+        rate = self.config.sample_rate
+        blocks = resample_blocks(sound.blocks, Fraction(rate, sound.rate))
+        return cut(blocks, rate, seconds, overlap, self.config.min_samples)
 
     def state(self) -> dict[str, Any]:
         return encode_config(self.config)
@@ -97,43 +87,10 @@ def check_rate(sample_rate: int) -> None:
         raise ValueError(f"sample_rate must lie in {MIN_RATE} to {MAX_RATE} Hz, not {sample_rate}")
 
 
-def resample(samples: Tensor, ratio: Fraction) -> Tensor:
-    """Change the rate of (S,) samples by `ratio` = new / old, with torchaudio's windowed-sinc filter.
-
-    A ratio of large terms (44,101 Hz to 16 kHz would need a kernel of 700 million weights) is rounded to the nearest
-    one of small terms.
-    """
-    ratio = _simple(ratio)
-    if ratio == 1:
-        return samples
-    changed: Tensor = _resampler(ratio.denominator, ratio.numerator)(samples)
-    return changed
-
-
-def resampled_length(frames: int, ratio: Fraction) -> int:
-    """Return how many samples `resample` makes of so many; torchaudio rounds in single precision."""
-    ratio = _simple(ratio)
-    return int(torch.as_tensor(ratio.numerator * frames / ratio.denominator).ceil()) if ratio != 1 else frames
-
-
-def _simple(ratio: Fraction) -> Fraction:
-    if max(ratio.numerator, ratio.denominator) <= _MAX_TERM:
-        return ratio
-    # limit_denominator bounds the denominator alone, so it is given the smaller side of the ratio
-    rounded = ratio.limit_denominator(_MAX_TERM) if ratio < 1 else 1 / (1 / ratio).limit_denominator(_MAX_TERM)
-    return rounded if rounded > 0 else ratio
-
-
-@lru_cache(maxsize=32)
-def _resampler(old: int, new: int) -> torchaudio.transforms.Resample:
-    return torchaudio.transforms.Resample(old, new)
-
-
-def _draw(augment: Augment, rng: torch.Generator) -> tuple[Fraction, float, float, float]:
-    """Speed factor, amplitude factor, and the silence before and after in seconds. Always four draws."""
-    step, gain, left, right = torch.rand(4, generator=rng, dtype=torch.float64).tolist()
-    speed = 1 + (int(step * 3) - 1) * Fraction(augment.speed).limit_denominator(100)
-    return speed, 10 ** ((2 * gain - 1) * augment.gain_db / 20), left * augment.shift, right * augment.shift
+def check_channel(channel: Channel) -> None:
+    """Raise ValueError unless `channel` may name one."""
+    if isinstance(channel, int) and not 0 <= channel < MAX_CHANNELS:
+        raise ValueError(f'channel must be "mix", "first" or a number from 0 to {MAX_CHANNELS - 1}, not {channel}')
 
 
 def _normalize(samples: Tensor) -> Tensor:

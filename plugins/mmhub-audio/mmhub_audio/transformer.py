@@ -29,7 +29,7 @@ class Transformer(ScratchEncoder):
 
     def __init__(self, config: Any, processor: Any) -> None:
         super().__init__(config, processor)
-        self.subsample = Subsample(config.n_mels, config.channels, config.dim)
+        self.subsample = Subsample(config.bands, config.channels, config.dim)
         self.drop = nn.Dropout(config.dropout)
         self.encoder = TransformerEncoder(config.dim, config.depth, config.heads, config.mlp_ratio, config.dropout)
 

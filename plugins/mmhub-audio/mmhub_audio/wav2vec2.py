@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from mmhub.batch import Features
 from mmhub.errors import UsageError
 from mmhub.interfaces import ComponentConfig, Encoder
+from mmhub_audio.decode import Channel
 from mmhub_audio.library import (
     Value,
     build,
@@ -25,7 +27,7 @@ from mmhub_audio.library import (
     read_tensors,
     sampling_rate,
 )
-from mmhub_audio.processor import AudioProcessor, check_rate
+from mmhub_audio.processor import AudioProcessor, check_channel, check_rate
 from mmhub_audio.scratch import finish
 
 # Hyper-parameters that shape the encoder. Nothing else is handed on to transformers.
@@ -79,11 +81,13 @@ class Wav2Vec2Family(Encoder):
         """`config` holds transformers' hyper-parameters by its names; what is left out takes transformers' default."""
 
         sample_rate: int = 16000  # Hz
+        channel: Channel = "mix"  # of several: their mean, the "first", or the one of that number, from 0
         do_normalize: bool = True  # zero mean and unit variance for each clip
         config: dict[str, Value] = msgspec.field(default_factory=dict)
 
         def __post_init__(self) -> None:
             check_rate(self.sample_rate)
+            check_channel(self.channel)
 
     def __init__(self, config: Any, processor: Any) -> None:
         hyper = _library_config(type(self), config.config)
@@ -91,6 +95,7 @@ class Wav2Vec2Family(Encoder):
         super().__init__(msgspec.structs.replace(config, config=table), processor)
         self.model = build(self.library[1], hyper, self.name)
         self.dim = hyper.hidden_size
+        self.token_seconds = math.prod(hyper.conv_stride) / config.sample_rate
         self.padding_invariant = hyper.feat_extract_norm == "layer" and not table.get("conv_pos_batch_norm", False)
 
     @classmethod
@@ -98,7 +103,10 @@ class Wav2Vec2Family(Encoder):
         hyper = _library_config(cls, config.config)
         return AudioProcessor(
             AudioProcessor.Config(
-                sample_rate=config.sample_rate, do_normalize=config.do_normalize, min_samples=_receptive_field(hyper)
+                sample_rate=config.sample_rate,
+                channel=config.channel,
+                do_normalize=config.do_normalize,
+                min_samples=_receptive_field(hyper),
             )
         )
 
@@ -133,6 +141,11 @@ class Wav2Vec2Family(Encoder):
         for kernel, stride in zip(hyper.conv_kernel, hyper.conv_stride, strict=True):
             positions = (positions - kernel) // stride + 1
         return positions
+
+    def layer_numbers(self) -> dict[str, int]:
+        """Number the layers as names tell, but for a norm that is registered before the blocks and applied after."""
+        after = "model.encoder.layer_norm." if self.model.config.do_stable_layer_norm else ()
+        return {name: number for name, number in super().layer_numbers().items() if not name.startswith(after)}
 
     def forward(self, data: Tensor, mask: Tensor) -> Features:
         output = self.model(data, attention_mask=mask.long() if self.padding_invariant else None)

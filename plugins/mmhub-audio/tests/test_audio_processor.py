@@ -128,8 +128,8 @@ BAD = {
     "odd rate": ({"array": tone(), "sampling_rate": "16k"}, "expected a whole number of Hz"),
     "bare array": (tone(), 'pass {"array": samples, "sampling_rate": Hz}'),
     "bare tensor": (torch.zeros(10), "does not say its sampling rate"),
-    "two channels": ({"array": tone(channels=2), "sampling_rate": 16000}, "average the channels first"),
-    "complex": ({"array": np.zeros(9, np.complex64), "sampling_rate": 16000}, "expected real samples"),
+    "two channels": ({"array": tone(channels=2), "sampling_rate": 16000}, "samples come first: transpose it"),
+    "complex": ({"array": np.zeros(9, np.complex64), "sampling_rate": 16000}, "has type complex64, which"),
     "words": ({"array": ["a"], "sampling_rate": 16000}, "is not a numeric array"),
     "empty array": ({"array": np.zeros(0), "sampling_rate": 16000}, "holds no samples"),
     "number": (3.5, "a float is not audio"),
@@ -168,6 +168,23 @@ def test_a_wav_written_to_a_pipe_does_not_state_its_size_and_is_read() -> None:
     at = content.index(b"data") + 4
     content[at : at + 4] = b"\xff\xff\xff\xff"
     assert len(reader().read(bytes(content), POLICY)) == 8000
+
+
+def test_a_flac_written_to_a_pipe_does_not_state_its_length_and_is_read_to_its_end(tmp_path: Path) -> None:
+    whole = encoded(tone(5.0), format="FLAC")
+    content = whole[:21] + bytes([whole[21] & 0xF0, 0, 0, 0, 0]) + whole[26:]  # 0 samples in STREAMINFO: not known
+    (tmp_path / "clip.flac").write_bytes(content)
+    for raw in (content, tmp_path / "clip.flac"):
+        assert torch.equal(reader().read(raw, POLICY), reader().read(whole, POLICY))
+        assert reader().length(raw, POLICY) == 80000
+        windows = list(reader().windows(raw, POLICY, 2.0, 0.0))
+        assert [round(window.end, 3) for window in windows] == [2.0, 4.0, 5.0]
+    short = Policy(max_seconds=4.9)
+    for use in (reader().read, reader().length, lambda raw, policy: list(reader().windows(raw, policy, 2.0, 0.0))):
+        with pytest.raises(InputError, match=r"^80\d+ bytes lasts more than the limit of 4\.9 s; cut it into shorter"):
+            use(content, short)
+    with pytest.raises(InputError, match="cannot decode .* as audio"):
+        reader().read(content[:-9], POLICY)
 
 
 def test_a_clip_shorter_than_the_encoder_can_use_is_refused() -> None:

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 
 from mmhub.batch import pad_sequences
+from mmhub.build import compose
 from mmhub.errors import InputError, TrustError, UsageError
 from mmhub.interfaces import Encoder, Policy, decode_config, encode_config
 from mmhub_audio.wav2vec2 import Hubert, Wav2Vec2, WavLM
@@ -115,6 +116,19 @@ def test_group_norm_models_do_change_which_is_why_they_say_so(tmp_path: Path) ->
     together, alone = encoder(*pad_sequences(batch)), encoder(*pad_sequences(batch[:1]))
     length = alone.tokens.shape[1]
     assert float((together.tokens[0, :length] - alone.tokens[0]).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize(("cls", "norm"), CASES)
+def test_in_a_model_batched_logits_equal_single_ones(cls: Any, norm: str) -> None:
+    config = TINY | (LAYER if norm == "layer" else {}) | {"apply_spec_augment": False}
+    head = {"use": "classification", "config": {"labels": ["no", "yes"]}}
+    encoder = {"use": cls.name, "config": {"config": config}}
+    model = compose(encoders={"audio": encoder}, decoder=head).eval()
+    samples = [{"audio": {"array": clip, "sampling_rate": 16000}} for clip in noise(3000, 1500, 3000, 8000)]
+    with torch.no_grad():
+        together = model(model.collate(samples)).logits
+        alone = torch.cat([model(model.collate([sample])).logits for sample in samples])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("cls", FAMILY)
@@ -277,6 +291,18 @@ def test_whisper_is_rebuilt_from_its_config_and_state(tmp_path: Path, parameters
     again.load_state_dict(encoder.state_dict(), assign=True)
     items = processor([{"array": noise(9000)[0], "sampling_rate": 16000}], Policy())
     assert torch.equal(again(items.data, items.mask).tokens, encoder(items.data, items.mask).tokens)
+
+
+def test_whisper_hears_the_channel_it_is_told_to_also_after_loading() -> None:
+    both = torch.stack(noise(4000, 4000))
+    assert not torch.equal(both[0], both[1])
+    for channel in ("first", 1):
+        processor = Whisper.make_processor(Whisper.Config(channel=channel))
+        processor = Whisper.load_processor(Whisper.Config(), json.loads(json.dumps(processor.state())), {})
+        heard = processor.read({"array": both, "sampling_rate": 16000}, Policy())
+        assert torch.equal(heard, both[int(channel == 1)])
+    with pytest.raises(ValueError, match='channel must be "mix", "first" or a number'):
+        Whisper.Config(channel=32)
 
 
 def test_whisper_refuses_clips_beyond_its_window() -> None:

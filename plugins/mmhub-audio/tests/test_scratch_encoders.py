@@ -21,8 +21,10 @@ from mmhub.spec import Manifest
 from mmhub_audio.cnn import CNN
 from mmhub_audio.conformer import Conformer
 from mmhub_audio.logmel import LogMel, spec_augment
+from mmhub_audio.mfcc import MFCC
 from mmhub_audio.transformer import Transformer
 
+NEW = ("channel", "features", "n_mfcc")  # keys that the first checkpoints do not have
 ENCODERS = (Conformer, Transformer, CNN)
 SMALL: dict[Any, dict[str, Any]] = {
     Conformer: {"dim": 32, "depth": 2, "heads": 2, "channels": 8},
@@ -98,7 +100,7 @@ def test_built_on_meta_and_assigned_the_outputs_are_equal(cls: Any, parameters_o
 
 @pytest.mark.parametrize("cls", ENCODERS)
 def test_config_and_processor_rebuild_the_encoder(cls: Any) -> None:
-    encoder = build(cls, n_mels=40)
+    encoder = build(cls, n_mels=40, features="mfcc", n_mfcc=13, channel="first")
     config = decode_config(cls.Config, encode_config(encoder.config), "config")
     assert config == encoder.config
     again = cls.load_processor(config, encoder.processor.state(), encoder.processor.files())
@@ -123,6 +125,64 @@ def test_mel_power_equals_torchaudio() -> None:
         )
         clip = clips(5003)[0][None]
         torch.testing.assert_close(ours.power(clip), peer(clip).transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("bands", "count"), [(64, 13), (80, 40)])
+def test_coefficients_equal_torchaudio(bands: int, count: int) -> None:
+    ours = LogMel(16000, bands, 25.0, 10.0)
+    mel = {"n_fft": ours.n_fft, "win_length": ours.length, "hop_length": ours.hop, "n_mels": bands}
+    peer = torchaudio.transforms.MFCC(16000, count, log_mels=True, melkwargs=mel | {"pad_mode": "constant"})
+    clip = clips(16003)[0][None]
+    found = MFCC(count, bands).coefficients((ours.power(clip) + 1e-6).log())
+    torch.testing.assert_close(found, peer(clip).transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_normalised_frames_give_the_same_normalised_coefficients() -> None:
+    data, mask = pad_sequences(clips(8000, 3000))
+    frontend, cepstrum = LogMel(8000, 40, 25.0, 10.0), MFCC(20, 40)
+    frames, real = frontend(data, mask)
+    found = cepstrum(frames, real)
+    plain = cepstrum((frontend.power(data) + 1e-6).log() * real.unsqueeze(-1), real)
+    torch.testing.assert_close(found, plain, rtol=1e-2, atol=1e-2)  # the 1e-5 in the variance is not scaled along
+    for i in range(2):
+        own = found[i][real[i]]
+        torch.testing.assert_close(own.mean(0), torch.zeros(20), atol=1e-5, rtol=0)
+        torch.testing.assert_close(own.var(0, correction=0), torch.ones(20), atol=1e-2, rtol=0)
+    assert not found[~real].any()
+
+
+@pytest.mark.parametrize("cls", ENCODERS)
+@torch.no_grad()
+def test_coefficients_give_the_same_tokens_alone_and_in_any_batch(cls: Any) -> None:
+    encoder = build(cls, features="mfcc", n_mfcc=13)
+    assert not torch.equal(encoder(*pad_sequences(clips(4000))).tokens, build(cls)(*pad_sequences(clips(4000))).tokens)
+    batch = clips(1, 3999, 5003)
+    together = encoder(*pad_sequences(batch))
+    for i, clip in enumerate(batch):
+        alone = encoder(*pad_sequences([clip]))
+        assert float((together.tokens[i, : alone.tokens.shape[1]] - alone.tokens[0]).abs().max()) < 1e-4
+
+
+def test_a_checkpoint_from_before_coefficients_loads() -> None:
+    encoder = build(CNN)
+    old = {key: value for key, value in encode_config(encoder.config).items() if key not in NEW}
+    state = {key: value for key, value in encoder.processor.state().items() if key not in NEW}
+    state["augment"] = {key: value for key, value in state["augment"].items() if not key.startswith("noise")}
+    again = CNN(decode_config(CNN.Config, old, "config"), CNN.load_processor(None, state, {}))
+    again.load_state_dict(encoder.state_dict())
+    assert (again.config, again.processor.config) == (encoder.config, encoder.processor.config)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_features_on_a_gpu_equal_those_on_the_cpu() -> None:
+    encoder = build(CNN, features="mfcc")
+    data, mask = pad_sequences(clips(8000, 5003))
+    here = encoder(data, mask).tokens
+    there = encoder.cuda()(data.cuda(), mask.cuda()).tokens.cpu()
+    torch.testing.assert_close(there, here, atol=1e-3, rtol=1e-3)
 
 
 @torch.no_grad()
@@ -176,6 +236,11 @@ def test_spec_augment_works_in_training_mode_alone() -> None:
         (Conformer, {"dim": 30, "heads": 4}, "dim 30 is not a multiple of heads 4"),
         (Transformer, {"dpeth": 3}, "unknown key 'dpeth'; did you mean 'depth'"),
         (Transformer, {"sample_rate": 0}, "sample_rate must lie in"),
+        (CNN, {"features": "mfcc", "n_mfcc": 65}, "n_mfcc must lie in 4 to n_mels = 64, not 65"),
+        (CNN, {"features": "mfc"}, "did you mean 'mfcc'"),
+        (CNN, {"channel": 32}, 'channel must be "mix", "first" or a number from 0 to 31, not 32'),
+        (CNN, {"augment": {"noise_db": [20, 5]}}, "noise_db must be [low, high]"),
+        (CNN, {"augment": {"noise": "recorded"}}, "noise = 'recorded' needs noise_db"),
         (CNN, {"channels": []}, "channels must list at least one stage"),
         (CNN, {"hop_ms": 50.0}, "1 <= hop_ms <= window_ms"),
         (CNN, {"augment": {"sped": 0.1}}, "unknown key 'sped'; did you mean 'speed'"),

@@ -84,6 +84,10 @@ class Multilabel(Decoder):
                 raise at_row(error, row) from None
         return encoded
 
+    def soft_targets(self, targets: Tensor) -> Tensor:
+        """Return (B, V) targets as they are: each is a probability of its own."""
+        return targets
+
     def references(self, targets: Sequence[Any]) -> list[list[str]]:
         """Return the sorted labels of each row, as in the `labels` of an answer."""
         return [sorted(set(labels), key=label_order) for labels in _label_lists(targets, self.config.separator)]

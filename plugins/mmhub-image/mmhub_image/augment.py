@@ -6,20 +6,66 @@
 | `crop`   | shifted, scaled and stretched a little; safe for digits, text and diagrams (default) |
 | `flip`   | `crop`, and mirrored left to right half of the time; for photographs |
 | `strong` | `flip` with wider crops, colour changes and an erased rectangle; for small data and long training |
+| `timm`   | timm's own training transform of the model |
+
+A table instead of a name is timm's training transform with other settings: see `TimmAugment`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
+import numpy as np
 import torch
 from PIL import Image
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 
-Augment = Literal["none", "crop", "flip", "strong"]
+from mmhub.interfaces import ComponentConfig
+
+_Chance = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class TimmAugment(ComponentConfig, frozen=True):
+    """Settings of timm's training transform, with its defaults: a random part of the picture, resized.
+
+    `policy` is one of timm's strings, such as "rand-m9-mstd0.5-inc1" (RandAugment, Cubuk et al., arXiv:1909.13719),
+    "augmix-m5-w4-d2" (Hendrycks et al., arXiv:1912.02781), "v0" or "3a" (AutoAugment); '' for none. `scale` is the
+    share of the picture's area that is shown, `ratio` width / height of that part, `flip` the probability of mirroring
+    left to right. `colour` changes brightness, contrast and saturation by up to that share; None is 0.4, or nothing
+    beside a policy. `erase` is the probability that a rectangle is erased (Zhong et al., arXiv:1708.04896).
+    """
+
+    policy: str = ""
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: _Chance = 0.5
+    colour: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    erase: _Chance = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must be two shares of the area, the smaller first, got {list(self.scale)}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio must be two numbers above 0, the smaller first, got {list(self.ratio)}")
+        for part in self.policy.split("-")[1:]:
+            if not any(map(str.isdigit, part)) and not part.startswith("t"):  # timm would ignore it
+                raise ValueError(f"timm has no policy {self.policy!r}: {part!r} lacks its number")
+        try:
+            TimmTransform(self, (32, 32), (0.5, 0.5, 0.5), "bicubic")
+        except (AssertionError, ValueError, KeyError, IndexError) as error:
+            reason = str(error) or "it begins with rand-, augmix-, original, v0 or 3a"
+            raise ValueError(f"timm has no policy {self.policy!r}: {reason}") from None
+
+
+Augment = Literal["none", "crop", "flip", "strong", "timm"] | TimmAugment
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the picture
 
 
@@ -40,6 +86,55 @@ RECIPES: dict[str, Recipe] = {
     "flip": Recipe(scale=(0.85, 1.1), stretch=1.1, shift=0.1, flip=0.5),
     "strong": Recipe(scale=(0.6, 1.1), stretch=1.25, shift=0.15, flip=0.5, colour=0.3, erase=0.25),
 }
+
+
+class TimmTransform:
+    """timm's training transform from a picture to uint8 (3, H, W).
+
+    What is erased gets the colour `mean`, as in timm where it is 0 once pixels are normalised.
+    """
+
+    def __init__(self, settings: TimmAugment, size: tuple[int, int], mean: Sequence[float], interpolation: str) -> None:
+        colour = 0.4 if settings.colour is None else settings.colour
+        self._vary: Any = transforms_imagenet_train(
+            size,
+            scale=settings.scale,
+            ratio=settings.ratio,
+            hflip=settings.flip,
+            color_jitter=colour or None,
+            force_color_jitter=settings.colour is not None,
+            auto_augment=settings.policy or None,
+            # rotating and shearing know no other kinds
+            interpolation=interpolation if interpolation in ("nearest", "bilinear", "bicubic") else "bicubic",
+            mean=tuple(mean),
+            normalize=False,
+        )
+        self._hide = RandomErasing(settings.erase, device="cpu") if settings.erase else None
+        self._fill = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)[:, None, None]
+
+    def __call__(self, image: Image.Image, rng: torch.Generator) -> Tensor:
+        with _seeded(rng):
+            pixels: Tensor = self._vary(image)
+            if self._hide is None:
+                return pixels
+            seen = self._hide(torch.ones(1, *pixels.shape[1:], dtype=torch.uint8)).bool()
+            return torch.where(seen, pixels, self._fill)
+
+
+@contextmanager
+def _seeded(rng: torch.Generator) -> Iterator[None]:
+    """Let Python's, numpy's and torch's global random numbers, which timm draws, follow from `rng` inside the block."""
+    seed = int(torch.randint(2**31, (1,), generator=rng))
+    python, array, tensor = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, too
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
+        torch.set_rng_state(tensor)
 
 
 class Draw:

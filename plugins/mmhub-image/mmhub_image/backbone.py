@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Self
 
 import msgspec
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data.config import resolve_data_config
-from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 
 from mmhub.batch import Features
@@ -26,6 +27,7 @@ from mmhub_image.build import build_timm
 from mmhub_image.processor import ImageProcessor
 
 _SIZE = msgspec.Meta(ge=1, le=4096)
+_HEAD = "head.weight"  # a name that timm's patterns count with the classifier
 
 
 class TimmEncoder(Encoder):
@@ -89,6 +91,16 @@ class TimmEncoder(Encoder):
                 self._tokens_each = self._tokens(self.backbone.forward_features(pixels)).shape[1]  # type: ignore[operator]
             self.backbone.train(was_training)
         return positions * self._tokens_each
+
+    def layer_numbers(self) -> dict[str, int]:
+        """Return the numbers that timm's own `param_groups_layer_decay` gives; what it counts with the head is left
+        out."""
+        matcher = getattr(self.backbone, "group_matcher", None)
+        if matcher is None:
+            return super().layer_numbers()
+        names = [(name, None) for name in (*dict(self.backbone.named_parameters()), _HEAD)]
+        found = group_parameters(SimpleNamespace(named_parameters=lambda: names), matcher(coarse=False), reverse=True)
+        return {f"backbone.{name}": number for name, number in found.items() if number < found[_HEAD]}
 
     def forward(self, data: Tensor, mask: Tensor) -> Features:
         """Encode pixels (N, 3, H, W) to tokens (N, T, D) and pooled (N, P); T follows from the image size.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ def open_image(raw: Any, policy: Policy) -> Image.Image:
         raise InputError(f"{name} is not an image", _ACCEPTED)
     _check_bounds(image, policy, name)
     try:
+        if content is not None:
+            _check_whole(content, image.format)
         return _to_rgb(image, name)
     except InputError:
         raise
@@ -80,6 +83,27 @@ def _check_bounds(image: Image.Image, policy: Policy, name: str) -> None:
         raise InputError(f"{name} has no pixels")
 
 
+def _check_whole(content: bytes, kind: str | None) -> None:
+    """Raise for damage that Pillow's decoders pass over: a wrong checksum in a PNG, a JPEG that ends in other bytes.
+
+    WebP, BMP, PPM and the pixels of a JPEG hold no checksums: there, other values are another picture.
+    """
+    if kind == "PNG":
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+            image.verify()
+    if kind not in ("JPEG", "MPO"):
+        return
+    place = 2
+    while marker := _JPEG_MARKER.search(content, place):
+        if marker[0] == b"\xff\xd9":
+            return
+        place = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2])
+    raise SyntaxError("its end is missing")  # as Pillow does
+
+
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # among pixels, the others are data, restarts and filling
+
+
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     # A phone's JPEG may carry a second picture (MPO, a depth map or preview): the first is the photograph.
     if getattr(image, "is_animated", False) and image.format != "MPO":
@@ -100,10 +124,12 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
-    """Keep the high byte of 16-bit grey levels; Pillow gives them as "I;16" or as "I"."""
-    levels = np.asarray(image)
+    """Keep the high byte of 16-bit grey levels, which Pillow gives as "I;16" or as "I"; the clear level is white."""
+    levels, clear = np.array(image), image.info.get("transparency")
     if levels.min() < 0 or levels.max() > 0xFFFF:
         raise InputError(f"{name} has 32-bit pixels of unknown range", "convert it to 8 bits a channel")
+    if isinstance(clear, int):
+        levels[levels == clear] = 0xFFFF  # on white
     return Image.fromarray((levels.astype(np.uint16) >> 8).astype(np.uint8))
 
 

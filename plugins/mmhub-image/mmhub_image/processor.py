@@ -18,7 +18,19 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from mmhub.errors import InputError
 from mmhub.interfaces import ComponentConfig, Policy, Processor, decode_config, describe_raw
-from mmhub_image.augment import RECIPES, Augment, Box, Draw, cut, erase, vary_box, vary_colour
+from mmhub_image.augment import (
+    RECIPES,
+    Augment,
+    Box,
+    Draw,
+    Recipe,
+    TimmAugment,
+    TimmTransform,
+    cut,
+    erase,
+    vary_box,
+    vary_colour,
+)
 from mmhub_image.decode import open_image
 
 
@@ -50,6 +62,12 @@ class ImageProcessor(Processor):
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.augments = settings.augment != "none"
+        own = TimmAugment() if settings.augment == "timm" else settings.augment
+        self._timm = (
+            TimmTransform(own, settings.image_size, settings.mean, settings.interpolation)
+            if isinstance(own, TimmAugment)
+            else None
+        )
         self._evaluate = create_transform(
             input_size=(3, *settings.image_size),
             is_training=False,
@@ -68,7 +86,9 @@ class ImageProcessor(Processor):
             self._check_shape(image, policy, raw)
             pixels: Tensor = self._evaluate(image)
             return pixels
-        return self._augmented(image, Draw(rng))
+        if self._timm is not None:
+            return self._timm(image, rng)
+        return self._augmented(image, RECIPES[str(self.settings.augment)], Draw(rng))
 
     def length(self, raw: Any, policy: Policy) -> int:
         """Return 1: a picture is one raw position."""
@@ -94,8 +114,8 @@ class ImageProcessor(Processor):
         """Return the same processor with another augmentation."""
         return ImageProcessor(msgspec.structs.replace(self.settings, augment=augment))
 
-    def _augmented(self, image: Image.Image, draw: Draw) -> Tensor:
-        recipe, (height, width) = RECIPES[self.settings.augment], self.settings.image_size
+    def _augmented(self, image: Image.Image, recipe: Recipe, draw: Draw) -> Tensor:
+        height, width = self.settings.image_size
         box = vary_box(self._crop_box(*image.size), recipe, draw)
         red, green, blue = (round(255 * value) for value in self.settings.mean)
         resample = Image.Resampling[self.settings.interpolation.upper()]

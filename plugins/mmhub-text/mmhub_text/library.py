@@ -280,7 +280,7 @@ def read_length(folder: Path, config: PreTrainedConfig) -> int:
 
 def position_limit(config: PreTrainedConfig) -> int | None:
     """Return how many tokens the model has positions for, special ones included; None if there is no limit."""
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
     if not isinstance(positions, int) or positions < 1:
         return None
     if config.model_type in _OFFSET_POSITIONS:

@@ -29,10 +29,11 @@ def copied(past: Any) -> Any:
     return new
 
 
-def selected(past: Any, rows: Tensor) -> Any:
-    """Return the cache of these rows (R,), in this order."""
+def selected(past: Any, rows: Tensor, *, crossed: bool = True) -> Any:
+    """Return the cache of these rows (R,), in this order; unless `crossed`, those of the source stay as they are."""
     new = copied(past)
-    new.reorder_cache(rows)
+    part = new.self_attention_cache if not crossed and isinstance(new, EncoderDecoderCache) else new
+    part.reorder_cache(rows)
     return new
 
 

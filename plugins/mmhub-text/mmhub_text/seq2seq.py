@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmhub.batch import Bundle, Features, Output
+from mmhub.batch import Bundle, Output
 from mmhub.errors import InputError, UsageError
-from mmhub.interfaces import ComponentConfig, Generation, Policy, Stream, TextDecoder, describe_raw
+from mmhub.interfaces import ComponentConfig, Generation, Policy, Stream, TextDecoder
 from mmhub.interfaces.labels import at_row
 from mmhub.layers import chunked_cross_entropy, sinusoidal_positions
 from mmhub_text.embedding import WordEmbedding, check_fractions, vocabulary
 from mmhub_text.language_processor import LanguageTextProcessor
+from mmhub_text.reading import Joined
+from mmhub_text.targets import one_text
 from mmhub_text.tokenizer import SPECIALS
 
 IGNORE = -100  # the target of padding
@@ -31,13 +33,21 @@ KeyValue = tuple[Tensor, Tensor]  # each (B, heads, T, d)
 
 
 class Seq2Seq(TextDecoder):
-    """Causal self-attention over what is written, and attention to the tokens of the `fused` or only stream.
+    """Causal self-attention over what is written, and attention to what is read.
+
+    That are the tokens of the `fused` or only stream; of several streams, such as a picture and a question about it,
+    those of all (see `mmhub_text.reading`). A row may lack any of them.
 
     In training the loss is smoothed by `label_smoothing`; in evaluation mode it is the plain mean -log P of a target
     token, the end included, so that losses compare whatever the smoothing.
     """
 
-    tasks: ClassVar[tuple[str, ...]] = ("translation",)
+    tasks: ClassVar[tuple[str, ...]] = (
+        "translation",
+        "captioning",
+        "visual-question-answering",
+        "speech-recognition",
+    )
     start: int
 
     class Config(ComponentConfig, frozen=True):
@@ -68,10 +78,12 @@ class Seq2Seq(TextDecoder):
     def __init__(self, config: Config, inputs: Mapping[str, Stream], processor: LanguageTextProcessor) -> None:
         config = msgspec.structs.replace(config, vocab_size=vocabulary(config.vocab_size, processor))
         super().__init__(config, inputs, processor)
-        self.source = _source_name(inputs)
+        self.source = "fused" if "fused" in inputs else next(iter(inputs))
+        self.joined = Joined(inputs, config.dim) if len(inputs) > 1 and self.source != "fused" else None
         self.start, self.end = _frame(processor)
         self.embed = WordEmbedding(config.vocab_size, config.dim, dropout=config.dropout, word_dropout=0.0, unknown=0)
-        width, hidden = inputs[self.source].dim, int(config.dim * config.mlp_ratio)
+        width = inputs[self.source].dim if self.joined is None else config.dim
+        hidden = int(config.dim * config.mlp_ratio)
         self.blocks: Any = nn.ModuleList(
             Block(config.dim, width, config.heads, hidden, config.dropout) for _ in range(config.depth)
         )
@@ -109,15 +121,16 @@ class Seq2Seq(TextDecoder):
     # -- training and scoring ---------------------------------------------------------------------------------------
 
     def encode_targets(self, targets: Sequence[Any]) -> Tensor:
-        """Turn texts into the ids to be written, the end included: (B, L) long, padded with -100."""
+        """Turn texts into the ids to be written, the end included: (B, L) long, padded with -100.
+
+        Of several texts for one row, it is the most frequent one that is trained on, or the first of these.
+        """
         rows = [self._labels(target, row) for row, target in enumerate(targets)]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
 
     def _labels(self, target: Any, row: int) -> Tensor:
         try:
-            if not isinstance(target, str):
-                raise InputError(f"the target is {describe_raw(target)}, not a text", "give every row a target text")
-            ids = self.processor.prompt(target, Policy())
+            ids = self.processor.prompt(one_text(target), Policy())
         except InputError as error:
             raise at_row(error, row) from None
         ids = ids[1:] if len(ids) and ids[0] == self.processor.begin_id else ids
@@ -176,10 +189,13 @@ class Seq2Seq(TextDecoder):
 
         A row without any real token attends to one zero vector: attention to nothing is not a number.
         """
-        features: Features = bundle[self.source]
-        empty = ~features.present[:, None]
-        mask = torch.cat((features.mask[:, :1] | empty, features.mask[:, 1:]), 1)
-        return features.tokens, mask[:, None, None, :]
+        if self.joined is None:
+            tokens, mask = bundle[self.source].tokens, bundle[self.source].mask
+        else:
+            tokens, mask = self.joined(bundle)
+        empty = ~mask.any(1, keepdim=True)
+        mask = torch.cat((mask[:, :1] | empty, mask[:, 1:]), 1)
+        return tokens, mask[:, None, None, :]
 
     @property
     def _matrix(self) -> Tensor:
@@ -312,14 +328,6 @@ def _recording() -> bool:
 
 
 _UNTIE = 'take the encoder "transformer" of the same dim and tokenizer, or tie = "output"'
-
-
-def _source_name(inputs: Mapping[str, Stream]) -> str:
-    if "fused" in inputs or len(inputs) == 1:
-        return "fused" if "fused" in inputs else next(iter(inputs))
-    raise UsageError(
-        f"seq2seq reads one stream, and there are {', '.join(inputs)}", 'join them: [model.fusion] use = "attention"'
-    )
 
 
 def _frame(processor: LanguageTextProcessor) -> tuple[int, int]:

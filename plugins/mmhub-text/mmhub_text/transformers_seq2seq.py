@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,14 +13,17 @@ from torch import Tensor, nn
 
 from mmhub.batch import Bundle, Features, Output
 from mmhub.errors import InputError, UsageError
-from mmhub.interfaces import ComponentConfig, Generation, Policy, Rate, Stream, TextDecoder, describe_raw
+from mmhub.interfaces import ComponentConfig, Generation, Policy, Rate, Stream, TextDecoder
 from mmhub.interfaces.labels import at_row
+from mmhub_text.dictation import Dictation, Speech, read_speech
 from mmhub_text.language_processor import LanguageTextProcessor
 from mmhub_text.library import complete_table, describe_model, position_limit, read_description
 from mmhub_text.logits import Head
 from mmhub_text.past import copied, selected
+from mmhub_text.targets import one_text
 from mmhub_text.writers import (
     SEQ2SEQ,
+    TRANSCRIBERS,
     arranged,
     build_writer,
     check_vocabulary,
@@ -33,17 +36,19 @@ from mmhub_text.writers import (
 )
 
 IGNORE = -100  # the label of padding
+_BEAMS = 5  # where a folder of Whisper's names no number: so do its authors and the library's pipeline
 
 
 class TransformersSeq2Seq(TextDecoder):
-    """A transformers decoder that attends to the features of its own encoder, the stream `text`.
+    """A transformers decoder that attends to the features of its own encoder, the only stream there is, or `fused`.
+
+    Where it writes down speech, `dictation` says in which language and whether with times.
 
     In training the loss is smoothed by `label_smoothing`; in evaluation mode it is the plain mean -log P of a target
     token.
     """
 
-    tasks: ClassVar[tuple[str, ...]] = ("translation",)
-    needs: ClassVar[tuple[str, ...]] = ("text",)
+    tasks: ClassVar[tuple[str, ...]] = ("translation", "speech-recognition")
     start: int
 
     class Config(ComponentConfig, frozen=True):
@@ -51,8 +56,9 @@ class TransformersSeq2Seq(TextDecoder):
 
         `config` describes the whole model as it does for the `transformers` encoder. The rest follows, with `init`,
         from the folder, else from the tokenizer: writing starts after the token `start`; `forced_begin` is always the
-        first that is written (a language), not scored; `lead` is what target texts begin with, and `suppress` is never
-        written.
+        first that is written (a language), not scored; `lead` is what target texts begin with, `suppress` is never
+        written, and `begin_suppress` not as the first token. `speech` is what a model of transcripts knows beside
+        text, and `language` the code of the one that is spoken, where it knows several and is not to find out itself.
         """
 
         config: dict[str, Any] = {}  # noqa: RUF012 - msgspec copies it
@@ -61,6 +67,9 @@ class TransformersSeq2Seq(TextDecoder):
         forced_begin: int | None = None
         lead: int | None = None
         suppress: tuple[int, ...] = ()
+        begin_suppress: tuple[int, ...] = ()
+        speech: Speech | None = None
+        language: str = ""
         generation: Generation | None = None
 
         @classmethod
@@ -81,9 +90,15 @@ class TransformersSeq2Seq(TextDecoder):
                 raise UsageError(what, f"set `{name}` in config to an id of the tokenizer")
         table = complete_table(described, SEQ2SEQ)
         super().__init__(msgspec.structs.replace(config, config=table, start=start), inputs, processor)
-        _check_width(inputs, described)
+        self.stream = _own_stream(inputs, described)
+        self.hears = described.model_type in TRANSCRIBERS
         self.start, self.pad = start, next(iter(ids_of(described.pad_token_id)), 0)
-        self.context = position_limit(described)
+        self.positions = position_limit(described)
+        self._never: dict[tuple[torch.device, bool], Tensor] = {}  # what `limit` excludes, where it was asked to
+        forced = () if config.forced_begin is None else (config.forced_begin,)
+        dictation = None if config.speech is None else Dictation(self)
+        self.given = forced if dictation is None else dictation.known
+        self.context = self.positions if dictation is None else dictation.context
         self.head = Head()
         self._take(build_writer(described, SEQ2SEQ))
 
@@ -109,6 +124,9 @@ class TransformersSeq2Seq(TextDecoder):
         described = read_description(path, config.config, SEQ2SEQ)
         processor, lead = read_processor(path, described, tokenizer)
         table = generation_table(path)
+        speech = config.speech or read_speech(table)
+        if speech is not None and table.get("num_beams") is None:
+            table["num_beams"] = _BEAMS
         config = msgspec.structs.replace(
             config,
             config=complete_table(described, SEQ2SEQ),
@@ -116,6 +134,9 @@ class TransformersSeq2Seq(TextDecoder):
             forced_begin=_first(config.forced_begin, table.get("forced_bos_token_id")),
             lead=_first(config.lead, lead),
             suppress=config.suppress or _never(table),
+            begin_suppress=config.begin_suppress or ids_of(table.get("begin_suppress_tokens")),
+            speech=speech,
+            language=config.language or (speech.language if speech is not None else ""),
             generation=config.generation or read_generation(table, whole_length=True),
         )
         with torch.device("meta"):  # the loaded model takes this one's place
@@ -134,7 +155,11 @@ class TransformersSeq2Seq(TextDecoder):
         self.model = model
 
     def tie(self, encoders: Mapping[str, Any]) -> None:
-        """Share the embeddings with the `transformers` encoder, where the library shares them."""
+        """Share the embeddings with the `transformers` encoder, where the library shares them. Of sound, have the
+        encoder pass on the whole of its window, on which such a model was trained."""
+        heard: Any = encoders.get("audio")
+        if hasattr(heard, "fill_window"):
+            heard.fill_window()
         encoder, ours = encoders.get("text"), self.model.get_decoder().get_input_embeddings().weight
         theirs: Any = getattr(encoder, "model", None)
         if not self.shares or encoder is None or not hasattr(theirs, "get_input_embeddings"):
@@ -148,26 +173,28 @@ class TransformersSeq2Seq(TextDecoder):
     # -- training and scoring -----------------------------------------------------------------------------------
 
     def encode_targets(self, targets: Sequence[Any]) -> Tensor:
-        """Turn texts into the ids to be written, the end included: (B, L) long, padded with -100."""
+        """Turn texts into the ids to be written, the end included: (B, L) long, padded with -100.
+
+        Of several texts for one row, it is the most frequent one that is trained on, or the first of these.
+        """
         rows = [self._labels(target, row) for row, target in enumerate(targets)]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
 
     def _labels(self, target: Any, row: int) -> Tensor:
+        if self.config.speech is not None and Dictation(self).detects:
+            raise UsageError("nothing says which language the targets are in", 'set `language` in config, e.g. "en"')
         try:
-            if not isinstance(target, str):
-                raise InputError(f"the target is {describe_raw(target)}, not a text", "give every row a target text")
-            ids = self.processor.prompt(target, Policy()).tolist()
+            ids = self.processor.prompt(one_text(target), Policy()).tolist()
             ids = ids[1:] if ids[:1] == [self.processor.begin_id] else ids
-            lead = _first(self.config.forced_begin, self.config.lead)
-            ids = [*([] if lead is None else [lead]), *ids, self.processor.end_id]
-            if self.context is not None and len(ids) > self.context:
-                what = f"the target has {len(ids)} tokens, and the decoder has positions for {self.context}"
+            lead = () if self.config.lead is None else (self.config.lead,)
+            ids = [*(self.given or lead), *ids, self.processor.end_id]
+            if self.positions is not None and len(ids) > self.positions:
+                what = f"the target has {len(ids)} tokens, and the decoder has positions for {self.positions}"
                 raise InputError(what, "cut the text, or leave the row out")
         except InputError as error:
             raise at_row(error, row) from None
-        if self.config.forced_begin is not None:
-            ids[0] = IGNORE  # it is not chosen, so that nothing is to be learned from it; `_states` reads it
-        return torch.tensor(ids, dtype=torch.long)
+        given = len(self.given)  # not chosen, so that nothing is to be learned from them; `_states` reads them
+        return torch.tensor([IGNORE] * given + ids[given:], dtype=torch.long)
 
     def weigh(self, targets: Tensor) -> Tensor:
         """Return how many tokens each row is to write, (B,)."""
@@ -177,7 +204,7 @@ class TransformersSeq2Seq(TextDecoder):
         """With targets (B, L), return the mean loss of their tokens and no logits; else logits (B, V) of the first."""
         if targets is None:
             return Output(logits=self.begin(bundle)[0])
-        states = self._states(bundle["text"], targets)
+        states = self._states(bundle[self.stream], targets)
         smoothing = self.config.label_smoothing if self.training else 0.0
         loss = self.head.mean_loss(self.model, states, targets, smoothing)
         return Output(logits=states.new_zeros(len(targets), 0), loss=loss, mask=targets != IGNORE)
@@ -186,64 +213,95 @@ class TransformersSeq2Seq(TextDecoder):
         """Return -log P of each target token given those before it, (B, L) fp32; 0 at padding."""
         if targets is None:
             raise ValueError("a sequence-to-sequence decoder scores targets")
-        return self.head.losses(self.model, self._states(bundle["text"], targets), targets)
+        return self.head.losses(self.model, self._states(bundle[self.stream], targets), targets)
 
     def _states(self, source: Features, targets: Tensor) -> Tensor:
         """The last states of the decoder that has read the targets before each, (B, L, D)."""
         before = torch.cat((targets.new_full((len(targets), 1), self.start), targets[:, :-1]), 1)
-        if self.config.forced_begin is not None:
-            before[:, 1:2] = self.config.forced_begin
+        for place, token in enumerate(self.given, 1):
+            before[:, place : place + 1] = token
         return self._run(before.masked_fill(before == IGNORE, self.pad), source.tokens, source.mask).last_hidden_state
 
     def _run(self, ids: Tensor, tokens: Tensor, mask: Tensor, past: Any = None, keep: bool = False) -> Any:
+        masked = {} if self.hears else {"encoder_attention_mask": mask.long()}  # those see whole windows
         return self.model.get_decoder()(
-            input_ids=ids,
-            encoder_hidden_states=tokens,
-            encoder_attention_mask=mask.long(),
-            past_key_values=past,
-            use_cache=keep,
+            input_ids=ids, encoder_hidden_states=tokens, past_key_values=past, use_cache=keep, **masked
         )
 
     # -- writing ------------------------------------------------------------------------------------------------
 
+    def dictation(self, *, language: str = "", translate: bool = False, times: bool = False) -> Dictation:
+        """Return this decoder set to write down speech in a language, or to translate it, with or without times.
+
+        Raises:
+            UsageError: the model is not for speech, or knows no such language.
+        """
+        if self.config.speech is None:
+            what = f"a {self.config.config['model_type']} decoder has no tokens for languages and times"
+            raise UsageError(what, "leave language, translate and timestamps out")
+        return Dictation(self, language, translate, times)
+
     def begin(self, bundle: Bundle) -> tuple[Tensor, Any]:
-        source = bundle["text"]
-        ids = torch.full((len(source.mask),), self.start, device=source.mask.device)
-        logits, state = self._go_on(ids, _State(None, source.tokens, source.mask))
+        if self.config.speech is not None:
+            return Dictation(self).begin(bundle)
+        state = self.opened(bundle)
+        logits, state = self.go_on(torch.full((len(state.mask), 1), self.start, device=state.mask.device), state)
         if self.config.forced_begin is not None:
             logits = torch.full_like(logits, -torch.inf)
             logits[:, self.config.forced_begin] = 0
         return logits, state
 
     def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
-        return self._go_on(ids, _State(copied(state.past), state.tokens, state.mask))
+        return self.go_on(ids[:, None], replace(state, past=copied(state.past)))
 
     def select(self, state: Any, rows: Tensor) -> Any:
-        return _State(selected(state.past, rows), state.tokens[rows], state.mask[rows])
+        owners = state.owners[rows]
+        if torch.equal(owners, state.owners):  # beams of the same rows: what they attend to stays as it is
+            return replace(state, past=selected(state.past, rows, crossed=False))
+        past = selected(state.past, rows)
+        return _State(past, state.tokens[rows], state.mask[rows], owners)
 
-    def _go_on(self, ids: Tensor, state: _State) -> tuple[Tensor, _State]:
-        output = self._run(ids[:, None], state.tokens, state.mask, state.past, keep=True)
+    def limit(self, scores: Tensor, written: Tensor) -> Tensor:
+        """Return the scores (R, V), with -inf for tokens that may not follow the ids written so far, (R, L)."""
+        key = scores.device, written.shape[1] == 0
+        if key not in self._never:
+            ids = [*self.config.suppress, *(self.config.begin_suppress if key[1] else ())]
+            self._never[key] = torch.tensor(ids, dtype=torch.long, device=scores.device)
+        return scores.index_fill(1, self._never[key], -torch.inf) if len(self._never[key]) else scores
+
+    def opened(self, bundle: Bundle) -> _State:
+        """Return the state before the first token."""
+        source = bundle[self.stream]
+        return _State(None, source.tokens, source.mask, torch.arange(len(source.mask), device=source.mask.device))
+
+    def go_on(self, ids: Tensor, state: _State) -> tuple[Tensor, _State]:
+        """Read ids (B, L); return the logits (B, V) of the next, and the state."""
+        output = self._run(ids, state.tokens, state.mask, state.past, keep=True)
         logits = self.head(self.model, output.last_hidden_state[:, -1]).float()
-        if self.config.suppress:
-            logits[:, list(self.config.suppress)] = -torch.inf
-        return logits, _State(output.past_key_values, state.tokens, state.mask)
+        # once its keys and values are known nothing reads the source itself, but that there is one
+        tokens = state.tokens[:, :1] if self.hears else state.tokens
+        return logits, replace(state, past=output.past_key_values, tokens=tokens)
 
 
 @dataclass(frozen=True)
 class _State:
-    """Keys and values so far, and what is attended to: tokens (B, T, D), mask (B, T)."""
+    """Keys and values so far, and what is attended to: tokens (B, T, D), mask (B, T), of the rows `owners` (B,)."""
 
     past: Any
     tokens: Tensor
     mask: Tensor
+    owners: Tensor
 
 
-def _check_width(inputs: Mapping[str, Stream], described: Any) -> None:
-    if "text" not in inputs or inputs["text"].dim != described.hidden_size:
+def _own_stream(inputs: Mapping[str, Stream], described: Any) -> str:
+    """The name of the stream to read."""
+    name = "fused" if "fused" in inputs else next(iter(inputs), "")
+    if (len(inputs) != 1 and name != "fused") or inputs[name].dim != described.hidden_size:
         raise UsageError(
             f"a {described.model_type} decoder reads the {described.hidden_size} features of its own encoder",
             'join it to that encoder alone, with the fusion "streams"',
         )
+    return name
 
 
 def _starts(described: Any, processor: Any) -> tuple[int | None, ...]:

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
 )
 
 from mmhub.errors import UsageError
@@ -48,10 +49,12 @@ def _language_model(described: type[PreTrainedConfig]) -> type[PreTrainedModel]:
 
 
 def _translator(described: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    kind: type[PreTrainedModel] | None = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(described, None)
-    if kind is None or described.model_type not in TRANSLATORS:
+    hears = described.model_type in TRANSCRIBERS
+    found = MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING if hears else MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    kind: type[PreTrainedModel] | None = found.get(described, None)
+    if kind is None or described.model_type not in TRANSLATORS | TRANSCRIBERS:
         what = f"model_type {described.model_type!r} is no sequence-to-sequence model that can be run here"
-        raise UsageError(what, f"there are {', '.join(sorted(TRANSLATORS))}")
+        raise UsageError(what, f"there are {', '.join(sorted(TRANSLATORS | TRANSCRIBERS))}")
     return kind
 
 
@@ -59,8 +62,11 @@ def _translator(described: type[PreTrainedConfig]) -> type[PreTrainedModel]:
 TRANSLATORS = {
     *("bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "mt5", "mvp", "pegasus", "t5", "umt5"),
 }
+TRANSCRIBERS = {"whisper"}
 LANGUAGE_MODELS = Family(find=_language_model, types=frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), more=_MORE)
-SEQ2SEQ = Family(find=_translator, types=frozenset(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES), more=_MORE)
+SEQ2SEQ = Family(
+    find=_translator, types=frozenset(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES) | TRANSCRIBERS, more=_MORE
+)
 
 
 def arranged(cls: Any, table: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +188,6 @@ _NOT_FOLLOWED: dict[str, Any] = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
     "forced_eos_token_id": None,
-    "begin_suppress_tokens": None,
     "penalty_alpha": None,
     "sequence_bias": None,
     "exponential_decay_length_penalty": None,
@@ -191,7 +196,13 @@ _NOT_FOLLOWED: dict[str, Any] = {
     "stop_strings": None,
 }
 # The same for models that go on with a prompt: lengths count it, and no token is left out.
-_NOT_FOLLOWED_BEHIND = {"min_length": 0, "bad_words_ids": None, "suppress_tokens": None, "forced_bos_token_id": None}
+_NOT_FOLLOWED_BEHIND = {
+    "min_length": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+}
 
 
 def _name_ignored(table: Mapping[str, Any], whole_length: bool) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTr
 
 from mmhub.batch import Bundle
 from mmhub.errors import InputError, UsageError
+from mmhub.generate import write
 from mmhub.interfaces import Policy, Stream, decode_config, encode_config
 from mmhub_text.hooks import mmhub_load_foreign, mmhub_write_foreign
 from mmhub_text.language_processor import LanguageTextProcessor
@@ -192,6 +193,17 @@ def test_a_recipe_makes_one_with_fresh_weights_that_learns(tmp_path: Path) -> No
     torch.testing.assert_close(rebuilt.eval()(bundle, labels).loss, plain)
 
 
+def test_of_several_texts_the_most_frequent_one_is_trained_on_and_all_are_references(tmp_path: Path) -> None:
+    save_model(tmp_path, "bart")
+    decoder = read(tmp_path)[1]
+    several = [["a cat", "the dog", "the dog"], "a cat", ("a cat", "the dog")]
+    assert torch.equal(decoder.encode_targets(several), decoder.encode_targets(["the dog", "a cat", "a cat"]))
+    assert decoder.references(several) == several
+    for bad, message in (([], "an empty list"), (["a", None], "not a text")):
+        with pytest.raises(InputError, match=message):
+            decoder.encode_targets(["a", bad])
+
+
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     save_model(tmp_path, "bart", vocab_size=10)
     with pytest.raises(UsageError, match=r"the tokenizer has 14 ids, and the model in .* knows 10"):
@@ -220,11 +232,14 @@ def test_what_is_suppressed_is_never_written(tmp_path: Path) -> None:
     encoder, decoder = read(tmp_path)
     assert decoder.config.suppress == (0,)
     assert (decoder.generation.beams, decoder.generation.max_new_tokens) == (4, 11)
+    scores = torch.zeros(2, len(WORDS))
+    for length in (0, 3):
+        limited = decoder.limit(scores, torch.ones(2, length, dtype=torch.long))
+        assert limited.isneginf().nonzero().tolist() == [[0, 0], [1, 0]]
     with torch.no_grad():
-        logits, state = decoder.begin(encode(encoder))
-        assert bool(logits[:, 0].isneginf().all()) and bool(
-            decoder.step(logits.argmax(1), state)[0][:, 0].isneginf().all()
-        )
+        decoder.model.final_logits_bias[0, 0] = 1e3  # far above all others
+        texts = write(decoder, encode(encoder))
+    assert all(0 not in found.ids for (found,) in texts)
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
@@ -260,7 +275,8 @@ def test_fresh_weights_start_with_a_token_of_the_tokenizer(kind: str) -> None:
     processor = TransformersSeq2Seq.make_processor(config, {"kind": "byte"})
     decoder = TransformersSeq2Seq(config, {"text": Stream(16)}, processor)
     assert decoder.start == processor.begin_id
-    for wrong in ({"start": 5000}, {"forced_begin": 5000}):
+    wrongs: list[dict[str, Any]] = [{"start": 5000}, {"forced_begin": 5000}]
+    for wrong in wrongs:
         config = TransformersSeq2Seq.Config(config={"model_type": kind, "d_model": 16, **BART}, **wrong)
         with pytest.raises(UsageError, match=r"(start|forced_begin) is token 5000, and the model knows 260 tokens"):
             TransformersSeq2Seq(config, {"text": Stream(16)}, processor)

@@ -1,0 +1,70 @@
+"""From recordings to texts: any length, cut into windows that a model hears one by one, in bounded memory.
+
+How a model turns a window into text is `mmhub.speech.ctc`'s business (frame by frame) or `mmhub.speech.writing`'s
+(token by token, as Whisper). Subtitles are written by `mmhub.speech.subtitles`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from mmhub.errors import UsageError
+from mmhub.interfaces import Generation, Policy, TextDecoder
+
+if TYPE_CHECKING:
+    from mmhub.model import Model
+
+Timestamps = Literal["none", "segment", "word"]
+LONGEST = 6 * 3600.0  # seconds of a recording; it is never held as a whole, so the policy's own limit is not meant
+
+
+def transcribe(
+    model: Model,
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    window: float = 0.0,
+    overlap: float = -1.0,
+    batch_size: int = 32,
+    policy: Policy | None = None,
+    timestamps: Timestamps = "none",
+    language: str = "",
+    translate: bool = False,
+    settings: Generation | None = None,
+    search: Any = None,
+) -> list[dict[str, Any]]:
+    """Write down what is said in each sample's recording, {"audio": raw input}, in order.
+
+    An answer is {"text"}, with "segments", a list of {"text", "start", "end"}, or "words", of {"word", "start", "end"},
+    all in seconds, where `timestamps` asks for them and the model gives them. Recordings of up to 6 hours are cut into
+    windows of `window` seconds, 0 for the model's own, each sharing `overlap` seconds with the next, -1 for the model's
+    own; `batch_size` windows are heard at once. `language` (a code or English name) and `translate`, into English, are
+    for models that know several languages. `settings` say how decoders that write choose their tokens, and `search` how
+    those that do not find theirs.
+
+    Raises:
+        UsageError: the model cannot do what is asked. InputError: a recording cannot be read; `row` is its position.
+    """
+    if timestamps not in get_args(Timestamps):
+        raise UsageError(f"timestamps is {timestamps!r}", f"choose one of {', '.join(get_args(Timestamps))}")
+    policy = policy or Policy()
+    policy = replace(policy, max_seconds=max(policy.max_seconds, LONGEST))
+    options: dict[str, Any] = {"window": window, "overlap": overlap, "batch_size": batch_size, "policy": policy}
+    if isinstance(model.decoder, TextDecoder):
+        from mmhub.speech.writing import transcribe_written
+
+        options |= {"timestamps": timestamps, "language": language, "translate": translate, "settings": settings}
+        if search is not None:
+            raise UsageError("a search is for models that hear frame by frame", "leave it out, or set beams")
+        if len(model.modalities) > 1:
+            if timestamps != "none" or language or translate or window:
+                raise UsageError("a model that takes more than speech has no windows and times", "leave those out")
+            return model.generate(samples, settings, batch_size=batch_size, policy=policy)
+        return model.guarded(samples, lambda part: transcribe_written(model, part, **options))
+    if language or translate or settings is not None:
+        what = f"{model.name or 'this model'} hears frame by frame: it knows no languages and no settings of writing"
+        raise UsageError(what, "leave language, translate and the settings out")
+    from mmhub.speech.ctc import transcribe_ctc
+
+    return model.guarded(samples, lambda part: transcribe_ctc(model, part, **options, search=search))
