@@ -25,13 +25,16 @@ from mmhub.data.plan import plan_in_order
 from mmhub.data.sources import Rows, open_rows, require_columns
 from mmhub.errors import InputError, MmhubError, UsageError
 from mmhub.generate.write import write as write_texts
-from mmhub.interfaces import Policy, TextDecoder
+from mmhub.interfaces import PairDecoder, Policy, TextDecoder
 from mmhub.metrics import explain, measure
 from mmhub.metrics.classification import best_labels
 from mmhub.model import Model
 
 if TYPE_CHECKING:
     from mmhub.engine.ranks import Ranks
+
+
+_RIVALS = 1024  # rows among which the loss of pairs is measured
 
 
 class EvaluationStopped(Exception):
@@ -79,7 +82,8 @@ class EvalOptions:
     several, all of them call `evaluate`, and each measures its share. Where answers are texts, `write` says whether
     they are written, which takes long; without, the loss alone is measured. `document`, `window` and `stride` are for
     language models: see `mmhub.perplexity`. `top` is how many of the best labels count as a guess of "top5".
-    `details` adds what is no single number, and `keep` is handed the answers to all rows.
+    `details` adds what is no single number, and `keep` is handed the answers to all rows. The loss of pairs is measured
+    among 1,024 rows at a time, in the order of the data.
     """
 
     batch_size: int = 64
@@ -222,6 +226,7 @@ def _run(
         skip=options.skip,
         features={name: kept for name, kept in options.features.items() if name in inputs},
         read=lengths.read,
+        measured=True,
     )
     order = plan_in_order(len(rows), lengths, batch_size=options.batch_size, batch_tokens=options.batch_tokens)
     share = _Share(order, options.ranks)
@@ -229,9 +234,31 @@ def _run(
     model.eval()
     try:
         skipped = _measure_all(model, share, share.load(collate, model.device, options), tallies, options)
+        tallies, skipped = share.gather(tallies, skipped)
+        if isinstance(model.decoder, PairDecoder):
+            tallies[()].losses = _pair_losses(model.decoder, model.device, tallies[()])
     finally:
         model.train(was_training)
-    return share.gather(tallies, skipped)
+    return tallies, skipped
+
+
+@torch.inference_mode()
+def _pair_losses(decoder: PairDecoder, device: torch.device, tally: Tally) -> list[tuple[float, float]]:
+    """The losses of pairs, each row's among `_RIVALS` rows in their order, whatever was computed together."""
+    answers = [(one["embeddings"], group) for _, one, group in sorted(tally.answers, key=_row_of) if one is not None]
+    found = []
+    for start in range(0, len(answers), _RIVALS):
+        part = answers[start : start + _RIVALS]
+        none = [0.0] * decoder.dim
+        vectors = {
+            side: torch.tensor([there.get(side, none) for there, _ in part], device=device) for side in decoder.sides
+        }
+        groups = [group if len(there) == len(decoder.sides) else None for there, group in part]
+        targets = decoder.encode_targets(groups)
+        weight = float(decoder.weigh(targets).sum())
+        if weight:
+            found.append((weight, float(decoder.pair_loss(vectors, targets.to(device))) * weight))
+    return found
 
 
 def _measure_all(
@@ -318,6 +345,7 @@ def _measure_batch(
         bundle = model.encode(batch.items, batch.size, batch.features)
         references = model.decoder.references(batch.raw_targets)
         weights = torch.ones(batch.size) if batch.weights is None else batch.weights
+        targets = None if isinstance(model.decoder, PairDecoder) else batch.targets  # of pairs, see `_pair_losses`
         known: tuple[Output, Sequence[dict[str, Any] | None]] | None = None  # of all rows with all they have
         for subset, tally in tallies.items():
             keep = rows_with(bundle, subset)
@@ -331,7 +359,7 @@ def _measure_batch(
             if whole and known is not None:
                 output, answers = known
             else:
-                output = model.decode(part, batch.targets if whole else _pick(batch.targets, keep))
+                output = model.decode(part, targets if whole else _pick(targets, keep))
                 answers = _answers(model, batch, part, output, rows, options)
             if whole and (not always or len(bundle) == 1):  # else processes would make different numbers of calls
                 known = output, answers
@@ -339,8 +367,8 @@ def _measure_batch(
                 tally.answers += [
                     (batch.index[i], answer, references[i]) for i, answer in zip(rows, answers, strict=True)
                 ]
-            if output.loss is not None:
-                weight = float(weights[keep.to(weights.device)].sum())
+            weight = float(weights[keep.to(weights.device)].sum())
+            if output.loss is not None and weight:
                 tally.losses.append((weight, float(output.loss) * weight))
 
 

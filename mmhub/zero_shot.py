@@ -92,7 +92,8 @@ def label_vectors(model: Model, labels: Sequence[str], templates: Sequence[str],
 
 def labels_in(targets: Iterable[Any]) -> tuple[str, ...]:
     """Return the labels that occur in a column, in order; rows without one are passed over."""
-    return tuple(sorted(set(label_texts(target for target in targets if not is_missing(plain(target)))), key=label_order))
+    given = (target for target in targets if not is_missing(plain(target)))
+    return tuple(sorted(set(label_texts(given)), key=label_order))
 
 
 class ZeroShot(Classifier):

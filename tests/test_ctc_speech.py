@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+import soundfile
 import torch
 from torch import Tensor
 
 from mmhub.batch import Features
+from mmhub.cli.speech import check_speech, check_writing
+from mmhub.config import check_recipe
+from mmhub.engine.data import TrainingData
 from mmhub.errors import InputError, UsageError
+from mmhub.evaluation import evaluate
 from mmhub.fusion.streams import Streams
-from mmhub.interfaces import ComponentConfig, Encoder, find_task
+from mmhub.interfaces import ComponentConfig, Encoder, Processor, find_task
 from mmhub.model import Model
+from mmhub.speech import transcribe
 from mmhub.speech.ctc import Stream, align, segments, transcribe_ctc
 from mmhub.speech.silence import PAD
 
@@ -196,14 +205,61 @@ def test_a_stream_at_another_rate_hears_the_same_words(model: Model) -> None:
 def test_a_known_text_is_timed(model: Model) -> None:
     samples, words = song(9)
     assert_times(align(model, raw(samples), text_of(words).upper()), words, PAD + 0.011)
-    with pytest.raises(InputError, match="the vocabulary lacks 'sol'"):
+    with pytest.raises(InputError, match="the vocabulary lacks 'sol'") as caught:
         align(model, raw(samples), "do sol")
+    assert caught.value.hint == "give what was said, in units that the model knows"
 
 
 def test_words_between_pauses_are_one_segment() -> None:
     words = [{"word": str(n), "start": float(n), "end": n + 0.6 - 0.2 * (n == 2)} for n in range(4)]
     assert [segment["text"] for segment in segments(words)] == ["0 1 2", "3"]
     assert segments(words)[0] | {"text": ""} == {"text": "", "start": 0.0, "end": 2.4}
+
+
+def test_a_channel_is_picked_once_from_recordings_and_streams() -> None:
+    model, (samples, words) = build(Tones), song(12)
+    processor: Any = model.processors["audio"]
+    model.encoders["audio"].processor = type(processor)(msgspec.structs.replace(processor.config, channel=1))
+    (found,) = transcribe_ctc(model, [{"audio": raw(np.stack((song(12, seed=1)[0], samples)))}], window=5)
+    assert found["text"] == text_of(words)
+    stream = Stream(model, RATE)
+    stream.feed(samples)
+    assert stream.finish()["text"] == text_of(words)
+
+
+def test_a_processor_that_cuts_no_windows_hears_recordings_at_once() -> None:
+    model, (samples, words) = build(Tones), song(35)
+
+    class Whole(type(model.processors["audio"])):  # type: ignore[misc]
+        windows = Processor.windows
+
+    model.encoders["audio"].processor = Whole(model.processors["audio"].config)  # type: ignore[union-attr]
+    (found,) = model.predict([{"audio": {"bytes": wav(samples), "path": None}}])
+    assert_times(found["words"], words, 0.05)
+    assert align(model, raw(samples), found["text"]) == found["words"]
+
+
+def test_times_are_given_whether_asked_for_or_not(model: Model) -> None:
+    sample = {"audio": raw(song(3)[0])}
+    answers = [transcribe(model, [sample], timestamps=kind) for kind in ("none", "segment", "word")]  # type: ignore[arg-type]
+    assert answers[0] == answers[1] == answers[2]
+    assert set(answers[0][0]) == {"text", "words", "segments", "score"}
+
+
+def test_what_a_model_that_hears_frame_by_frame_cannot_do_is_said_before(model: Model) -> None:
+    with pytest.raises(UsageError, match=r"--max-new-tokens is for models that write, and .* hears frame by frame"):
+        check_writing(model, {"max_new_tokens": 3})
+    lasting = build(type("Untimed", (Tones,), {"token_seconds": None}))
+    with pytest.raises(UsageError, match="does not say what a token lasts"):
+        check_speech(lasting, {}, Path("a.srt"), 1)
+    with pytest.raises(UsageError, match="cannot hear nan s at once"):
+        Stream(model, RATE, window=math.nan)
+
+
+def wav(samples: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples, RATE, format="WAV", subtype="FLOAT")
+    return file.getvalue()
 
 
 def test_a_recording_that_cannot_be_read_is_named(model: Model) -> None:
@@ -216,6 +272,31 @@ def test_a_recording_that_cannot_be_read_is_named(model: Model) -> None:
             Stream(model, RATE).feed(bad)
     with pytest.raises(UsageError, match="cannot hear 2 s at once that share 2 s"):
         Stream(model, RATE, window=2)
+
+
+def test_references_with_other_units_are_compared_and_left_out_of_the_loss(model: Model) -> None:
+    samples, words = song(2.0)
+    right, other = text_of(words), text_of(words).replace(words[0]["word"], "sol")
+    rows = [{"audio": raw(samples), "text": text} for text in (right, f"{right.title()}!", other)]
+    one, both, all_three = (evaluate(model, rows[:n], target="text")["metrics"] for n in (1, 2, 3))
+    assert one["loss"] == pytest.approx(both["loss"]) == pytest.approx(all_three["loss"])
+    assert both["wer"] == 0 < all_three["substitutions"]
+    assert all_three["words"] == 3 * len(words)
+
+
+def test_validation_transcripts_with_other_units_do_not_stop_a_training(model: Model, tmp_path: Path) -> None:
+    for name, text in (("train", "do re"), ("valid", "do, sol")):
+        (tmp_path / f"{name}.csv").write_text(f'audio,text\na.wav,"{text}"\n')
+    tables = {name: str(tmp_path / f"{name}.csv") for name in ("train", "valid")}
+    settings: dict[str, Any] = {
+        "task": "speech-recognition",
+        "model": {"encoders": {"audio": {"use": "cnn"}}, "decoder": {"use": "ctc"}},
+        "data": {**tables, "inputs": {"audio": "audio"}, "target": "text"},
+    }
+    TrainingData(check_recipe(settings), model.task, tmp_path).check_targets(model)
+    settings |= {"model": {"base": "any"}, "data": settings["data"] | {"train": tables["valid"]}}
+    with pytest.raises(InputError, match="the vocabulary lacks 'do,'"):
+        TrainingData(check_recipe(settings), model.task, tmp_path).check_targets(model)
 
 
 def test_a_model_without_ctc_is_refused(model: Model) -> None:

@@ -16,7 +16,7 @@ import mmhub
 from mmhub.checkpoint import read_config
 from mmhub.errors import ExitCode, MmhubError, PluginError, TrustError, UsageError
 from mmhub.hub.client import cache_dir
-from mmhub.hub.foreign import join, load_foreign, recognise, write_layout
+from mmhub.hub.foreign import find_reader, join, load_foreign, recognise, write_layout
 from mmhub.interfaces import ForeignParts, Generation, Policy
 from mmhub.plugins import get_index
 from tests.fake_parts import fake_model
@@ -243,6 +243,26 @@ def test_a_missing_plugin_is_named_before_any_weights_are_fetched(
     assert (code, out) == (ExitCode.PLUGIN, "")
     assert f"'{REPO}' is a transformers model" in err and 'plugins install "mmhub-text>=0.1,<1"' in err
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "whole", "needed"),
+    [("whisper", "WhisperForConditionalGeneration", "mmhub-text"), ("wav2vec2", "Wav2Vec2ForCTC", "mmhub-heads")],
+)
+def test_a_plugin_that_only_a_part_of_a_model_needs_is_named_before_its_weights_are_there(
+    kind: str, whole: str, needed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mmhub_audio")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [whole]}))
+    index = get_index()
+    others = tuple(plugin for plugin in index.plugins if plugin.distribution != needed)
+    monkeypatch.setattr("mmhub.plugins._index", type(index)(others))
+    monkeypatch.setattr("mmhub.plugins.has_changed", lambda: False)
+    with pytest.raises(PluginError, match="'speech' is a transformers model: ") as caught:
+        find_reader("speech", tmp_path)
+    assert needed in str(caught.value)
+    (tmp_path / "model.safetensors").touch()  # all is there, without a vocabulary: it is read as an encoder
+    assert not find_reader("speech", tmp_path).components
 
 
 @pytest.mark.parametrize(

@@ -372,10 +372,11 @@ def test_contents_that_are_not_the_same_have_not_the_same_digest(
     long = np.zeros(5000, np.float32)
     other = long.copy()
     other[2500] = 1  # where the repr of an array says "..."
-    both = [[tmp_path / "a", tmp_path / "a"], [tmp_path / "a"], "a" * 5000, "\0", [1, 2], [12], long, long.reshape(2, -1)]
-    both += [{"array": long, "sampling_rate": 8000}, {"array": other, "sampling_rate": 8000}, (8000, long), (8000, other)]
-    both += [[long, other], [other, long], np.array([long, None], object), {"array": [0.0], "sampling_rate": 1}]
-    assert len({_digest(raw, "audio") for raw in both}) == len(both)
+    path = tmp_path / "a"
+    raws: list[Any] = [[path, path], [path], "a" * 5000, "\0", [1, 2], [12], long, long.reshape(2, -1), (8000, long)]
+    raws += [{"array": long}, {"array": other}, {"array": [0.0]}, (8000, other), [long, other], [other, long]]
+    raws += [np.array([long, None], object)]
+    assert len({_digest(raw, "audio") for raw in raws}) == len(raws)
     assert _digest({"array": long.copy()}, "audio") == _digest({"array": long}, "audio")
     before = _digest(["a"], "image"), _digest("a", "text")
     os.utime(tmp_path / "a", ns=(1, 1))

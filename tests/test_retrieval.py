@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmhub.batch import Batch
 from mmhub.build import compose
@@ -22,6 +22,7 @@ from mmhub.engine.cached import Cached
 from mmhub.engine.parallel import Parallel
 from mmhub.engine.ranks import Ranks
 from mmhub.errors import UsageError
+from mmhub.evaluation import EvalOptions, evaluate
 from mmhub.metrics import flat
 from mmhub.model import Model
 from mmhub.weights import named_tensors
@@ -118,6 +119,7 @@ def write(recipe: dict[str, Any], path: Path) -> None:
 # -- from the command line -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # of two encoders `test_two_frozen_encoders_...` tells sooner, of the command line the pair of texts
 def test_pictures_and_captions_are_trained_evaluated_and_predicted(
     tmp_path: Path, here: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +181,23 @@ def _counted(encode: Any, seen: list[str]) -> Any:
         return encode(self, name, items)
 
     return run
+
+
+def test_the_loss_of_an_evaluation_does_not_depend_on_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = text_model("siglip")[0]
+    rows = [{"text": [f"which {i}?", f"{WORDS[i % 4]} {i}"]} for i in range(10)]
+    batch = model.collate(rows)
+    rows.insert(5, {"text": ["without an answer"]})
+
+    def loss(size: int) -> float:
+        options = EvalOptions(batch_size=size, workers=0)
+        return float(evaluate(model, rows, options=options)["metrics"]["loss"])
+
+    with torch.no_grad():
+        expected = model.eval()(replace(batch, targets=torch.arange(10))).loss
+    assert [loss(size) for size in (1, 4, 64)] == pytest.approx([float(expected)] * 3, rel=1e-5)
+    monkeypatch.setattr("mmhub.evaluation._RIVALS", 4)
+    assert loss(3) == pytest.approx(loss(64), rel=1e-5) != pytest.approx(float(expected), rel=1e-2)
 
 
 # -- cached gradients ----------------------------------------------------------------------------------------------
@@ -246,6 +265,19 @@ def test_dropout_is_the_same_when_rows_are_computed_again() -> None:
     found = cached(model, 3).backward(batch, 1.0, last=True)
     assert found.item() == pytest.approx(plain.item(), abs=1e-5)
     assert_same(gradients(model), expected)
+
+
+def test_running_statistics_are_updated_once_a_step() -> None:
+    model, batch = text_model("clip")
+    decoder: Any = model.decoder
+    norm = nn.BatchNorm1d(16)
+    decoder.projections["text"] = nn.Sequential(norm, decoder.projections["text"])
+    model(batch)
+    expected = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    assert expected["num_batches_tracked"] == 2  # both sides
+    norm.reset_running_stats()
+    cached(model, 100).backward(batch, 1.0, last=True)
+    assert_same(dict(norm.named_buffers()), expected)
 
 
 def test_no_more_rows_are_computed_at_once_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,13 @@ SPOKEN = sound((1e-3, 0.3), (0.2, 0.4), (1e-3, 0.1), (0.2, 0.3), (1e-3, 0.2))  #
 
 def test_loudness_is_the_power_of_each_hundredth_of_a_second_in_decibels() -> None:
     loud = loudness(torch.cat((torch.ones(80), torch.full((81,), 0.1))), RATE)
-    assert loud.tolist() == pytest.approx([0.0, -20.0, -20.0 - 19.03], abs=0.01)  # one sample of 80 is left over
+    assert loud.tolist() == pytest.approx([0.0, -20.0, -20.0], abs=0.01)  # one sample is left over
+
+
+def test_steps_last_as_long_at_any_rate() -> None:
+    for rate in (11025, 22050, 44100, 48000):
+        loud = loudness(torch.cat((torch.zeros(90 * rate), torch.ones(5 * rate))), rate)
+        assert len(loud) == 9500 and int((loud > -50).nonzero()[0]) in (8999, 9000)
 
 
 def test_silence_is_found_where_it_is() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from click.testing import CliRunner
 
 import mmhub
 from mmhub.cli.predict import predict
-from mmhub.errors import InputError, UsageError
+from mmhub.errors import InputError, MmhubError, UsageError
+from mmhub.interfaces import Generation, Policy
 from mmhub.model import Model
 from mmhub.speech import transcribe
 
@@ -127,9 +129,9 @@ def test_a_long_recording_is_read_as_it_is_heard(whisper: Model, monkeypatch: py
             opened[0] += 1
             yield window
 
-    def noted(*given: Any) -> Any:
+    def noted(*given: Any, **more: Any) -> Any:
         seen.append(opened[0])
-        return write(*given)
+        return write(*given, **more)
 
     monkeypatch.setattr(processor, "windows", counted)
     monkeypatch.setattr(writing, "write", noted)
@@ -155,6 +157,16 @@ def test_greedy_settings_are_greedy_there_too(whisper: Model, pipeline: Any) -> 
     settings = replace(decoder.generation, beams=1)
     expected = theirs(pipeline, clip, generate_kwargs={"num_beams": 1})
     assert transcribe(whisper, [raw(clip)], settings=settings) == [expected]
+
+
+def test_what_is_drawn_depends_on_the_numbers_of_sample_and_window_alone(whisper: Model) -> None:
+    samples = [raw(noise(seconds, seed)) for seed, seconds in enumerate((5.3, 1.0, 4.0))]
+    settings = Generation(temperature=1.0, seed=3, max_new_tokens=9)
+    together = transcribe(whisper, samples, settings=settings)
+    assert together == transcribe(whisper, samples, settings=settings, batch_size=1)
+    assert together[1:] == transcribe(whisper, samples[1:], settings=settings, first=1)
+    same = transcribe(whisper, samples[:1] * 2, settings=settings)
+    assert same[0] == together[0] != same[1]
 
 
 def test_a_saved_model_transcribes_the_same(whisper: Model, tmp_path: Path) -> None:
@@ -211,6 +223,10 @@ def test_predict_writes_json_and_subtitles(folder: Path, whisper: Model, tmp_pat
     assert run.invoke(predict, [*given, "--out", str(tmp_path / "a.srt")]).exit_code == 0
     twice = run.invoke(predict, [*given, *given[1:3], "--out", str(tmp_path / "b.vtt")])
     assert isinstance(twice.exception, UsageError) and "of one recording" in str(twice.exception)
+    never = run.invoke(predict, [*given, "--timestamps", "none", "--out", str(tmp_path / "b.vtt")])
+    assert isinstance(never.exception, UsageError) and "subtitles need times" in str(never.exception)
+    nowhere = run.invoke(predict, [*given, "--out", "/proc/none/b.vtt"])
+    assert isinstance(nowhere.exception, MmhubError) and "cannot write the predictions" in str(nowhere.exception)
     spoken = [one for one in expected[0]["segments"] if one["text"].strip()]
     assert (tmp_path / "a.srt").read_text().count("-->") == len(spoken) > 0
 
@@ -223,9 +239,20 @@ def test_what_cannot_be_done_is_said_in_one_line(whisper: Model) -> None:
         transcribe(whisper, [clip], language="de")
     with pytest.raises(UsageError, match="windows of 4 s were asked for, and the model hears 3 s"):
         transcribe(whisper, [clip], window=4)
+    with pytest.raises(UsageError, match="texts that end before a stop text are not for transcripts"):
+        transcribe(whisper, [clip], settings=Generation(stop=("a",)))
+    for option in ({"batch_size": 0}, {"window": math.nan}, {"window": -1.0}, {"overlap": math.nan}):
+        with pytest.raises(UsageError, match=f"{next(iter(option))} is "):
+            transcribe(whisper, [clip], **option)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"the array lasts 1.0 s, more than the limit of 0.5 s"):
+        transcribe(whisper, [clip], policy=Policy(max_seconds=0.5))
+    with pytest.raises(InputError, match=r"the array lasts 4.0 s, but Whisper takes at most 3 s"):
+        whisper.collate([raw(noise(4.0))])
     with pytest.raises(InputError, match=r"no file 'nowhere\.wav'") as caught:
         transcribe(whisper, [clip, {"audio": "nowhere.wav"}])
     assert caught.value.row == 1
+    with pytest.raises(InputError, match="`mmhub predict` takes recordings of any length"):
+        whisper.collate([raw(noise(3.1))])
     with pytest.raises(InputError, match=r"lasts 21601.0 s, more than the limit of 21600 s"):
         transcribe(whisper, [{"audio": {"array": np.zeros(21601 * 1000, np.int8), "sampling_rate": 1000}}])
 

@@ -44,6 +44,8 @@ def test_what_is_no_matter_of_hearing_does_not_count() -> None:
     assert (found["wer"], found["cer"], found["words"]) == (0, 0, 3)
     assert normalised("\uff21\u0301 'tis well-known") == "\u00e1 tis well known"
     assert speech([{"text": "dont"}], ["don't"])["wer"] == 1
+    assert normalised("co\u00adop \u0645\u06cc\u200c\u062e") == "coop \u0645\u06cc\u062e"  # soft hyphen, ZWNJ
+    assert normalised("$5 + 3%") == "5 3" and "symbols" in NORMALISER
 
 
 def test_a_reference_without_words_counts_what_was_heard_there() -> None:

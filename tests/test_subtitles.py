@@ -53,6 +53,24 @@ def test_words_make_lines_of_at_most_42_characters_and_7_seconds() -> None:
     assert lines[-1] == "slow2 slow3 slow4"  # 7 seconds; the one before would make it 10
 
 
+def test_a_line_of_words_ends_where_a_segment_does() -> None:
+    words = [{"word": f"word{n}", "start": n * 0.5, "end": n * 0.5 + 0.4} for n in range(10)]
+    parts = [{"text": "all but one", "start": 0.0, "end": 4.4}, {"text": "word9", "start": 4.5, "end": 4.9}]
+    found = as_text({"text": "", "words": words, "segments": parts}, ".srt")
+    lines = [block.split("\n")[2] for block in found.split("\n\n")]
+    assert lines == ["word0 word1 word2 word3 word4 word5 word6", "word7 word8", "word9"]
+
+
+def test_a_long_segment_without_words_is_parted_by_its_characters() -> None:
+    text = " ".join(["four"] * 100)
+    found = as_text({"text": text, "segments": [{"text": text, "start": 10.0, "end": 59.9}]}, ".srt").split("\n\n")
+    lines = [block.strip().split("\n") for block in found]
+    assert " ".join(line[2] for line in lines) == text and max(len(line[2]) for line in lines) <= 42
+    times = [[seconds(time) for time in line[1].split(" --> ")] for line in lines]
+    assert times[0][0] == 10.0 and times[-1][1] == 59.9
+    assert times[1][0] == pytest.approx(10 + 49.9 * 40 / 499, abs=1e-3)  # eight words and a blank each stood before
+
+
 def seconds(text: str) -> float:
     hours, minutes, rest = text.replace(",", ".").split(":")
     return int(hours) * 3600 + int(minutes) * 60 + float(rest)

@@ -4,7 +4,7 @@ IN holds train.parquet and valid.parquet with the columns audio {bytes, path}, w
 same names with audio (FLAC), text ("seven three nine"), speaker, and words [{word, start, end}] (seconds).
 
 A sequence has 3 to 7 recordings of one speaker with pauses of 50 to 200 ms of faint noise between them. The silence at
-both ends of a recording, up to a quarter of a second, is cut off, so that a word begins and ends where its times say.
+both ends of a recording is cut down to 20 ms, so that a word begins and ends where its times say.
 Validation sequences are made of validation recordings alone.
 """
 

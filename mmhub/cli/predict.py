@@ -12,7 +12,7 @@ import click
 from mmhub.cli.labels import labels_options, read_labels
 from mmhub.cli.options import columns_options, device_option, parse_mapping, parse_names, urls_option
 from mmhub.cli.output import emit, json_option, note, quiet_option
-from mmhub.cli.speech import check_speech, speech_options, take_search, wants_subtitles, write_subtitles
+from mmhub.cli.speech import check_speech, check_writing, speech_options, take_search, wants_subtitles, write_subtitles
 from mmhub.cli.writing import read_settings, writing_options
 from mmhub.errors import InputError, NotFoundError, UsageError, did_you_mean
 
@@ -79,22 +79,24 @@ def predict(
         raise UsageError("give samples with --text, --image, --audio, or a table with --data", "not both, not neither")
     if out and out.exists():
         raise UsageError(f"'{out}' exists", "name another file with --out")
-    above = next((path for path in out.parents if path.exists()), None) if out else None
-    if above and not above.is_dir():
-        raise UsageError(f"'{above}' is a file", "name another file with --out")
+    if out:
+        _check_folder(out)
     check_files((*image, *audio))
     names = read_labels(labels, templates)
     samples = _zip(given) if given else []
     from mmhub.hub import load
     from mmhub.interfaces import Policy, TextDecoder
+    from mmhub.speech import LONGEST
 
     model = load(name, device=device)
     if names:
         from mmhub.zero_shot import classifier
 
         model = classifier(model, names, templates, batch_size=batch_size)
-    policy = Policy(urls=allow_urls)
+    hears = model.task.name == "speech-recognition"
+    policy = Policy(urls=allow_urls, max_seconds=LONGEST) if hears else Policy(urls=allow_urls)
     search = take_search(model, speech, writing)
+    check_writing(model, writing)
     writes = bool(writing) or isinstance(model.decoder, TextDecoder)
     settings = read_settings(model, writing) if writes else None
 
@@ -103,11 +105,11 @@ def predict(
         speech = {"timestamps": "segment"} | speech
 
     def answer(samples: list[dict[str, Any]], first: int = 0) -> list[dict[str, Any]]:
-        if model.task.name == "speech-recognition":
+        if hears:
             from mmhub.speech import transcribe
 
             how = {"settings": settings, "search": search} | speech
-            return transcribe(model, samples, batch_size=batch_size, policy=policy, **how)
+            return transcribe(model, samples, batch_size=batch_size, policy=policy, first=first, **how)
         found: list[dict[str, Any]] = (
             model.predict(samples, batch_size=batch_size, policy=policy)
             if settings is None
@@ -121,6 +123,19 @@ def predict(
         note(f"{len(predictions)} predictions in {out}", quiet)
     if not out or as_json:
         emit({"predictions": predictions}, as_json, "\n".join(_line(answer) for answer in predictions))
+
+
+def _check_folder(out: Path) -> None:
+    """Report that a file cannot be written before there is something to write."""
+    from tempfile import TemporaryFile
+
+    from mmhub.files import disk_errors
+
+    above = next(path for path in out.parents if path.exists())
+    if not above.is_dir():
+        raise UsageError(f"'{above}' is a file", "name another file with --out")
+    with disk_errors("the predictions", out.parent), TemporaryFile(dir=above):
+        pass
 
 
 def check_files(files: tuple[str, ...]) -> None:

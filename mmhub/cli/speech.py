@@ -65,19 +65,36 @@ def take_search(model: Any, speech: dict[str, Any], writing: dict[str, Any]) -> 
     return search or None
 
 
+def check_writing(model: Any, writing: dict[str, Any]) -> None:
+    """Refuse options of writing for models that hear frame by frame; `take_search` took theirs.
+
+    Raises:
+        UsageError: there are some.
+    """
+    if writing and hasattr(model.decoder, "emissions"):
+        name = next(iter(writing)).replace("_", "-")
+        what = f"--{name} is for models that write, and {model.name or 'this model'} hears frame by frame"
+        raise UsageError(what, "leave it out; it takes --beams and --language-model")
+
+
 def wants_subtitles(out: Path | None) -> bool:
     """Does the name of the file say that it is one of subtitles?"""
     return out is not None and out.suffix.lower() in (".srt", ".vtt")
 
 
 def check_speech(model: Any, speech: dict[str, Any], out: Path | None, recordings: int) -> None:
-    """Refuse options for speech where there is none, and one file of subtitles for several recordings.
+    """Refuse options for speech where there is none, and subtitles of several recordings or without times.
 
     Raises:
-        UsageError: the model is for another task, or there is not one recording.
+        UsageError: the model is for another task, there is not one recording, or no times are asked for or known.
     """
     if wants_subtitles(out) and recordings != 1:
         raise UsageError(f"'{out}' takes the subtitles of one recording", "give one --audio at a time")
+    if wants_subtitles(out) and speech.get("timestamps") == "none":
+        raise UsageError("subtitles need times, and --timestamps none asks for none", "leave --timestamps out")
+    if wants_subtitles(out) and hasattr(model.decoder, "emissions") and model.decoder.seconds is None:
+        what = f"the encoder of {model.name or 'this model'} does not say what a token lasts: it has no times"
+        raise UsageError(what, "name another file with --out, such as out.jsonl")
     if model.task.name == "speech-recognition":
         return
     given = [f"--{name}" for name in speech] or (["a file of subtitles"] if wants_subtitles(out) else [])

@@ -104,7 +104,8 @@ class Collate:
     """Turn table rows into a batch.
 
     `seed` switches training-time augmentation on; it and the row number alone decide what happens to a row. `read`
-    holds by modality what is read already (see `mmhub.data.lengths`), of a decoder of pairs in two items a pair.
+    holds by modality what is read already (see `mmhub.data.lengths`), of a decoder of pairs in two items a pair. Rows
+    that are `measured` need targets that answers can be compared with, and no more.
     """
 
     rows: Any  # Rows, or another source with its `folder` and `where`
@@ -117,6 +118,7 @@ class Collate:
     seed: int | None = None
     features: Mapping[str, Kept] = field(default_factory=dict)  # of frozen encoders; these need no processor
     read: Mapping[str, ReadItems] = field(default_factory=dict)
+    measured: bool = False
 
     @property
     def columns(self) -> list[str] | None:
@@ -176,7 +178,7 @@ class Collate:
         decoder: Any = self.decoder
         if hasattr(decoder, "encode_pointed"):
             return decoder.encode_pointed(batch.raw_targets, batch.raw, self.processors)
-        return decoder.encode_targets(batch.raw_targets)
+        return (decoder.encode_references if self.measured else decoder.encode_targets)(batch.raw_targets)
 
     def _raw(self, modality: str, column: str, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> list[Any]:
         """One raw input a row, None where there is none; of features that are kept, whether there are any."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import random
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmhub.batch import Batch
 from mmhub.engine.compute import autocast
@@ -62,7 +63,8 @@ class Cached:
         found, states = [], []
         for part in parts:
             states.append(RandomState.now(self.device))
-            with torch.no_grad(), self._autocast():  # its own, for a weight cast without a graph must not be kept
+            # an autocast of its own, for a weight cast without a graph must not be kept
+            with torch.no_grad(), self._autocast(), _statistics_kept(self.parallel.model):
                 found.append(self.parallel.model(part).logits)
         return torch.cat(found).requires_grad_(), states
 
@@ -80,6 +82,23 @@ class Cached:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.device, self.precision)
+
+
+@contextmanager
+def _statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Let batch norms leave their running statistics as they are: the rows are computed once more, with a graph."""
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats
+    ]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 @dataclass(frozen=True)

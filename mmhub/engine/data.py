@@ -87,16 +87,17 @@ class TrainingData:
             start = 0
             while part := list(islice(values, 1024)):
                 try:
-                    self._try(model, part)
+                    self._try(model, part, measured=rows is self.valid)
                 except InputError as error:
                     raise self.at_target(start + (error.row or 0), error, rows) from None
                 start += len(part)
 
     @staticmethod
-    def _try(model: Model, targets: list[Any]) -> None:
+    def _try(model: Model, targets: list[Any], *, measured: bool) -> None:
         """Encode targets, or where that takes their inputs, too, look at their form alone."""
         decoder: Any = model.decoder
-        (decoder.references if hasattr(decoder, "encode_pointed") else decoder.encode_targets)(targets)
+        encode = decoder.encode_references if measured else decoder.encode_targets
+        (decoder.references if hasattr(decoder, "encode_pointed") else encode)(targets)
 
     def at_target(self, row: int, error: InputError, rows: Any = None) -> InputError:
         """Say which target is wrong, and what can be done."""

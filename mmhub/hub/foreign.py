@@ -46,7 +46,7 @@ def find_reader(name: str, folder: Path) -> ForeignReader:
 
     Raises:
         TrustError: the model needs code of its own, or is no model at all.
-        PluginError: the plugin that reads it is missing. MmhubError: a plugin refuses it.
+        PluginError: the plugin that reads it, or a part of it, is missing. MmhubError: a plugin refuses it.
     """
     config = as_table(read_json(folder / "config.json"))
     if config.get("auto_map"):
@@ -63,6 +63,11 @@ def find_reader(name: str, folder: Path) -> ForeignReader:
     refusal = readers[0].refusal
     if refusal is not None:
         raise type(refusal)(f"'{name}' cannot be loaded: {refusal.message}", refusal.hint)
+    for kind, component in readers[0].components:
+        try:
+            find_component(kind, component)
+        except MmhubError as error:
+            raise type(error)(f"'{name}' is a {readers[0].library} model: {error.message}", error.hint) from None
     return readers[0]
 
 

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -18,7 +19,8 @@ from mmhub.index.store import Vectors
 class Progress:
     """Vectors by their stamps, written every so many `seconds` as one more file.
 
-    Those of another model, `source` or modality are passed by: a stamp says what a file is called, not where. A file is written whole or not at all, and one that is damaged costs no more than its vectors.
+    Those of another model, source or modality are passed by: a stamp says what a file is called below its folder, not
+    where that lies. A file is written whole or not at all, and one that is damaged costs no more than its vectors.
     """
 
     def __init__(self, folder: Path, identity: str, source: Path, modality: str, seconds: float = 20.0) -> None:
@@ -55,7 +57,8 @@ class Progress:
         """
         if self._stamps:
             content = io.BytesIO()
-            np.savez(content, stamps=self._stamps, vectors=np.concatenate(self._vectors), **self._of)
+            parts: dict[str, Any] = {"stamps": self._stamps, "vectors": np.concatenate(self._vectors)}
+            np.savez(content, **parts | self._of)
             with disk_errors("the index", self.folder.parent):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_file(self.folder / f"{time.time_ns()}.npz", content.getvalue())

@@ -41,11 +41,15 @@ class ForeignParts:
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignReader:
-    """A plugin's offer to read a folder. `refusal` says why it will not, before any weights are fetched for it."""
+    """A plugin's offer to read a folder. `refusal` says why it will not, before any weights are fetched for it.
+
+    `components` are those of other plugins that it takes, (kind, name): they must be there, too.
+    """
 
     library: str  # as people know it: "transformers", "timm"
     read: Callable[[Path], ForeignParts]
     refusal: MmhubError | None = None
+    components: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

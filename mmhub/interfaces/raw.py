@@ -33,6 +33,8 @@ class Policy:
 def describe_raw(raw: Any) -> str:
     """Name a raw input for an error message, without its content."""
     if isinstance(raw, Mapping):
+        if not raw.get("path") and raw.get("array") is not None:
+            return "the array"
         return f"'{raw['path']}'" if raw.get("path") else f"{len(raw.get('bytes') or b'')} embedded bytes"
     if isinstance(raw, (str, os.PathLike)):
         text = os.fspath(raw)

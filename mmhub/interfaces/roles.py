@@ -97,12 +97,13 @@ class Processor(ABC):
     def windows(self, raw: Any, policy: Policy, seconds: float, overlap: float) -> Iterator[Window]:
         """Cut one raw input that lasts into windows of at most `seconds`, each sharing `overlap` with its neighbours.
 
-        Only the window that is looked at need be in memory.
+        Only the window that is looked at need be in memory. Override for an encoder that is to hear recordings of any
+        length; else the whole input is one window, which ends at 0: nobody knows.
 
         Raises:
-            InputError: `raw` is not a usable input. UsageError: this modality does not last.
+            InputError: `raw` is not a usable input. UsageError: no windows can be cut so.
         """
-        raise UsageError(f"{self.modality} has no length in time", "windows are for audio")
+        yield Window(raw, 0.0, 0.0)
 
     def fit(self, raws: Iterable[Any]) -> None:  # noqa: B027 - optional, unlike the abstract methods
         """Learn state such as a vocabulary from training inputs. Called once, and only if `needs_fit` is set."""
@@ -356,6 +357,11 @@ class Decoder(nn.Module, ABC):
         Raises:
             InputError: a target is missing, of the wrong type, or unknown (`row` is set).
         """
+
+    def encode_references(self, targets: Sequence[Any]) -> Any:
+        """Encode targets of rows that are measured, not trained on: as `encode_targets`, or with a weight of 0 for one
+        that cannot be encoded but can be compared with an answer."""
+        return self.encode_targets(targets)
 
     def references(self, targets: Sequence[Any]) -> list[Any]:
         """Return raw targets in the form in which `predict` answers, for metrics."""

@@ -7,13 +7,20 @@ from typing import Any
 
 from mmhub.metrics.captions import captions, visual_answers
 from mmhub.metrics.classification import accuracy, classes, labels, macro_f1, multilabel, regression, top
-from mmhub.metrics.retrieval import retrieval
 from mmhub.metrics.speech import speech
 from mmhub.metrics.translation import translation
 from mmhub.metrics.understanding import answers, calibration, tagging
 
 # A value is a number, a text that says how one was computed, or the numbers of several things by name.
 Metric = Callable[[Sequence[Mapping[str, Any]], Sequence[Any]], Mapping[str, Any]]
+
+
+def _retrieval(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]) -> Mapping[str, Any]:
+    """Measured with numpy, which commands that only list do without."""
+    from mmhub.metrics.retrieval import retrieval
+
+    return retrieval(predictions, references)
+
 
 METRICS: dict[str, Metric] = {
     "accuracy": accuracy,
@@ -25,7 +32,7 @@ METRICS: dict[str, Metric] = {
     "tagging": tagging,
     "answers": answers,
     "calibration": calibration,
-    "retrieval": retrieval,
+    "retrieval": _retrieval,
     "speech": speech,
     "captions": captions,
     "visual_answers": visual_answers,

@@ -8,7 +8,10 @@ from typing import Any
 
 from mmhub.errors import PluginError
 
-NORMALISER = "mmhub-1: NFKC, lower case, punctuation except apostrophes dropped, blanks collapsed"
+NORMALISER = (
+    "mmhub-1: NFKC, lower case, punctuation and symbols ($ + %) made blanks except apostrophes within words, so that "
+    "hyphens split words, invisible characters (Cf) dropped, blanks collapsed"
+)
 _APOSTROPHES = {"\u2019": "'", "\u02bc": "'", "\uff07": "'"}
 _INSTALL = "pip install 'mmhub[speech]', or pip install jiwer"
 
@@ -46,13 +49,14 @@ def speech(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]) 
 def normalised(text: str) -> str:
     """Return a text without what is no matter of hearing: its case, punctuation and white space.
 
-    Hyphens and other punctuation between letters become blanks; apostrophes stay only within words.
+    Hyphens, other punctuation and symbols become blanks; apostrophes stay only within words. What only tells how
+    letters are set, such as soft hyphens, is dropped.
 
     >>> normalised("  The well-known Caf\u00c9: \u201cdon\u2019t!\u201d ")
     "the well known caf\u00e9 don't"
     """
     folded = unicodedata.normalize("NFKC", text).lower()
-    plain = (_APOSTROPHES.get(char, char) for char in folded)
+    plain = (_APOSTROPHES.get(char, char) for char in folded if unicodedata.category(char) != "Cf")
     kept = "".join(char if char == "'" or not _is_mark(char) else " " for char in plain)
     return " ".join(word for part in kept.split() if (word := part.strip("'")))
 

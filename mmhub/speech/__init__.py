@@ -6,8 +6,8 @@ How a model turns a window into text is `mmhub.speech.ctc`'s business (frame by 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mmhub.errors import UsageError
@@ -33,23 +33,29 @@ def transcribe(
     translate: bool = False,
     settings: Generation | None = None,
     search: Any = None,
+    first: int = 0,
 ) -> list[dict[str, Any]]:
     """Write down what is said in each sample's recording, {"audio": raw input}, in order.
 
-    An answer is {"text"}, with "segments", a list of {"text", "start", "end"}, or "words", of {"word", "start", "end"},
-    all in seconds, where `timestamps` asks for them and the model gives them. Recordings of up to 6 hours are cut into
-    windows of `window` seconds, 0 for the model's own, each sharing `overlap` seconds with the next, -1 for the model's
-    own; `batch_size` windows are heard at once. `language` (a code or English name) and `translate`, into English, are
-    for models that know several languages. `settings` say how decoders that write choose their tokens, and `search` how
-    those that do not find theirs.
+    An answer is {"text"}. Decoders that write add "segments", a list of {"text", "start", "end"} in seconds, where
+    `timestamps` asks for them. Those that hear frame by frame (CTC) know times anyway: whatever `timestamps` says,
+    their answers have a "score" and, if the encoder says what a token lasts, "segments" and "words", a list of {"word",
+    "start", "end"}. Recordings, of up to 6 hours if no `policy` is given, are cut into windows of `window` seconds, 0
+    for the model's own, each sharing `overlap` seconds with the next, -1 for the model's own; `batch_size` windows are
+    heard at once. `language` (a code or English name) and `translate`, into English, are for models that know several
+    languages. `settings` say how decoders that write choose their tokens, without stop texts for Whisper, and `search`
+    how those that do not find theirs. Samples are numbered from `first`; what is drawn depends on the seed and the
+    numbers of sample and window alone.
 
     Raises:
         UsageError: the model cannot do what is asked. InputError: a recording cannot be read; `row` is its position.
     """
     if timestamps not in get_args(Timestamps):
         raise UsageError(f"timestamps is {timestamps!r}", f"choose one of {', '.join(get_args(Timestamps))}")
-    policy = policy or Policy()
-    policy = replace(policy, max_seconds=max(policy.max_seconds, LONGEST))
+    _check_windows(window, overlap, batch_size)
+    policy = policy or Policy(max_seconds=LONGEST)
+    samples = [dict(sample) if isinstance(sample, Mapping) else sample for sample in samples]
+    numbers = {id(sample): row for row, sample in enumerate(samples, first)}  # guards may leave only some of them
     options: dict[str, Any] = {"window": window, "overlap": overlap, "batch_size": batch_size, "policy": policy}
     if isinstance(model.decoder, TextDecoder):
         from mmhub.speech.writing import transcribe_written
@@ -60,11 +66,24 @@ def transcribe(
         if len(model.modalities) > 1:
             if timestamps != "none" or language or translate or window:
                 raise UsageError("a model that takes more than speech has no windows and times", "leave those out")
-            return model.generate(samples, settings, batch_size=batch_size, policy=policy)
-        return model.guarded(samples, lambda part: transcribe_written(model, part, **options))
+            return model.generate(samples, settings, batch_size=batch_size, policy=policy, first=first)
+
+        def written(part: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+            return transcribe_written(model, part, **options, numbers=[numbers[id(sample)] for sample in part])
+
+        return model.guarded(samples, written)
     if language or translate or settings is not None:
         what = f"{model.name or 'this model'} hears frame by frame: it knows no languages and no settings of writing"
         raise UsageError(what, "leave language, translate and the settings out")
     from mmhub.speech.ctc import transcribe_ctc
 
     return model.guarded(samples, lambda part: transcribe_ctc(model, part, **options, search=search))
+
+
+def _check_windows(window: float, overlap: float, batch_size: int) -> None:
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}", "expected how many windows are heard at once, 1 or more")
+    if not 0 <= window < math.inf:
+        raise UsageError(f"window is {window}", "expected seconds, or 0 for the model's own")
+    if overlap != -1 and not 0 <= overlap < math.inf:
+        raise UsageError(f"overlap is {overlap}", "expected seconds, or -1 for the model's own")

@@ -71,10 +71,11 @@ def transcribe_ctc(
     hearer = hearer_of(model)
     size, share = window or WINDOW, overlap if overlap >= 0 else min(OVERLAP, (window or WINDOW) / 4)
     found = [_Transcript(hearer, search) for _ in samples]
-    windows = _windows(model, samples, size, share, policy or Policy())
+    policy = policy or Policy()
+    windows = _windows(model, samples, size, share, policy)
     answers: list[dict[str, Any]] = []
     while part := list(islice(windows, batch_size)):
-        heard = hear(model, [one.raw for _, one in part])
+        heard = hear(model, [one.raw for _, one in part], policy)
         for (row, one), log_probs in zip(part, heard, strict=True):
             answers += [found[done].finish() for done in range(len(answers), row)]
             found[row].add(one, log_probs)
@@ -92,7 +93,11 @@ def align(model: Model, audio: Any, text: str, *, policy: Policy | None = None) 
     """
     hearer = hearer_of(model)
     model.check_sample(0, {"audio": audio})
-    words = hearer.align(hear(model, [audio], policy)[0], text)
+    log_probs = hear(model, [audio], policy)[0]
+    try:
+        words = hearer.align(log_probs, text)
+    except InputError as error:  # its hint is for data to train on
+        raise InputError(error.message, "give what was said, in units that the model knows") from None
     policy = policy or Policy()
     (whole,) = model.processors["audio"].windows(audio, policy, policy.max_seconds, 0.0)
     return settle(words, _loudness(whole))
@@ -117,8 +122,9 @@ class Stream:
         search: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.rate, self._search = model, rate, search
-        self._size, self._share = round(window * rate), round(overlap * rate)
-        if rate <= 0 or not 0 <= self._share < self._size:
+        usable = rate > 0 and math.isfinite(window) and math.isfinite(overlap)
+        self._size, self._share = (round(window * rate), round(overlap * rate)) if usable else (0, 0)
+        if not usable or not 0 <= self._share < self._size:
             raise UsageError(
                 f"cannot hear {window:g} s at once that share {overlap:g} s, at {rate} Hz",
                 "expected a rate in Hz, and an overlap from 0 to less than a window",
@@ -167,7 +173,7 @@ class Stream:
         return math.ceil(least * self.rate / rate)
 
     def _hear(self, samples: Tensor, right: int) -> tuple[Window, Tensor]:
-        raw = {"array": samples.numpy(), "sampling_rate": self.rate}
+        raw = {"array": samples.numpy(), "sampling_rate": self.rate, "mono": True}
         start, end = self._start / self.rate, (self._start + len(samples)) / self.rate
         window = Window(raw, start, end, self._left / self.rate, right / self.rate)
         return window, hear(self.model, [raw])[0]
@@ -227,7 +233,7 @@ class _Transcript:
     def add(self, window: Window, log_probs: Tensor) -> None:
         """Go on with what was heard in the next window, (T, V)."""
         self.held = self._joined(window, log_probs)
-        if self.hearer.seconds is not None:
+        if self.hearer.seconds is not None and window.end:
             self.loud = torch.cat((self.loud, _loudness(window)[len(self.loud) - round(window.start / STEP) :]))
         seconds = self.hearer.seconds
         while seconds is not None and len(self.held) * seconds > PIECE:
@@ -297,6 +303,9 @@ def segments(words: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _loudness(window: Window) -> Tensor:
+    """The loudness of a window, (F,), none of a recording that its processor does not cut."""
+    if not window.end:
+        return torch.zeros(0)
     return loudness(torch.as_tensor(window.raw["array"]), window.raw["sampling_rate"])
 
 

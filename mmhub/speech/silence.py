@@ -6,6 +6,8 @@ milliseconds long. Where there is a pause beside a word, its edge is heard in th
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,20 +23,24 @@ _REACH = 0.3  # seconds from where the model puts an edge to where it may be mov
 
 
 def loudness(samples: Tensor, rate: int) -> Tensor:
-    """Return the power of samples (S,) in dB over each 10 ms, (F,); what is left at the end counts as a whole step."""
-    size = max(round(rate * STEP), 1)
-    padded = torch.nn.functional.pad(samples, (0, -len(samples) % size))
-    return 10 * (padded.view(-1, size).square().mean(1) + 1e-10).log10()
+    """Return the power of samples (S,) in dB in each 10 ms, (F,), at any rate in Hz; the last step may be shorter."""
+    edges = (torch.arange(math.ceil(len(samples) / (rate * STEP)) + 1) * (rate * STEP)).round().long()
+    edges = edges.clamp(max=len(samples))
+    total = torch.cat((torch.zeros(1, dtype=torch.float64), samples.double().square().cumsum(0)))
+    power = total[edges].diff() / edges.diff().clamp(min=1)
+    return (10 * (power.clamp(min=0) + 1e-10).log10()).float()
 
 
 def settle(words: Sequence[Mapping[str, Any]], loud: Tensor) -> list[dict[str, Any]]:
     """Return words, {"word", "start", "end"} in seconds, that begin and end where the silence beside them does.
 
-    A little of the silence is left to each. Between the middles of two words that of all silences counts that is long and near to where the model puts their
-    edges; without any, edges stay. `loud` is the `loudness` of the recording, (F,).
+    A little of the silence is left to each. Between the middles of two words that of all silences counts that is long
+    and near to where the model puts their edges; without any, edges stay. `loud` is the `loudness` of the recording,
+    (F,).
     """
     found = [dict(word) for word in words]
     quiet = silences(loud)
+    starts, ends = [start for start, _ in quiet], [end for _, end in quiet]
     middles = [(word["start"] + word["end"]) / 2 for word in found]
     for place in range(len(found) + 1):
         before = found[place - 1] if place else None
@@ -42,7 +48,8 @@ def settle(words: Sequence[Mapping[str, Any]], loud: Tensor) -> list[dict[str, A
         low = middles[place - 1] if before else 0.0
         high = middles[place] if after else len(loud) * STEP
         edges = ([before["end"]] if before else []) + ([after["start"]] if after else [])
-        best = _nearest(quiet, low, high, sum(edges) / len(edges)) if edges else None
+        between = quiet[bisect_right(ends, low) : bisect_left(starts, high)]
+        best = _nearest(between, low, high, sum(edges) / len(edges)) if edges else None
         if best is None:
             continue
         pad = min(PAD, (best[1] - best[0]) / 3)

@@ -17,7 +17,10 @@ Cue = tuple[float, float, str]  # start, end, text
 
 
 def write(answer: Mapping[str, Any], path: str | Path) -> Path:
-    """Write a transcript's segments, or its words in lines of at most 42 characters and 7 seconds, as subtitles.
+    """Write a transcript as subtitles: its words in lines of at most 42 characters and 7 seconds, or its segments.
+
+    A line ends where a segment does. Where there are no words, a segment longer than a line is parted, and its time
+    shared out by characters.
 
     The end of the name, .srt or .vtt, says which format. `answer` is one of `mmhub.speech.transcribe`.
 
@@ -52,23 +55,37 @@ def as_text(answer: Mapping[str, Any], kind: str) -> str:
 
 
 def _cues(answer: Mapping[str, Any]) -> Iterator[Cue]:
-    if answer.get("segments"):
+    if answer.get("words"):
+        starts = [one["start"] for one in answer.get("segments") or ()]
+        yield from _lines(answer["words"], starts)
+    elif answer.get("segments"):
         for one in answer["segments"]:
-            if text := " ".join(str(one["text"]).split()):
+            text = " ".join(str(one["text"]).split())
+            if len(text) > WIDTH:
+                yield from _lines(_words(one["start"], one["end"], text))
+            elif text:
                 yield _lasting(one["start"], one["end"], text)
-    elif answer.get("words"):
-        yield from _lines(answer["words"])
     elif str(answer.get("text") or "").strip():
         what = "the transcript says nothing about times"
         raise UsageError(what, 'ask for them: --timestamps segment (timestamps="segment")')
 
 
-def _lines(words: Sequence[Mapping[str, Any]]) -> Iterator[Cue]:
-    """Words joined to lines that are short enough, in characters and seconds."""
+def _words(start: float, end: float, text: str) -> list[dict[str, Any]]:
+    """The words of a segment, each with as much of its time as it has of its characters."""
+    found, place, second = [], 0, (end - start) / len(text)
+    for word in text.split(" "):
+        last = place + len(word)
+        found.append({"word": word, "start": start + place * second, "end": start + last * second})
+        place = last + 1
+    return found
+
+
+def _lines(words: Sequence[Mapping[str, Any]], starts: Sequence[float] = ()) -> Iterator[Cue]:
+    """Words joined to lines that are short enough, in characters and seconds, and end where one of `starts` comes."""
     line: list[Mapping[str, Any]] = []
     for word in words:
         long = line and (len(_joined([*line, word])) > WIDTH or word["end"] - line[0]["start"] > SECONDS)
-        if long:
+        if long or (line and any(line[-1]["start"] < start <= word["start"] for start in starts)):
             yield _lasting(line[0]["start"], line[-1]["end"], _joined(line))
             line = []
         line.append(word)

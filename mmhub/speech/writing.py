@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mmhub.model import Model
 
 _AUDIO = "audio"
+_WINDOW, _TURN = 40, 64  # the bits of a number for random choices from which on a window, and its turn, stand
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,13 @@ def transcribe_written(
     language: str,
     translate: bool,
     settings: Generation | None,
+    numbers: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """Transcribe as `mmhub.speech.transcribe` says; samples hold a recording each."""
+    """Transcribe as `mmhub.speech.transcribe` says; samples hold a recording each, `numbers` are the samples'."""
     voice = _voice(model, timestamps, language, translate)
+    if voice and (settings or voice.generation).stop:
+        what = "texts that end before a stop text are not for transcripts: windows are heard one by one, and joined"
+        raise UsageError(what, "leave `stop` out, and cut the transcript")
     own = float(getattr(model.processors[_AUDIO], "window_seconds", 0.0))
     if own and window > own:
         raise UsageError(f"windows of {window:g} s were asked for, and the model hears {own:g} s", "ask for no more")
@@ -67,7 +72,9 @@ def transcribe_written(
     model.eval()
     try:
         while batch := list(islice(pieces, batch_size)):
-            for (row, piece), (ids, text) in zip(batch, _hear(model, voice, batch, policy, settings), strict=True):
+            known = [numbers[row] + (place << _WINDOW) for row, place, _ in batch]
+            heard = _hear(model, voice, batch, policy, settings, known)
+            for (row, _, piece), (ids, text) in zip(batch, heard, strict=True):
                 found[row].append(Heard(ids, text, piece.start, piece.end, piece.left, piece.right))
     finally:
         model.train(was_training)
@@ -89,8 +96,8 @@ def _voice(model: Model, timestamps: str, language: str, translate: bool) -> Any
 
 def _pieces(
     model: Model, samples: Sequence[Mapping[str, Any]], window: float, overlap: float, policy: Policy
-) -> Iterator[tuple[int, Window]]:
-    """The windows of all recordings one after the other, each with its sample's number."""
+) -> Iterator[tuple[int, int, Window]]:
+    """The windows of all recordings one after the other, each with its sample's place and its own in the recording."""
     processor = model.processors[_AUDIO]
     for row, sample in enumerate(samples):
         model.check_sample(row, sample)
@@ -98,27 +105,34 @@ def _pieces(
         try:
             if len(raws) != 1:
                 raise InputError(f"a transcript is of one recording, and {len(raws)} were given", "give one a sample")
-            for piece in processor.windows(raws[0], policy, window, overlap):
-                yield row, piece
+            for place, piece in enumerate(processor.windows(raws[0], policy, window, overlap)):
+                yield row, place, piece
         except InputError as error:
             raise _at(error, row) from None
 
 
 def _hear(
-    model: Model, voice: Any, batch: Sequence[tuple[int, Window]], policy: Policy, settings: Generation | None
+    model: Model,
+    voice: Any,
+    batch: Sequence[tuple[int, int, Window]],
+    policy: Policy,
+    settings: Generation | None,
+    numbers: Sequence[int],
 ) -> list[tuple[list[int], str]]:
     """Write about windows, each by itself: ids and text. What a window still holds behind its last whole segment is
-    heard again, for a text must not end within a word."""
+    heard again, for a text must not end within a word. `numbers` are the windows', for random choices."""
     processor = model.processors[_AUDIO]
     try:
-        items: Items = processor([piece.raw for _, piece in batch], policy)
+        items: Items = processor([piece.raw for _, _, piece in batch], policy)
     except InputError as error:
         raise _at(error, batch[error.row or 0][0]) from None
     data, texts = items.data, [""] * len(batch)
     ids: list[list[int]] = [[] for _ in batch]
-    done, live = torch.zeros(len(batch)), list(range(len(batch)))
+    done, live, turn = torch.zeros(len(batch)), list(range(len(batch))), 0
     while live:
-        for place, (new, text, covered) in zip(list(live), _write(model, voice, items, settings), strict=True):
+        rows = [numbers[place] + (turn << _TURN) for place in live]
+        turn += 1
+        for place, (new, text, covered) in zip(list(live), _write(model, voice, items, settings, rows), strict=True):
             ids[place] += new
             texts[place] += text
             done[place] = float("inf") if not covered else float(done[place]) + covered
@@ -132,12 +146,12 @@ def _hear(
 
 
 def _write(
-    model: Model, voice: Any, items: Items, settings: Generation | None
+    model: Model, voice: Any, items: Items, settings: Generation | None, rows: Sequence[int]
 ) -> Iterator[tuple[list[int], str, float | None]]:
     """Ids, text, and how many seconds the ids cover, None for all, of each item."""
     bundle = model.fusion(model.encode({_AUDIO: items.to(model.device)}, items.batch))
     decoder: Any = voice or model.decoder
-    for (found,) in write(decoder, bundle, settings):
+    for (found,) in write(decoder, bundle, settings, rows=rows):
         ids, covered = voice.heard(found.ids) if voice else (list(found.ids), None)
         yield ids, found.text, covered
 
@@ -150,6 +164,9 @@ def _joined(voice: Any, windows: Sequence[Heard], timestamps: str) -> dict[str, 
         return answer
     answer = {"text": " ".join(text for w in windows if (text := w.text.strip()))}
     if timestamps == "segment":
+        if not any(w.end for w in windows):
+            what = "this model's processor hears recordings at once and does not say how long they last"
+            raise UsageError(what, "leave timestamps out")
         answer["segments"] = [{"text": w.text.strip(), "start": w.start, "end": w.end} for w in windows]
     return answer
 

@@ -60,7 +60,7 @@ def decode(raw: Any, policy: Policy, channel: Channel = "mix") -> Waveform:
     """Decode a path, URL, bytes, `{bytes, path}`, `{array, sampling_rate}`, or (array, rate) in either order.
 
     An array is (S,), or (C, S) of at most 32 channels and more samples than channels. Of several channels one is made
-    as `channel` says.
+    as `channel` says; `{array, sampling_rate, mono}` with `mono` true says that (S,) is the one already.
 
     Raises:
         InputError: the input is not audio, is cut off, empty, too long, not finite, has no usable sampling rate, or
@@ -183,6 +183,8 @@ def _from_array(raw: Mapping[str, Any], policy: Policy, channel: Channel) -> Sou
         raise InputError(f"{name} has shape {shape}, expected (samples,) or (channels, samples)", hint)
     _check_header(name, channels.shape[1], rate, len(channels), policy)
     samples = _to_float(channels.detach().cpu(), name)
+    if raw.get("mono") is True and len(channels) == 1:
+        channel = "first"
     return Sound(rate, channels.shape[1], iter([_one_channel(samples, channel, name)]))
 
 

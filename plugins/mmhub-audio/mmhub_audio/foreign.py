@@ -19,11 +19,26 @@ from mmhub_audio.wav2vec2 import Hubert, Wav2Vec2, Wav2Vec2Family, WavLM
 from mmhub_audio.whisper import Whisper
 
 _ENCODERS: dict[str, type[Encoder]] = {"wav2vec2": Wav2Vec2, "hubert": Hubert, "wavlm": WavLM, "whisper": Whisper}
+_CTC, _WRITER = "mmhub-heads/ctc", "mmhub-text/transformers-seq2seq"
 _CLASSIFIERS = {
     "wav2vec2": transformers.Wav2Vec2ForSequenceClassification,
     "hubert": transformers.HubertForSequenceClassification,
     "wavlm": transformers.WavLMForSequenceClassification,
 }
+
+
+def parts_of_others(folder: Path, table: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return the components of other plugins, (kind, name), without which the folder's model is not read as a whole.
+
+    Before the weights are there, its vocabulary is taken to come with them.
+    """
+    coming = not any(folder.glob("*.safetensors"))
+    whole = _whole_name(table)
+    if table["model_type"] == "whisper":
+        writes = whole.endswith("ForConditionalGeneration") and (coming or _has_tokenizer(folder))
+        return (("decoder", _WRITER),) if writes else ()
+    hears = whole.endswith("ForCTC") and (coming or (folder / "vocab.json").is_file())
+    return (("decoder", _CTC),) if hears else ()
 
 
 def read_transformers(folder: Path) -> ForeignParts:
@@ -52,7 +67,7 @@ def read_transformers(folder: Path) -> ForeignParts:
         return ForeignParts(
             encoder=encoder,
             encoder_id=f"mmhub-audio/{kind}",
-            decoder_id="mmhub-heads/ctc",
+            decoder_id=_CTC,
             decoder_from=folder,
             task="speech-recognition",
         )
@@ -65,7 +80,7 @@ def _read_whisper(folder: Path) -> ForeignParts:
     return ForeignParts(
         encoder=Whisper.from_library(Whisper.Config(whole_window=True), folder),
         encoder_id="mmhub-audio/whisper",
-        decoder_id="mmhub-text/transformers-seq2seq",
+        decoder_id=_WRITER,
         decoder_from=folder,
         task="speech-recognition",
     )

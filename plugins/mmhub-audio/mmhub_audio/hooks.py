@@ -18,9 +18,10 @@ def mmhub_load_foreign(folder: Path, config: Mapping[str, Any]) -> Iterable[Fore
     if config.get("model_type") not in ("wav2vec2", "hubert", "wavlm", "whisper"):
         return []
     from mmhub.interfaces import ForeignReader
-    from mmhub_audio.foreign import read_transformers
+    from mmhub_audio.foreign import parts_of_others, read_transformers
 
-    return [ForeignReader(library="transformers", read=read_transformers)]
+    others = parts_of_others(folder, config)
+    return [ForeignReader(library="transformers", read=read_transformers, components=others)]
 
 
 @hookimpl

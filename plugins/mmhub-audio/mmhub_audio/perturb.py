@@ -122,5 +122,6 @@ def _from_folder(length: int, rate: int, policy: Policy, rng: torch.Generator) -
 def _files(folder: str) -> tuple[str, ...]:
     found = sorted(str(file.absolute()) for file in Path(folder).rglob("*") if file.suffix.lower() in _SUFFIXES)
     if not found:
-        raise UsageError(f"the noise folder '{folder}' holds no audio files", f"expected {', '.join(sorted(_SUFFIXES))}")
+        what = f"the noise folder '{folder}' holds no audio files"
+        raise UsageError(what, f"expected {', '.join(sorted(_SUFFIXES))}")
     return tuple(found)

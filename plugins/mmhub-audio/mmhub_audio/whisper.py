@@ -86,7 +86,7 @@ class WhisperProcessor(Processor):
             have, most = len(samples) / _RATE, limit / _RATE
             raise InputError(
                 f"{describe_raw(raw)} lasts {have:.1f} s, but Whisper takes at most {most:g} s",
-                "cut it into shorter clips",
+                "cut it into shorter clips; `mmhub predict` takes recordings of any length",
             )
         return samples
 

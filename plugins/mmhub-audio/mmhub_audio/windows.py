@@ -33,7 +33,7 @@ def _cut(blocks: Iterator[Tensor], rate: int, size: int, share: int, least: int)
     held, start, left = torch.zeros(0), 0, 0
 
     def window(samples: Tensor, at: int, left: int, right: int) -> Window:
-        raw = {"array": samples.numpy(), "sampling_rate": rate}
+        raw = {"array": samples.numpy(), "sampling_rate": rate, "mono": True}
         return Window(raw, at / rate, (at + len(samples)) / rate, left / rate, right / rate)
 
     step = size - share

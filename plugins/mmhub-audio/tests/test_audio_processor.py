@@ -181,9 +181,9 @@ def test_a_flac_written_to_a_pipe_does_not_state_its_length_and_is_read_to_its_e
         assert [round(window.end, 3) for window in windows] == [2.0, 4.0, 5.0]
     short = Policy(max_seconds=4.9)
     for use in (reader().read, reader().length, lambda raw, policy: list(reader().windows(raw, policy, 2.0, 0.0))):
-        with pytest.raises(InputError, match=r"^80\d+ bytes lasts more than the limit of 4\.9 s; cut it into shorter"):
+        with pytest.raises(InputError, match=r"^108620 bytes lasts more than the limit of 4\.9 s; cut it into shorter"):
             use(content, short)
-    with pytest.raises(InputError, match="cannot decode .* as audio"):
+    with pytest.raises(InputError, match=r"cannot decode .* as audio"):
         reader().read(content[:-9], POLICY)
 
 

@@ -52,6 +52,33 @@ def table(path: Path, rows: int, seed: int) -> None:
     pq.write_table(pa.table({"audio": audio, "sounds": [list(mix) for mix in mixes]}), path)
 
 
+def test_recorded_noise_is_found_from_the_recipe_and_its_folder_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(tmp_path / "train.parquet", 8, 0)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    noise = 'augment = { noise_db = [5, 5], noise = "recorded" }, '
+    text = RECIPE.replace("config = { ", "config = { " + noise).replace('valid = "valid.parquet"', 'noise = "hiss"')
+    (tmp_path / "r.toml").write_text(text.replace("epochs = 6", "epochs = 1"))
+
+    def train(recipe: Path, out: str, *more: str) -> Any:
+        with pytest.raises(SystemExit) as caught:
+            main(["train", str(recipe), "--out", out, *more])
+        return caught.value.code
+
+    assert train(tmp_path / "r.toml", "run") == 2
+    assert "data.noise: no folder 'hiss'\nhint: name one relative to the recipe" in capsys.readouterr().err
+    (tmp_path / "hiss").mkdir()
+    (tmp_path / "hiss" / "a.flac").write_bytes(recording((), 99))
+    assert not train(tmp_path / "r.toml", "run"), capsys.readouterr().err
+    assert str(tmp_path / "hiss") in Path("run", "recipe.toml").read_text()
+    for name in ("config.json", "provenance.json", "README.md"):
+        assert str(tmp_path) not in Path("run", "model", name).read_text()
+    monkeypatch.chdir(tmp_path)
+    assert not train(Path("elsewhere/run/recipe.toml"), "elsewhere/run", "--resume"), capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_mixed_tones_are_tagged_by_a_trained_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -81,7 +81,7 @@ class Contrastive(PairDecoder):
 
     def _hold(self, name: str, value: float) -> None:
         """Keep a number that is trained, or only saved with the weights."""
-        tensor = torch.full((), value)
+        tensor = torch.full((1,), value)  # FSDP shards no scalars
         if self.config.learn_temperature:
             self.register_parameter(name, nn.Parameter(tensor))
         else:
@@ -97,13 +97,15 @@ class Contrastive(PairDecoder):
 
     def scores(self, first: Tensor, second: Tensor) -> Tensor:
         with torch.autocast(first.device.type, enabled=False):
-            logits: Tensor = first.float() @ second.float().T * self.log_scale.exp()
+            log_scale = self.log_scale if self.training else self.log_scale.clamp(max=_SHARPEST)  # FSDP's may lie above
+            logits: Tensor = first.float() @ second.float().T * log_scale.exp()
             return logits + self.bias if self.config.loss == "siglip" else logits
 
     def pair_loss(self, vectors: dict[str, Tensor], targets: Tensor) -> Tensor:
         if self.training:
             with torch.no_grad():
-                self.log_scale.clamp_(max=_SHARPEST)  # the weight itself, for a clamped copy might get no gradient
+                # the weight itself (or the copy of it that FSDP computes with), for a clamped value may get no gradient
+                self.log_scale.clamp_(max=_SHARPEST)
         together, real = _groups(targets, self.training)
         first, second = (vectors[side] for side in self.sides)
         if self.config.loss == "siglip":

@@ -28,6 +28,7 @@ from mmhub_heads.ctc_units import Kind, Units, learn
 from mmhub_heads.summary import pick_stream
 
 NOTHING = -1  # stands in targets behind a row's last label
+UNKNOWN = -2  # stands for a transcript that the vocabulary cannot write
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
@@ -41,9 +42,9 @@ class Ctc(Decoder):
 
         `units` are what it writes: "character", "word" or "bpe", `vocab_size` byte pairs; `vocabulary` (and the
         `tokenizer` of byte pairs) is learned from the training transcripts unless given, in lower case unless
-        `lowercase` is false (then in capitals, where a vocabulary has no others). `prior`: how much of each label's
-        share in a recording is taken out of its probability when words are timed and, in training, in the loss, so that
-        labels last as long as what they stand for.
+        `lowercase` is false (then in the case of the vocabulary's letters, where all have the same). `prior`: how much
+        of each label's share in a recording is taken out of its probability when words are timed and, in training, in
+        the loss, so that labels last as long as what they stand for.
         `search` is how a text is looked for. `tidy`: several blanks in a row are written as one.
         """
 
@@ -73,7 +74,7 @@ class Ctc(Decoder):
         self.units = Units(config.units, config.vocabulary, config.lowercase, config.tokenizer)
         self.drop = nn.Dropout(config.dropout)
         self.head = nn.Linear(inputs[self.stream].dim, len(self.units))
-        self._learns = self._warned = False  # has any row fitted its recording; was it said that one does not
+        self._warned = False  # was it said that a row does not fit its recording
 
     @classmethod
     def from_library(
@@ -116,19 +117,26 @@ class Ctc(Decoder):
     def encode_targets(self, targets: Sequence[Any]) -> Tensor:
         """Turn transcripts into labels, (B, L) long, -1 behind a row's last."""
         rows = []
-        for row, raw in enumerate(targets):
+        for row, text in enumerate(self.references(targets)):
             try:
-                rows.append(self.units.encode(self.units.normal(raw)))
+                rows.append(self.units.encode(text))
             except InputError as error:
                 raise at_row(error, row) from None
-        encoded = torch.full((len(rows), max([1, *map(len, rows)])), NOTHING)
-        for row, numbers in enumerate(rows):
-            encoded[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.long)
-        return encoded
+        return _padded(rows)
+
+    def encode_references(self, targets: Sequence[Any]) -> Tensor:
+        """As `encode_targets`; a transcript with units outside the vocabulary gives no loss."""
+        rows = []
+        for text in self.references(targets):
+            try:
+                rows.append(self.units.encode(text))
+            except InputError:
+                rows.append([UNKNOWN])
+        return _padded(rows)
 
     def weigh(self, targets: Tensor) -> Tensor:
-        """Return the number of labels of each row, (B,), 1 for an empty transcript."""
-        return (targets != NOTHING).sum(1).clamp(min=1)
+        """Return the number of labels of each row, (B,): 1 for an empty transcript, 0 for one that has no loss."""
+        return (targets != NOTHING).sum(1).clamp(min=1) * (targets[:, 0] != UNKNOWN)
 
     def references(self, targets: Sequence[Any]) -> list[str]:
         """Return the transcripts as `predict` would write them: one blank between words, in lower case if so set."""
@@ -204,13 +212,17 @@ class Ctc(Decoder):
         return {"words": words, "score": score}
 
     def _loss(self, logits: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
-        """The summed losses of the rows by the number of their labels; rows that are too short count 0, with a word."""
-        known, lengths = (targets != NOTHING).sum(1), mask.sum(1)
+        """The summed losses of the rows by the number of their labels.
+
+        A row that is too short for its labels has a loss of 0, with a word, and its labels are still counted: what a
+        row weighs is known before the encoder says how many tokens it has.
+        """
+        known, lengths, written = (targets >= 0).sum(1), mask.sum(1), targets[:, 0] != UNKNOWN
         same = (targets[:, 1:] == targets[:, :-1]) & (targets[:, 1:] != NOTHING)
         fits = (known + same.sum(1) <= lengths) & (lengths > 0)
         self._check_lengths(fits, known, lengths)
         losses = self._losses(logits.log_softmax(-1), mask, targets.clamp(min=0), torch.where(fits, known, 0))
-        return torch.where(fits, losses, 0.0).sum() / self.weigh(targets).sum()
+        return torch.where(fits & written, losses, 0.0).sum() / self.weigh(targets).sum().clamp(min=1)
 
     def _losses(self, log_probs: Tensor, mask: Tensor, labels: Tensor, known: Tensor) -> Tensor:
         """The loss of each row (B,). With priors that of CTC is what is reported, and theirs gives the gradient.
@@ -234,17 +246,22 @@ class Ctc(Decoder):
         return plain + moved - moved.detach()
 
     def _check_lengths(self, fits: Tensor, known: Tensor, lengths: Tensor) -> None:
-        """Warn once of rows whose transcript has more labels than the recording has tokens; refuse to see no others."""
-        if torch.compiler.is_compiling():
+        """Warn once of rows whose transcript has more labels than the recording has tokens."""
+        if self._warned or torch.compiler.is_compiling():
             return
         good = fits.tolist()
-        self._learns = self._learns or any(good)
-        if all(good) or (self._warned and self._learns):
+        if all(good):
             return
         row = good.index(False)
         problem = f"a transcript has {int(known[row])} labels, and its recording {int(lengths[row])} tokens"
         hint = 'check the row, or use units = "bpe" or "word", or an encoder with a shorter hop'
-        if self.training and not self._learns:
-            raise at_row(InputError(f"{problem}, too few for them", hint), row)
         self._warned = True
-        warnings.warn(f"{problem}, too few for them: such rows count nothing in the loss; {hint}", stacklevel=2)
+        warnings.warn(f"{problem}, too few for them: from such rows nothing is learned; {hint}", stacklevel=2)
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Stack labels, (B, L) long."""
+    encoded = torch.full((len(rows), max([1, *map(len, rows)])), NOTHING)
+    for row, numbers in enumerate(rows):
+        encoded[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.long)
+    return encoded

@@ -29,20 +29,20 @@ class Units:
     def __init__(self, kind: Kind, vocabulary: Sequence[str], lowercase: bool = True, tokenizer: str = "") -> None:
         self.kind, self.lowercase, self._tokenizer_json = kind, lowercase, tokenizer
         self.pieces = ["", *(f" {word}" if kind == "word" else word for word in vocabulary)]
-        self._capitals = not lowercase and _only_capitals(self.pieces)
+        self._case = "lower" if lowercase else _only_case(self.pieces)
         self._numbers = {piece: number for number, piece in enumerate(self.pieces) if number}
 
     def __len__(self) -> int:
         return len(self.pieces)
 
     def normal(self, raw: Any) -> str:
-        """Return the text of a raw target: its words with one blank between, in lower case if so set.
+        """Return the text of a raw target: its words with one blank between, in the case of all letters it may have.
 
         Raises:
             InputError: it is missing or no text.
         """
-        text = normal_text(raw, self.lowercase)
-        return text.upper() if self._capitals else text
+        text = normal_text(raw, self._case == "lower")
+        return text.upper() if self._case == "upper" else text
 
     def encode(self, text: str) -> list[int]:
         """Turn a text into numbers.
@@ -106,10 +106,12 @@ class Units:
         return _library().Tokenizer.from_str(self._tokenizer_json)
 
 
-def _only_capitals(pieces: Sequence[str]) -> bool:
-    """Are all letters capitals? Names of special tokens, such as <unk>, do not count."""
-    letters = "".join(piece for piece in pieces if not (piece.startswith("<") and piece.endswith(">")))
-    return letters == letters.upper() != letters.lower()
+def _only_case(pieces: Sequence[str]) -> Literal["lower", "upper", ""]:
+    """The case of all letters, "" if they differ. Names of special tokens, such as <unk> and [UNK], do not count."""
+    letters = "".join(piece for piece in pieces if (piece[:1], piece[-1:]) not in (("<", ">"), ("[", "]")))
+    if letters.lower() == letters.upper():
+        return ""
+    return "lower" if letters == letters.lower() else "upper" if letters == letters.upper() else ""
 
 
 def normal_text(raw: Any, lowercase: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,6 +108,7 @@ def test_a_single_stream_is_compared_with_itself_by_one_projection(loss: str) ->
 
 def test_the_scores_are_scaled_cosines_and_learned_up_to_a_hundred() -> None:
     head = build(scale=100.0)
+    assert head.log_scale.shape == build(loss="siglip").bias.shape == (1,), "FSDP shards no scalars"
     one, other = unit(3, 1), unit(4, 2)
     assert torch.allclose(head.scores(one, other), 100 * one @ other.T, atol=1e-4)
     with torch.no_grad():
@@ -114,6 +116,29 @@ def test_the_scores_are_scaled_cosines_and_learned_up_to_a_hundred() -> None:
     head.train().pair_loss({"text": one, "image": -one}, torch.arange(3)).backward()  # a smaller scale is better
     assert head.log_scale.item() == pytest.approx(math.log(100))
     assert head.log_scale.grad is not None and float(head.log_scale.grad) > 0
+
+
+@pytest.mark.slow
+def test_a_sharded_scale_is_learned_up_to_a_hundred(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    head, bundle = build(loss="siglip"), {name: features(3, stream) for name, stream in STREAMS.items()}
+    whole = build(loss="siglip").eval()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        fully_shard(head, mesh=init_device_mesh("cpu", (1,)))
+        with torch.no_grad():
+            head.log_scale.fill_(6.0)
+            whole.log_scale.fill_(math.log(100))
+        losses = [head.train()(bundle, torch.arange(3)).loss, head.eval()(bundle, torch.arange(3)).loss]
+        losses[0].backward()
+        assert head.log_scale.grad is not None and float(head.log_scale.grad.to_local()) != 0
+    finally:
+        dist.destroy_process_group()
+    expected = whole(bundle, torch.arange(3)).loss.detach()
+    assert [float(loss.detach()) for loss in losses] == pytest.approx([float(expected)] * 2, rel=1e-5)
 
 
 def test_a_fixed_temperature_is_saved_and_not_trained() -> None:

@@ -145,10 +145,34 @@ def test_a_row_that_is_too_short_for_its_transcript_is_said_and_counts_nothing()
     torch.testing.assert_close(output.loss, one.loss / 2)
 
 
-def test_training_on_rows_that_are_all_too_short_is_refused() -> None:
+def test_training_on_rows_that_are_all_too_short_is_warned_of_once() -> None:
     decoder = build(["aab"]).train()
-    with pytest.raises(InputError, match="3 labels, and its recording 2 tokens, too few"):
-        decoder(bundle([2, 2]), decoder.encode_targets(["aab", "aab"]))
+    targets = decoder.encode_targets(["aab", "aab"])
+    with pytest.warns(UserWarning, match="3 labels, and its recording 2 tokens, too few"):
+        assert float(decoder(bundle([2, 2]), targets).loss.detach()) == 0
+    decoder(bundle([2, 2]), targets).loss.backward()  # warnings are errors here
+
+
+def test_a_reference_that_cannot_be_written_gives_no_loss_and_does_not_change_that_of_others() -> None:
+    for units in ("character", "bpe"):
+        decoder, features = build(units=units), bundle()["audio"]
+        targets = decoder.encode_references(["ab a", "", "a, b"])
+        assert torch.equal(targets[:2], decoder.encode_targets(["ab a", ""])[:, : targets.shape[1]])
+        assert decoder.weigh(targets).tolist() == [int((targets[0] > 0).sum()), 1, 0]
+        loss = decoder({"audio": features}, targets).loss
+        torch.testing.assert_close(loss, decoder({"audio": features.select(torch.arange(2))}, targets[:2]).loss)
+        assert float(decoder({"audio": features.select(torch.tensor([2]))}, targets[2:]).loss.detach()) == 0
+    with pytest.raises(InputError, match="the transcript is missing") as caught:
+        build().encode_references(["a", None])
+    assert caught.value.row == 1
+
+
+def test_text_takes_the_case_of_a_vocabulary_that_has_one_alone() -> None:
+    for vocabulary, text in (("ab[UNK]", "ab"), ("AB<unk>", "AB"), ("aB", "aB")):
+        pieces = [*vocabulary[:2], *([vocabulary[2:]] if vocabulary[2:] else [])]
+        units = Units("character", pieces, lowercase=False)
+        assert units.normal("aB") == text
+        assert units.encode("aB") == [1, 2]
 
 
 def test_a_head_without_vocabulary_is_refused() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor
-from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE, _decode_asr
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE, _decode_asr
 
 from mmhub.batch import Bundle
 from mmhub.errors import UsageError, did_you_mean
@@ -42,19 +42,27 @@ class Speech(ComponentConfig, frozen=True):
     latest_start: int | None = None
 
 
-def read_speech(table: Mapping[str, Any]) -> Speech | None:
-    """Read the library's generation settings; None where they name no token for texts without times.
+def read_speech(table: Mapping[str, Any], known: Mapping[str, int]) -> Speech | None:
+    """Read the library's generation settings; None where nothing names a token for texts without times.
 
-    What older folders say in `forced_decoder_ids` counts, as there, where they name no language and no task.
+    What older folders say in `forced_decoder_ids` counts, as there, where they name no language and no task. What such
+    settings do not name, as those of folders with a config.json alone, is found among the tokens, `known`, by its name;
+    languages only where one is forced, for models of English alone have these tokens, too.
     """
     untimed = table.get("no_timestamps_token_id")
-    if not isinstance(untimed, int):
+    untimed = untimed if isinstance(untimed, int) else known.get("<|notimestamps|>")
+    if untimed is None:
         return None
+    forced = [token for _, token in table.get("forced_decoder_ids") or () if token is not None]
     languages = {name.strip("<|>"): number for name, number in dict(table.get("lang_to_id") or {}).items()}
     tasks = dict(table.get("task_to_id") or {})
+    if not languages and not tasks:
+        named = {code: known[f"<|{code}|>"] for code in LANGUAGES if f"<|{code}|>" in known}
+        if any(number in forced for number in named.values()):
+            languages = named
+            tasks = {name: known[f"<|{name}|>"] for name in ("transcribe", "translate") if f"<|{name}|>" in known}
     language, task = str(table.get("language") or ""), str(table.get("task") or "")
     if not language and not task:
-        forced = [token for _, token in table.get("forced_decoder_ids") or () if token is not None]
         language = next((name for name, number in languages.items() if number in forced), "")
         task = next((name for name, number in tasks.items() if number in forced), "")
     elif language and not task and "transcribe" in tasks:

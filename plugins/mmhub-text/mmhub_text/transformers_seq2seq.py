@@ -124,7 +124,7 @@ class TransformersSeq2Seq(TextDecoder):
         described = read_description(path, config.config, SEQ2SEQ)
         processor, lead = read_processor(path, described, tokenizer)
         table = generation_table(path)
-        speech = config.speech or read_speech(table)
+        speech = config.speech or read_speech(table, processor.tokenizer.get_vocab() if processor.tokenizer else {})
         if speech is not None and table.get("num_beams") is None:
             table["num_beams"] = _BEAMS
         config = msgspec.structs.replace(
@@ -180,8 +180,18 @@ class TransformersSeq2Seq(TextDecoder):
         rows = [self._labels(target, row) for row, target in enumerate(targets)]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
 
+    def encode_references(self, targets: Sequence[Any]) -> Tensor:
+        """As `encode_targets`; where the language is found out by listening, there is no loss."""
+        if self._detects:
+            return torch.full((len(targets), 1), IGNORE)
+        return self.encode_targets(targets)
+
+    @property
+    def _detects(self) -> bool:
+        return self.config.speech is not None and Dictation(self).detects
+
     def _labels(self, target: Any, row: int) -> Tensor:
-        if self.config.speech is not None and Dictation(self).detects:
+        if self._detects:
             raise UsageError("nothing says which language the targets are in", 'set `language` in config, e.g. "en"')
         try:
             ids = self.processor.prompt(one_text(target), Policy()).tolist()

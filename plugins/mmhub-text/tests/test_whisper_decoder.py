@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, WhisperConfig, WhisperForConditionalGeneration
 
+import mmhub
 from mmhub.batch import Bundle, Features
 from mmhub.errors import InputError, UsageError
 from mmhub.generate import write
@@ -183,9 +185,27 @@ def test_without_a_language_targets_are_refused_until_it_is_set(tmp_path: Path) 
     save_whisper(tmp_path, several=True)
     with pytest.raises(UsageError, match="nothing says which language the targets are in"):
         read(tmp_path).encode_targets(["ja"])
+    clip = {"array": np.sin(np.arange(16000) / 20).astype(np.float32), "sampling_rate": 16000}
+    report = mmhub.evaluate(str(tmp_path), [{"audio": clip, "text": "ja"}], target="text")
+    assert "wer" in report["metrics"] and "loss" not in report["metrics"], "texts are compared without a language"
     decoder = read(tmp_path, language="de")
+    assert torch.equal(decoder.encode_references(["ja"]), decoder.encode_targets(["ja"]))
     assert decoder.given == (IDS["de"], IDS["transcribe"], IDS["notimestamps"])
     assert decoder.encode_targets(["ja"]).shape == (1, 6)
+
+
+def test_a_folder_without_settings_of_writing_has_its_tokens_found_by_name(tmp_path: Path) -> None:
+    save_whisper(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    decoder = read(tmp_path)
+    assert decoder.given == (IDS["notimestamps"],)
+    assert decoder.config.speech is not None and not decoder.config.speech.languages
+    table = json.loads((tmp_path / "config.json").read_text())
+    table["forced_decoder_ids"] = [[1, IDS["de"]], [2, IDS["transcribe"]], [3, IDS["notimestamps"]]]
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    decoder = read(tmp_path)
+    assert decoder.given == (IDS["de"], IDS["transcribe"], IDS["notimestamps"])
+    assert decoder.dictation(language="en", translate=True).known[:2] == (IDS["en"], IDS["translate"])
 
 
 def test_rows_do_not_depend_on_their_batch_and_a_saved_decoder_writes_the_same(pair: Any) -> None:
