@@ -9,8 +9,6 @@ from heapq import nlargest
 from itertools import groupby
 from typing import Any
 
-from mmhub.interfaces.labels import label_order
-
 MAX_CONFUSION = 1000  # labels above which a matrix of all pairs is too large to be of use
 
 
@@ -81,7 +79,7 @@ def classes(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any])
     """
     pairs = Counter(zip(references, (p["label"] for p in predictions), strict=True))
     counts = _counts(({p["label"]}, {r}) for p, r in zip(predictions, references, strict=True))
-    labels = sorted(counts, key=label_order)
+    labels = _in_order(counts)
     found: dict[str, Any] = {"classes": [_class(label, *counts[label]) for label in labels]}
     if len(labels) <= MAX_CONFUSION:
         found["confusion"] = [[pairs[true, guess] for guess in labels] for true in labels]
@@ -93,7 +91,7 @@ def labels(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]) 
     sets = [(set(p["labels"]), set(r)) for p, r in zip(predictions, references, strict=True)]
     counts = {label: (0, 0, 0) for p in predictions[:1] for label in p.get("scores", ())} | _counts(sets)
     found = []
-    for label in sorted(counts, key=label_order):
+    for label in _in_order(counts):
         entry = _class(label, *counts[label])
         scored = [
             (p["scores"][label], label in r)
@@ -140,3 +138,9 @@ def regression(predictions: Sequence[Mapping[str, Any]], references: Sequence[An
     variance = math.fsum((r - mean) ** 2 for _, r in pairs) / len(pairs)
     mae = math.fsum(abs(p - r) for p, r in pairs) / len(pairs)
     return {"mse": mse, "mae": mae, "r2": 1 - mse / variance if variance else 0.0}
+
+
+def _in_order(labels: Iterable[str]) -> list[str]:
+    from mmhub.interfaces.labels import label_order  # brings torch, which commands that only list do without
+
+    return sorted(labels, key=label_order)
