@@ -127,6 +127,7 @@ def missing_on_one_rank(tables: Path) -> dict[str, Any]:
     return table
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = texts(tmp_path)
     sharded = plain | {"train": plain["train"] | {"parallel": "fsdp"}}

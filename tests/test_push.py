@@ -358,6 +358,7 @@ def test_a_model_is_published_in_the_layout_of_its_library(
     assert again.deleted == ("model-00001-of-00002.safetensors",), "what the layout itself writes, and nothing else"
 
 
+@pytest.mark.slow
 def test_another_librarys_model_is_published_by_its_name_with_its_origin(hub: str, classifier: Path, cli: Cli) -> None:
     commit = upload(hub, "other/bert", {path.name: path.read_bytes() for path in classifier.iterdir()})
     done = cli("push", "other/bert", "team/copy", "--license", "mit", "--json")
