@@ -26,7 +26,8 @@ class Items:
     mask: Tensor  # (N, S) bool
     rows: Tensor  # (N,) long, the batch row of each item, ascending
     batch: int  # B
-    marks: Tensor | None = None  # (N, S) bool, what the processor marked: where words begin, or what is trained
+    marks: Tensor | None = None  # (N, S) bool, what the processor marked: where words begin, or what is trained,
+    # there float as well: what each position counts in the loss
     continues: Tensor | None = None  # (B,) bool, rows whose first item goes on where the batch before stopped
 
     def __len__(self) -> int:
@@ -59,11 +60,12 @@ class Features:
     tokens: Tensor  # (B or N, T, D)
     mask: Tensor  # (B or N, T) bool
     ids: Tensor | None = None  # (B, T) long, -1 where a position is not a text token
-    loss: Tensor | None = None  # (B, T) bool, positions that are training targets
+    loss: Tensor | None = None  # (B, T) bool, positions that are training targets, or float, what each counts
     pooled: Tensor | None = None  # (B or N, P), the encoder's own summary of an item when it has one
     marks: Tensor | None = None  # (B or N, T) bool, what the processor marked: where a word of the input begins
     parts: Tensor | None = None  # (B, T) long, ascending numbers of the texts of a row; None = one text a row
     continues: Tensor | None = None  # (B,) bool, rows whose first text goes on where the batch before stopped
+    rows: Tensor | None = None  # (N,) long, the batch row of each item, where these are items and not rows
 
     @property
     def lengths(self) -> Tensor:
@@ -144,6 +146,16 @@ def rows_with(bundle: Bundle, names: Sequence[str]) -> Tensor:
     return present.nonzero().squeeze(1)
 
 
+def begun(text: Features, lengths: Tensor) -> Features:
+    """Return the first tokens of each row alone, `lengths` (B,) of them."""
+    mask = text.mask & (torch.arange(text.mask.shape[1], device=text.mask.device) < lengths[:, None])
+    width = max(int(mask.sum(1).max()), 1) if len(mask) else 1
+    mask = mask[:, :width]
+    tokens = text.tokens[:, :width] * mask[..., None].to(text.tokens.dtype)
+    ids = None if text.ids is None else text.ids[:, :width].masked_fill(~mask, -1)
+    return Features(tokens, mask, ids=ids)
+
+
 def only(bundle: Bundle, names: Sequence[str], rows: Tensor) -> Bundle:
     """The given rows with the streams in `names` alone, the others as if they had never been there."""
     parts: Bundle = {}
@@ -180,6 +192,38 @@ class Encoded:
 
 
 @dataclass
+class Plan:
+    """Where media stand in what a language model reads.
+
+    A row is a sequence of places, each of them one token of text or one item of another modality. `places[name]`,
+    (B, K) long, are those of a row's items in their order, -1 beyond its last; the text fills the others in its order.
+    """
+
+    places: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[tuple[str, int]]], names: Sequence[str]) -> Plan:
+        """Build from each row's (modality, place) of its items in the order in which they are packed."""
+        found = {}
+        for name in names:
+            own = [[place for modality, place in row if modality == name] for row in rows]
+            width = max(map(len, own), default=0)
+            padded = [places + [-1] * (width - len(places)) for places in own]
+            found[name] = torch.tensor(padded, dtype=torch.long).view(len(rows), width)
+        return cls(found)
+
+    def select(self, rows: Any) -> Plan:
+        """Return the plan of these rows, given as an index or a slice."""
+        return Plan({name: places[rows] for name, places in self.places.items()})
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Plan:
+        return Plan({name: places.to(device, non_blocking=non_blocking) for name, places in self.places.items()})
+
+    def pin_memory(self) -> Plan:
+        return Plan({name: places.pin_memory() for name, places in self.places.items()})
+
+
+@dataclass
 class Batch:
     """One collated batch: items by modality, encoded targets, and where the rows came from.
 
@@ -194,6 +238,8 @@ class Batch:
     features: dict[str, Encoded] = field(default_factory=dict)
     weights: Tensor | None = None  # (B,) what each row counts in the mean loss, such as its tokens; None = the same
     raw: list[dict[str, Any]] = field(default_factory=list)  # raw inputs, for decoders whose answers point into them
+    plan: Plan | None = None  # where media stand in the text, for language models that read both
+    prompts: Tensor | None = None  # (B,) long, tokens of each row's text before the answer that is to be written
 
     @property
     def weight(self) -> float:
@@ -206,13 +252,15 @@ class Batch:
         targets = self.targets
         if isinstance(targets, Tensor):
             targets = targets.to(device, non_blocking=non_blocking)
-        return replace(self, items=items, targets=targets, features=features)
+        plan = None if self.plan is None else self.plan.to(device, non_blocking)
+        return replace(self, items=items, targets=targets, features=features, plan=plan)
 
     def pin_memory(self) -> Batch:
         items = {name: part.pin_memory() for name, part in self.items.items()}
         features = {name: part.pin_memory() for name, part in self.features.items()}
         targets = self.targets.pin_memory() if isinstance(self.targets, Tensor) else self.targets
-        return replace(self, items=items, targets=targets, features=features)
+        plan = None if self.plan is None else self.plan.pin_memory()
+        return replace(self, items=items, targets=targets, features=features, plan=plan)
 
     def split(self, pieces: int) -> list[Batch]:
         """Cut the rows into at most `pieces` batches of nearly equal size."""
@@ -230,6 +278,8 @@ class Batch:
             raw_targets=self.raw_targets[rows],
             index=self.index[rows],
             features={name: _encoded_of(part, start, end) for name, part in self.features.items()},
+            plan=None if self.plan is None else self.plan.select(rows),
+            prompts=None if self.prompts is None else self.prompts[rows],
         )
 
 

@@ -52,6 +52,8 @@ def compose(
     }
     recipe = decode_config(ModelRecipe, table, "compose")
     given = dict(values or {}) | ({} if texts is None else {"text": list(texts)})
+    said = ({"role": "user", "content": text} for text in given.get("text", ()))
+    given.setdefault("messages", [[message] for message in said])
     return build_model(find_task(task), recipe, lambda name: given.get(name, ()), seed=seed)
 
 
@@ -77,7 +79,7 @@ def build_model(
     if recipe.base:
         return _from_base(task, recipe, values, columns, folder)
     parts = _encoder_parts(task, recipe)
-    if not parts and not task.reads_text:
+    if not parts and not _reads_text(task, recipe):
         raise UsageError("the recipe names no encoder", "add [model.encoders.text], .image or .audio")
     encoders: dict[str, Encoder] = {}
     sources: dict[str, Component] = {}
@@ -88,7 +90,8 @@ def build_model(
         encoders[modality], sources[role], origin = _encoder(modality, part, recipe, given, folder, words)
         if origin is not None:
             parents.append(parent_of(resolve(local_name(part.init, folder)), origin, role))
-    missing = [m for m in task.required if m not in encoders]
+    known = {*encoders, *(("text",) if _reads_text(task, recipe) else ())}
+    missing = [m for m in task.required if m not in known]
     if missing:
         raise UsageError(f"{task.name} needs the modality {missing[0]!r}", f"add [model.encoders.{missing[0]}]")
     streams = {modality: encoder.stream for modality, encoder in encoders.items()}
@@ -108,6 +111,15 @@ def build_model(
     if recipe.decoder is not None and recipe.decoder.freeze:
         decoder.requires_grad_(False)
     return model
+
+
+def _reads_text(task: Task, recipe: ModelRecipe) -> bool:
+    """Does the decoder read the text of a sample itself?"""
+    if recipe.decoder is not None and recipe.decoder.init and not recipe.decoder.use:
+        kind, path, _ = find_pretrained(recipe.decoder.init)
+        return kind == "mmhub" and path is not None and load_decoder(path, {})[0].reads_text
+    found: bool = find_component("decoder", (recipe.decoder or PartRecipe()).use or task.decoder).load().reads_text
+    return found
 
 
 def _encoder_parts(task: Task, recipe: ModelRecipe) -> dict[str, PartRecipe]:
@@ -308,17 +320,29 @@ def _decoder(
         decoder = cls.from_library(config, path, streams, recipe.tokenizer)
         if isinstance(decoder, TextDecoder):
             _with_ends(decoder.processor)
+        if cls.reads_text and not task.reads_text:
+            _with_template(decoder.processor)
         return decoder, component, path
     if not issubclass(cls, TextDecoder):
         return cls(cls.fit(config, values("target")), streams), component, None
     processor = cls.make_processor(config, recipe.tokenizer)
+    if cls.reads_text and not task.reads_text:
+        _with_template(processor)
     if processor.needs_fit:
         texts = values("text") if cls.reads_text else values("target")
+        if cls.reads_text and not task.reads_text:
+            texts = map(processor.layout, values("messages"))
         if not cls.reads_text and task.name == "translation":
             texts = chain(values("text"), texts)
         processor.fit(_not_empty(texts, "text"))
     _with_ends(processor)
     return cls(config, streams, processor), component, None
+
+
+def _with_template(processor: Any) -> None:
+    """Let the tokenizer of a model that answers lay out conversations, in the plain layout if it knows none."""
+    if not processor.chat_template:
+        processor.take_template("plain")
 
 
 def _with_ends(processor: Any) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmhub.batch import Batch, Bundle, Output, only, rows_with
+from mmhub.batch import Batch, Bundle, Output, begun, only, rows_with
 from mmhub.data.cells import parts_of
 from mmhub.data.lengths import Lengths, measure_rows
 from mmhub.data.loader import Collate, Kept, Loaded, load_batches, on_device, worker_count
@@ -143,7 +143,7 @@ def evaluate(
         if getattr(options, name):
             raise UsageError(f"{name!r} is for language models, and this one is for {model.task.name}", "leave it out")
     target = target or model.columns.target
-    if not target and not model.task.paired:
+    if not target and not model.task.paired and not model.task.converses:
         raise UsageError("no target column is known", "add --target-column NAME")
     require_columns(rows, [target] if target else [], "name the column with --target-column")
     tallies, skipped = _run(model, rows, wanted, target, options)
@@ -227,6 +227,7 @@ def _run(
         features={name: kept for name, kept in options.features.items() if name in inputs},
         read=lengths.read,
         measured=True,
+        talks=model.converses,
     )
     order = plan_in_order(len(rows), lengths, batch_size=options.batch_size, batch_tokens=options.batch_tokens)
     share = _Share(order, options.ranks)
@@ -341,6 +342,9 @@ def _measure_batch(
     always: bool,
 ) -> None:
     """Add a batch to the tallies. `always` decodes a subset that no row has as well, and forgets the result."""
+    if model.converses:
+        _measure_talks(model, batch, tallies, options)
+        return
     with torch.autocast(model.device.type, options.precision, enabled=options.precision != torch.float32):
         bundle = model.encode(batch.items, batch.size, batch.features)
         references = model.decoder.references(batch.raw_targets)
@@ -370,6 +374,35 @@ def _measure_batch(
             weight = float(weights[keep.to(weights.device)].sum())
             if output.loss is not None and weight:
                 tally.losses.append((weight, float(output.loss) * weight))
+
+
+def _measure_talks(model: Model, batch: Batch, tallies: Mapping[tuple[str, ...], Tally], options: EvalOptions) -> None:
+    """Add a batch of conversations to the tallies: to that of all, and to that of the modalities each of them holds."""
+    decoder = model.language_model
+    with torch.autocast(model.device.type, options.precision, enabled=options.precision != torch.float32):
+        bundle = model.encode(batch.items, batch.size, batch.features)
+        fused = model.fusion(bundle, plan=batch.plan)
+        stream = fused["fused"]
+        assert stream.loss is not None and batch.prompts is not None
+        losses = (decoder.token_losses(fused).double() * stream.loss).sum(1).tolist()
+        weights = stream.loss[:, 1:].double().sum(1).tolist()
+        texts: list[str | None] = [None] * batch.size
+        if options.write:
+            asked = bundle | {"text": begun(bundle["text"], batch.prompts.to(model.device))}
+            written = write_texts(decoder, model.fusion(asked, plan=batch.plan), rows=batch.index or None)
+            texts = [found[0].text.strip() for found in written]
+    if not batch.index:
+        return
+    held = {name: set(part.rows.tolist()) for name, part in batch.items.items()}
+    held |= {name: set(part.rows.tolist()) for name, part in batch.features.items()}
+    references = model.decoder.references(batch.raw_targets)
+    asked_for = [name for name in model.modalities if any(name in subset for subset in tallies)]
+    for row, text in enumerate(texts):
+        subset = tuple(name for name in asked_for if row in held.get(name, ()))
+        for tally in (tallies[()], tallies.get(subset, Tally())):
+            answer = None if text is None else {"text": text}
+            tally.answers.append((batch.index[row], answer, references[row]))
+            tally.losses.append((weights[row], losses[row]))
 
 
 def _answers(

@@ -21,11 +21,13 @@ from mmhub.batch import (
     Features,
     Items,
     Output,
+    Plan,
     only,
     pad_sequences,
     places_in_rows,
     rows_with,
 )
+from mmhub.conversation import compose, media_of, pack_scripts, read_messages, read_script
 from mmhub.errors import InputError, UsageError, did_you_mean
 from mmhub.guard import Guards
 from mmhub.interfaces import (
@@ -105,6 +107,11 @@ class Model(nn.Module):
         return dict(self.encoders.items()) | ({"text": self.decoder} if self.decoder.reads_text else {})
 
     @property
+    def converses(self) -> bool:
+        """Whether each sample is a conversation, or becomes one, that its language model answers."""
+        return self.decoder.reads_text and not self.task.reads_text
+
+    @property
     def device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
@@ -131,8 +138,8 @@ class Model(nn.Module):
     def forward(self, batch: Batch) -> Output:
         """Return logits, and the loss where the batch has targets."""
         bundle = self.encode(batch.items, batch.size, batch.features)
-        output = self.decode(bundle, batch.targets)
-        mixes = len(bundle) > 1 and "fused" in self.fusion.outputs
+        output = self.decode(bundle, batch.targets, batch.plan)
+        mixes = len(bundle) > 1 and "fused" in self.fusion.outputs and not self.decoder.reads_text
         if self.training and self.unimodal_loss and mixes and output.loss is not None:
             output.loss = torch.lerp(output.loss, self._loss_alone(bundle, batch.targets), self.unimodal_loss)
         return output
@@ -159,7 +166,8 @@ class Model(nn.Module):
         if self.decoder.paired and len(self.encoders) == 1:
             (name,) = self.encoders
             return self._both_sides(name, known.get(name, items.get(name)), size)
-        bundle = {name: self._by_row(name, known.get(name, items.get(name)), size) for name in self.encoders}
+        gather = self._by_item if self.fusion.by_item else self._by_row
+        bundle = {name: gather(name, known.get(name, items.get(name)), size) for name in self.encoders}
         return bundle | ({"text": self.text_stream(items.get("text"), size)} if self.decoder.reads_text else {})
 
     def _both_sides(self, name: str, items: Items | Encoded | None, size: int) -> Bundle:
@@ -207,9 +215,23 @@ class Model(nn.Module):
             features: Features = encoder(items.data, items.mask)
             return features
 
-    def decode(self, bundle: Bundle, targets: Any = None) -> Output:
-        output: Output = self.decoder(self.fusion(bundle), targets)
+    def decode(self, bundle: Bundle, targets: Any = None, plan: Plan | None = None) -> Output:
+        fused = self.fusion(bundle) if plan is None else self.fusion(bundle, plan=plan)
+        output: Output = self.decoder(fused, targets)
         return output
+
+    def _by_item(self, name: str, items: Items | Encoded | None, size: int) -> Features:
+        """The features of every item, with its row. Where there is none and gradients are kept, one that is fully
+        masked stands for it: whatever learns from it takes part in every step, on every rank."""
+        if isinstance(items, Encoded) and len(items):
+            return replace(items.features, rows=items.rows)
+        if isinstance(items, Items) and len(items):
+            return replace(self.encode_items(name, items), rows=items.rows)
+        stand_in = None if isinstance(items, Encoded) else self.stand_ins.get(name)
+        found = self._absent(name, 1, stand_in)
+        nobody = torch.zeros(1, dtype=torch.long, device=self.device)
+        found = replace(found, rows=nobody)
+        return found if torch.is_grad_enabled() else replace(found.select(nobody[:0]), rows=nobody[:0])
 
     def _by_row(self, name: str, items: Items | Encoded | None, size: int) -> Features:
         if items is None or not len(items):
@@ -241,13 +263,40 @@ class Model(nn.Module):
     def _collate(self, samples: Sequence[Mapping[str, Any]], policy: Policy, first: int) -> Batch:
         for row, sample in enumerate(samples, first):
             self.check_sample(row, sample)
-        items = {}
-        for name, processor in self.processors.items():
-            try:
-                items[name] = processor([sample.get(name) for sample in samples], policy)
-            except InputError as error:
-                raise _at_sample(error, first + (error.row or 0)) from None
-        return Batch(items=items, size=len(samples), raw=[dict(sample) for sample in samples])
+        raw = [dict(sample) for sample in samples]
+        try:
+            if self.converses:
+                return replace(self._collate_talks(samples, policy), raw=raw)
+            items = {
+                name: processor([sample.get(name) for sample in samples], policy)
+                for name, processor in self.processors.items()
+            }
+        except InputError as error:
+            raise _at_sample(error, first + (error.row or 0)) from None
+        return Batch(items=items, size=len(samples), raw=raw)
+
+    def _collate_talks(self, samples: Sequence[Mapping[str, Any]], policy: Policy) -> Batch:
+        """Pack what language models answer: conversations, or samples that become one."""
+        talks = [self.messages_of(sample, row) for row, sample in enumerate(samples)]
+        processor: Any = self.processors["text"]
+        scripts = [read_script(processor, talk, policy, row) for row, talk in enumerate(talks)]
+        text, plan, prompts = pack_scripts(scripts, list(self.encoders))
+        items = {name: self.processors[name]([media_of(t, name) for t in talks], policy) for name in self.encoders}
+        return Batch(items=items | {"text": text}, size=len(samples), plan=plan, prompts=prompts)
+
+    def messages_of(self, sample: Mapping[str, Any], row: int = 0) -> list[dict[str, Any]]:
+        """Return the conversation that a sample holds as "messages", or that is made of it.
+
+        Raises:
+            InputError: it is none; `row` is set.
+        """
+        try:
+            if sample.get("messages") is not None:
+                return read_messages(sample["messages"], self.modalities)
+            return compose(sample, self.processors)
+        except InputError as error:
+            error.row = row
+            raise
 
     def check_sample(self, row: int, sample: Mapping[str, Any]) -> None:
         """Raise UsageError or InputError, with its `row`, for a sample that this model cannot read."""
@@ -255,9 +304,10 @@ class Model(nn.Module):
             raise UsageError(
                 f"sample {row} is a {type(sample).__name__}", "a sample is a dict of modality to raw input"
             )
+        keys = (*self.modalities, *(("messages",) if self.converses else ()))
         for key in sample:
-            if key not in self.modalities:
-                hint = did_you_mean(str(key), self.modalities) or f"it takes {', '.join(self.modalities)}"
+            if key not in keys:
+                hint = did_you_mean(str(key), keys) or f"it takes {', '.join(keys)}"
                 raise UsageError(f"this model has no input {key!r}", hint)
         if all(map(_is_missing, sample.values())):
             raise _at_sample(

@@ -51,7 +51,7 @@ install
 config
 device batch
 interfaces
-layers
+layers conversation
 fusion embedding
 model
 weights

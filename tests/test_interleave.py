@@ -16,7 +16,6 @@ def test_text_becomes_the_fused_stream_unchanged() -> None:
     assert fusion.outputs == {"fused": Stream(4)}
 
 
-@pytest.mark.parametrize(("inputs", "given"), [({"text": Stream(4), "image": Stream(4)}, "image"), ({}, "nothing")])
-def test_other_modalities_are_refused_by_name(inputs: dict[str, Stream], given: str) -> None:
-    with pytest.raises(UsageError, match=f"reads text alone, and gets {given}"):
-        Interleave(Interleave.Config(), inputs)
+def test_media_without_a_text_to_stand_in_are_refused() -> None:
+    with pytest.raises(UsageError, match="joins media to the text of a language model, and there is none"):
+        Interleave(Interleave.Config(), {"image": Stream(4)})

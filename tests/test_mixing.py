@@ -233,10 +233,10 @@ def test_a_run_that_mixes_goes_on_bit_for_bit_and_evaluates_what_is_whole(
     seen: set[tuple[bool, bool]] = set()
     real = Model.decode
 
-    def decode(self: Model, bundle: Bundle, targets: Any = None) -> Output:
+    def decode(self: Model, bundle: Bundle, targets: Any = None, plan: Any = None) -> Output:
         if targets is not None:
             seen.add((self.training, targets.is_floating_point()))
-        return real(self, bundle, targets)
+        return real(self, bundle, targets, plan)
 
     with monkeypatch.context() as patch:
         patch.setattr(Model, "decode", decode)

@@ -86,6 +86,7 @@ class Remembering(Counting):
 
 
 class Whole(nn.Module):
+    by_item = False
     """A fusion that passes the text on."""
 
     outputs: ClassVar[dict[str, Any]] = {}

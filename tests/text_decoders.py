@@ -224,6 +224,8 @@ class Scripted(_Base, LanguageModel):
 
 
 class _Unmixed(torch.nn.Module):
+    by_item = False
+
     """A fusion that gives the text as it is."""
 
     def forward(self, bundle: Bundle) -> Bundle:

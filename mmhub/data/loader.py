@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -23,9 +24,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmhub.batch import Batch, Encoded
+from mmhub.conversation import compose, media_of, pack_scripts, read_messages, read_script, text_of
 from mmhub.data.cells import cell
 from mmhub.errors import InputError, MmhubError
-from mmhub.interfaces import Decoder, Policy
+from mmhub.interfaces import Decoder, Policy, describe_raw
 from mmhub.interfaces.labels import is_missing
 
 Numbered: TypeAlias = "int | tuple[int, Mapping[str, Any]]"  # a row by its number, or with its content
@@ -119,6 +121,7 @@ class Collate:
     features: Mapping[str, Kept] = field(default_factory=dict)  # of frozen encoders; these need no processor
     read: Mapping[str, ReadItems] = field(default_factory=dict)
     measured: bool = False
+    talks: bool = False  # does the decoder answer conversations, and not write on?
 
     @property
     def columns(self) -> list[str] | None:
@@ -142,6 +145,8 @@ class Collate:
         return Loaded(skipped=skipped)
 
     def _batch(self, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> Batch:
+        if self.talks:
+            return self._talks(samples)
         raw = {modality: self._raw(modality, column, samples) for modality, column in self.inputs.items()}
         for position in range(len(samples)):
             if all(values[position] is None for values in raw.values()):
@@ -166,6 +171,35 @@ class Collate:
             batch.raw_targets = [row.get(self.target) for _, row in samples]
             batch.targets = self._targets(batch)
         batch.weights = decoder.weigh(batch.targets) if batch.targets is not None else None
+        return batch
+
+    def _talks(self, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> Batch:
+        """A batch of conversations with their answers."""
+        decoder: Any = self.decoder
+        batch = Batch(items={}, size=len(samples), index=[i for i, _ in samples])
+        talks = []
+        for position, (number, row) in enumerate(samples):
+            try:
+                talk, references = read_talk(row, self.inputs, self.target, self.processors, self.rows.folder(number))
+            except InputError as error:
+                error.row = position
+                raise
+            talks.append(talk)
+            batch.raw_targets.append(references)
+        seeds = None if self.seed is None else [row_seed(self.seed, i) for i, _ in samples]
+        media = [name for name in self.inputs if name != "text"]
+        for name in media:
+            if name in self.features:
+                batch.features[name] = self.features[name].take(batch.index)
+            else:
+                values = [media_of(talk, name) or None for talk in talks]
+                known = self._known(name, batch.index)
+                batch.items[name] = self.processors[name](values, self.policy, seeds, known)
+        processor = self.processors["text"]
+        scripts = [read_script(processor, talk, self.policy, row) for row, talk in enumerate(talks)]
+        batch.items["text"], batch.plan, batch.prompts = pack_scripts(scripts, media)
+        batch.targets = decoder.count_targets(batch.items["text"])
+        batch.weights = decoder.weigh(batch.targets)
         return batch
 
     def _group(self, number: int, row: Mapping[str, Any]) -> Any:
@@ -202,6 +236,34 @@ class Collate:
         place = self.rows.where(samples[error.row][0]) + (f", column '{column}'" if column else "")
         hint = error.hint or ('fix the row, or set data.on_error = "skip"' if not self.skip else None)
         return InputError(f"{place}: {error.message}", hint)
+
+
+def read_talk(
+    row: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    target: str,
+    processors: Mapping[str, Any],
+    folder: Path | None,
+) -> tuple[list[dict[str, Any]], Any]:
+    """Return the conversation of a table's row, which ends with an answer, and what answers are compared with.
+
+    Without a `target` the column of the text holds whole conversations; else one is made of the inputs and the target.
+
+    Raises:
+        InputError: the row holds none, or no answer.
+    """
+    if not target:
+        value = usable("text", cell(row, inputs["text"]), folder)
+        talk = read_messages(value, processors)
+        if talk[-1]["role"] != "assistant":
+            raise InputError("the conversation does not end with an answer", "add a message of the assistant")
+        return talk, text_of(talk[-1])
+    sample = {name: usable(name, cell(row, column), folder, len(inputs) == 1) for name, column in inputs.items()}
+    answer = row.get(target)
+    texts = list(answer) if isinstance(answer, (list, tuple)) else [answer]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"the target is {describe_raw(answer)}, not a text", "give every row a target text")
+    return compose(sample, processors, Counter(texts).most_common(1)[0][0]), answer
 
 
 def two_items(value: Any) -> Any:
@@ -241,6 +303,8 @@ def usable(modality: str, value: Any, folder: Path | None = None, alone: bool = 
     The empty text is a text where text is the only input (`alone`), and a missing one beside others. A list of raw
     inputs loses those that are missing; a list that holds numbers is data, and its gaps are part of it.
     """
+    if is_conversation(value):
+        return _placed_media(value, modality, folder)
     if modality == "text" and isinstance(value, Mapping):  # a pair of texts
         return value
     if isinstance(value, Mapping) and value.get("bytes") is None and "array" not in value:
@@ -256,6 +320,38 @@ def usable(modality: str, value: Any, folder: Path | None = None, alone: bool = 
     if value and folder is not None and os.path.exists(folder / value):  # Path.exists raises for a very long text
         return folder / value
     return value or None
+
+
+def is_conversation(value: Any) -> bool:
+    """Is a cell a list of messages?"""
+    listed = isinstance(value, (list, tuple)) and len(value) > 0
+    return listed and isinstance(value[0], Mapping) and "role" in value[0]
+
+
+def _placed_media(messages: Sequence[Any], modality: str, folder: Path | None) -> list[Any] | None:
+    """The messages of a conversation with the paths of media looked for beside the table; for another modality than
+    text, its raw inputs."""
+    found, media = [], []
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, (list, tuple)):
+            found.append(message)
+            continue
+        parts = []
+        for part in content:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if isinstance(kind, str) and kind != "text" and (raw := _raw_of(part, kind)) is not None:
+                placed = usable(kind, raw, folder)
+                parts.append({"type": kind, kind: placed})
+                media += [placed] if kind == modality and placed is not None else []
+            else:
+                parts.append(part)
+        found.append({**message, "content": parts})
+    return found if modality == "text" else media or None
+
+
+def _raw_of(part: Mapping[str, Any], kind: str) -> Any:
+    return next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
 
 
 def _holds_number(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mmhub.config import Recipe, read_recipe
 from mmhub.data.addresses import expand_braces
 from mmhub.data.cells import parts_of
 from mmhub.data.corpus import documents
-from mmhub.data.loader import epoch_order, usable
+from mmhub.data.loader import epoch_order, read_talk, usable
 from mmhub.data.sources import Rows, open_rows, require_columns
 from mmhub.data.stream import Stream, open_stream, wants_stream
 from mmhub.errors import InputError, UsageError
@@ -41,7 +42,7 @@ class TrainingData:
         self.inputs = _inputs(recipe, task)
         if task.reads_text and recipe.data.target:
             raise UsageError(f"{task.name} has no target column", "remove data.target: the texts themselves are it")
-        if not (task.reads_text or task.paired or self.target or task.name == "embedding"):
+        if not (task.reads_text or task.converses or task.paired or self.target or task.name == "embedding"):
             raise UsageError(f"{task.name} needs a target column", 'add target = "COLUMN" under [data]')
         self.rows, self.valid = self._open(folder)
 
@@ -66,6 +67,8 @@ class TrainingData:
             skips = self.recipe.data.on_error == "skip"  # what is skipped is told when it is read for training
             skipped: list[str] | None = [] if skips else None
             return (text for _, text in documents(self.rows, self.inputs["text"], self.document, skipped))
+        if name == "messages":
+            return self._talks()
         if name != "target":
             alone, column = len(self.inputs) == 1, self.inputs[name]
             cells = self.rows.cells(column) if isinstance(self.rows, Stream) else enumerate(self.rows.column(column))
@@ -76,6 +79,14 @@ class TrainingData:
         if self.recipe.data.on_error == "stop":
             return values
         return (v for v in values if v is not None and v != "" and v == v)  # rows without a target will be skipped
+
+    def _talks(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield the rows as conversations with their answers; of those that are none training will say so."""
+        numbered = self.rows.numbered() if isinstance(self.rows, Stream) else enumerate(self.rows)
+        inputs = {name: column for name, column in self.inputs.items() if name == "text" or not self.target}
+        for number, row in numbered:
+            with suppress(InputError):
+                yield read_talk(row, inputs, self.target, _Anything(inputs), self.rows.folder(number))[0]
 
     def check_targets(self, model: Model) -> None:
         """Try the targets now: a label unseen in training must not end a run after its first epoch."""
@@ -153,9 +164,19 @@ class TrainingData:
         return _split(rows, data.valid_fraction, self.recipe.seed)
 
 
+class _Anything(dict[str, Any]):
+    """Stands for the processors of a model that is not built yet: every modality is one of its."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
 def _inputs(recipe: Recipe, task: Task) -> dict[str, str]:
     """Modality to column; a modality named like a column, or as the task usually names it, needs no entry."""
     given = dict(recipe.data.inputs)
+    if task.converses:
+        column = given.pop("messages", given.pop("text", "messages"))
+        return dict.fromkeys([*recipe.model.encoders, "text"], column) if not recipe.model.base else {"text": column}
     if recipe.model.base:  # its encoders' tables only say what to freeze
         return given if "text" in given or not task.reads_text else given | {"text": "text"}
     usual = {m: c if isinstance(c, str) else "+".join(c) for m, c in task.inputs.items()}

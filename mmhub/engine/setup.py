@@ -197,6 +197,7 @@ class Setup:
             target=self.data.target,
             policy=self.policy,
             skip=self.recipe.data.on_error == "skip",
+            talks=self.model.converses,
         )
 
     def _feed(self) -> Feed:

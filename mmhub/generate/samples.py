@@ -54,6 +54,10 @@ def generate(
     def answer(part: Sequence[Sample]) -> list[Answer]:
         def bundle_at(rows: Sequence[int]) -> tuple[Bundle, list[int]]:
             taken = [part[row] for row in rows]
+            if model.converses:
+                batch = model.collate(taken, policy).to(model.device)
+                bundle = model.encode(batch.items, batch.size)
+                return model.fusion(bundle, plan=batch.plan), [0] * len(rows)
             if isinstance(decoder, LanguageModel):
                 return _prompt_bundle(model, decoder, taken, settings, policy, truncate)
             batch, lost = _cut(model, taken, policy) if truncate else (model.collate(taken, policy), [0] * len(rows))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mmhub.interfaces.classifier import Classifier
     from mmhub.interfaces.config import ComponentConfig, Rate, Width, decode_config, encode_config
     from mmhub.interfaces.foreign import ForeignParts, ForeignReader, ForeignWriter
-    from mmhub.interfaces.language import Generation, LanguageModel, LanguageProcessor, TextDecoder, own_stream
+    from mmhub.interfaces.language import Generation, LanguageModel, LanguageProcessor, Script, TextDecoder, own_stream
     from mmhub.interfaces.pairs import PairDecoder
     from mmhub.interfaces.raw import Policy, describe_raw, raw_bytes
     from mmhub.interfaces.roles import Decoder, Encoder, Fusion, Processor, Stream, Window
@@ -36,6 +36,7 @@ __all__ = [
     "Policy",
     "Processor",
     "Rate",
+    "Script",
     "Stream",
     "Task",
     "TextDecoder",
@@ -65,6 +66,7 @@ _HOMES = {
     "Policy": "raw",
     "Processor": "roles",
     "Rate": "config",
+    "Script": "language",
     "Stream": "roles",
     "TASKS": "task",
     "Task": "task",

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from mmhub.batch import Bundle, Features, Items, Output
+from mmhub.errors import UsageError
 from mmhub.interfaces.config import ComponentConfig
 from mmhub.interfaces.raw import Policy
 from mmhub.interfaces.roles import Decoder, Processor, Stream
@@ -60,6 +61,25 @@ class Generation(ComponentConfig, frozen=True):
             raise ValueError("a stop text must not be empty")
 
 
+@dataclass(frozen=True)
+class Script:
+    """A conversation as a language model reads it.
+
+    Attributes:
+        ids: of its text, (S,) long. weights: what predicting each of them counts in training, (S,) float.
+        places: of each picture, sound and so on, in order, its modality and its place among ids and items together.
+        prompt: how many ids stand before the last answer, all of them where there is none yet.
+        turns: how many ids and items, together, each message takes up; they add up to all. What stands before the first
+            message and after the last is part of these.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    places: tuple[tuple[str, int], ...] = ()
+    prompt: int = 0
+    turns: tuple[int, ...] = ()
+
+
 class LanguageProcessor(Processor):
     """A processor of texts that are written: it turns ids back into text, and frames documents and prompts.
 
@@ -69,7 +89,7 @@ class LanguageProcessor(Processor):
         begin_id: what stands before the first token of a text, None if the model knows nothing like it.
         end_id: what stands after the last one, None likewise. ends: do documents end with it?
         stop_ids: ids that end a generated text, `end_id` and, for chat models, the end of a turn.
-        vocab_size: one more than the highest id.
+        vocab_size: one more than the highest id. chat_template: how conversations are laid out, "" for none.
     """
 
     modality: ClassVar[str] = "text"
@@ -77,6 +97,7 @@ class LanguageProcessor(Processor):
     end_id: int | None
     ends: bool
     stop_ids: tuple[int, ...]
+    chat_template: str = ""
 
     @property
     @abstractmethod
@@ -95,6 +116,26 @@ class LanguageProcessor(Processor):
         Raises:
             UsageError: there is no chat template. InputError: the conversation does not fit it.
         """
+
+    def converse(self, messages: Sequence[Mapping[str, Any]], policy: Policy) -> Script:
+        """Lay out a conversation in which media stand between texts, and say what of it is trained.
+
+        A message is {"role", "content"[, "weight"]}; its content is a text or a list of parts, {"type": "text", "text"}
+        or {"type": modality, ...}. What the assistant wrote is trained, with the weight of its message, the token that
+        ends it included. A conversation that ends with a message of the user is laid out up to where the answer begins.
+
+        Raises:
+            UsageError: there is no chat template. InputError: the conversation does not fit it.
+        """
+        raise UsageError(f"{type(self).__name__} lays out no conversations with media", "take another decoder")
+
+    def layout(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return the text of a conversation as it is laid out, without media; what a tokenizer is trained on."""
+        raise UsageError(f"{type(self).__name__} lays out no conversations", "take another decoder")
+
+    def take_template(self, name: str) -> None:
+        """Take another chat template than its own: a built-in one's name, or a file."""
+        raise UsageError(f"{type(self).__name__} takes no chat template", "take another decoder")
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -168,9 +209,9 @@ class TextDecoder(Decoder):
 class LanguageModel(TextDecoder):
     """A causal language model: it reads the text of a sample itself, embedded by `embed`, and writes on.
 
-    The stream it reads (`fused`, else `text`) holds `ids`, and `parts` where a row holds several texts behind each
-    other: no text is ever attended from another one. A text's first token is not predicted, for nothing stands before
-    it: processors put a begin token there.
+    The stream it reads (`fused`, else `text`) holds `ids`, -1 for what is no text, and `parts` where a row holds
+    several texts behind each other: no text is ever attended from another one. A text's first token is not predicted,
+    for nothing stands before it: processors put a begin token there.
 
     Attributes:
         dim: width of the embeddings. stateful: it passes on a state instead of attending to all tokens before, and is
@@ -179,7 +220,7 @@ class LanguageModel(TextDecoder):
 
     reads_text: ClassVar[bool] = True
     stateful: ClassVar[bool] = False
-    tasks: ClassVar[tuple[str, ...]] = ("language-modelling",)
+    tasks: ClassVar[tuple[str, ...]] = ("language-modelling", "chat", "captioning", "visual-question-answering")
     dim: int
 
     @abstractmethod
@@ -195,10 +236,13 @@ class LanguageModel(TextDecoder):
         raise NotImplementedError("a language model has no target column")
 
     def count_targets(self, items: Items) -> Tensor:
-        """Return how many tokens of each batch row are predicted, (B,) long; what `forward` takes as targets."""
-        wanted = items.mask[:, 1:] if items.marks is None else items.mask[:, 1:] & items.marks[:, 1:]
-        counts = torch.zeros(items.batch, dtype=torch.long, device=items.rows.device)
-        return counts.index_add_(0, items.rows, wanted.sum(1))
+        """Return how many tokens of each batch row are predicted, (B,); what `forward` takes as targets.
+
+        Where the marks are what each token counts, their sum.
+        """
+        wanted = items.mask[:, 1:].long() if items.marks is None else items.mask[:, 1:] * items.marks[:, 1:]
+        sums = wanted.sum(1)
+        return sums.new_zeros(items.batch).index_add_(0, items.rows, sums)
 
     def weigh(self, targets: Any) -> Tensor | None:
         found: Tensor | None = targets

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from mmhub.batch import Bundle, Features, Items, Output, pad_sequences
+from mmhub.batch import Bundle, Features, Items, Output, Plan, pad_sequences
 from mmhub.errors import InputError, UsageError
 from mmhub.interfaces.config import ComponentConfig
 from mmhub.interfaces.raw import Policy
@@ -263,10 +263,12 @@ class Fusion(nn.Module, ABC):
         inputs: the streams it was built for. outputs: the streams it returns.
         reads: what it reads of its inputs: their "tokens", no more than their `mmhub.layers.summary`, or "nothing",
             if it only passes them on. A frozen encoder's features are kept in much less space for a "summary".
+        by_item: it gets the streams of other modalities than text item by item, with `Features.rows`, and a plan.
     """
 
     Config: ClassVar[type[ComponentConfig]]
     reads: Literal["tokens", "summary", "nothing"] = "tokens"
+    by_item: ClassVar[bool] = False
     inputs: dict[str, Stream]
     outputs: dict[str, Stream]
     config: Any
@@ -277,12 +279,17 @@ class Fusion(nn.Module, ABC):
         self.config, self.inputs = config, dict(inputs)
 
     @abstractmethod
-    def forward(self, bundle: Bundle, plan: Any = None, embed: Any = None) -> Bundle:
+    def forward(self, bundle: Bundle, plan: Plan | None = None, embed: Any = None) -> Bundle:
         """Combine features by row. `bundle` holds every input stream, rows without an item fully masked.
 
-        `plan` and `embed` serve fusions that interleave text and media: the segment plan, and the token embedding of
-        the language model, which stays its owner.
+        `plan` and `embed` serve fusions that interleave text and media: where media stand in the text, and the token
+        embedding of the language model, which stays its owner.
         """
+
+    def token_count(self, name: str, tokens: int) -> int:
+        """Return how many tokens it makes of an item of the stream `name` that has so many. Override where that is not
+        as many and the decoder's context has to hold them."""
+        return tokens
 
 
 class Decoder(nn.Module, ABC):

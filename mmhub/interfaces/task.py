@@ -15,7 +15,8 @@ class Task:
     `monitor` names a metric (or "loss"); `higher_is_better` its direction. `required` modalities must be in the model.
     `reads_text`: its decoder is a language model, which reads the text of a sample itself; `writes`: answers are texts,
     written token by token; `paired`: it has no answer, for what belongs together stands in one row. `fusion` is taken
-    where a recipe names none, '' for the usual one. `inputs` and `target` are column names that are taken likewise.
+    where a recipe names none, '' for the usual one. `converses`: a row is a conversation, whose last answer is what is
+    measured. `inputs` and `target` are column names that are taken likewise.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Task:
     reads_text: bool = False
     writes: bool = False
     paired: bool = False
+    converses: bool = False
     fusion: str = ""
     inputs: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     target: str = ""
@@ -162,6 +164,18 @@ TASKS: dict[str, Task] = {
             inputs={"image": "image", "text": "question"},
             target="answer",
             tags={"": "visual-question-answering"},
+        ),
+        Task(
+            name="chat",
+            decoder="transformer-lm",
+            metrics=("exact_match",),
+            monitor="loss",
+            higher_is_better=False,
+            writes=True,
+            converses=True,
+            fusion="interleave",
+            tags={"text": "text-generation", "image+text": "image-text-to-text", "audio+text": "audio-text-to-text"}
+            | {"": "any-to-any"},
         ),
         Task(
             name="embedding",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mmhub.metrics.captions import captions, visual_answers
+from mmhub.metrics.captions import captions, exact_match, visual_answers
 from mmhub.metrics.classification import accuracy, classes, labels, macro_f1, multilabel, regression, top
 from mmhub.metrics.speech import speech
 from mmhub.metrics.translation import translation
@@ -36,6 +36,7 @@ METRICS: dict[str, Metric] = {
     "speech": speech,
     "captions": captions,
     "visual_answers": visual_answers,
+    "exact_match": exact_match,
 }
 
 

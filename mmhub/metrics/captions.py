@@ -29,6 +29,15 @@ def captions(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]
     return translation(predictions, rows) | {"cider": cider([str(p["text"]) for p in predictions], rows)}
 
 
+def exact_match(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]) -> dict[str, Any]:
+    """Share of texts that equal their reference, or one of several, but for blanks around them and in a row."""
+    hits = [
+        " ".join(str(one["text"]).split()) in {" ".join(text.split()) for text in several(truth)}
+        for one, truth in zip(predictions, references, strict=True)
+    ]
+    return {"exact_match": sum(hits) / len(hits)}
+
+
 def cider(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return CIDEr-D (Vedantam et al. 2015, arXiv:1411.5726), 0 to 10: how much texts say of what their references do.
 

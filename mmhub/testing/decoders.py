@@ -192,7 +192,8 @@ def _with_streams(subject: DecoderSubject, config: Any, streams: Any) -> Any:
 def _toys(subject: DecoderSubject) -> list[tuple[str, Toy]]:
     """The tasks it serves with their toy problems; if there is none, the check ends."""
     subject.part()
-    found = [(task, toy) for task in subject.cls.tasks if (toy := subject.toy(task))]
+    tasks = () if subject.cls.reads_text else subject.cls.tasks  # what it learns is its text itself
+    found = [(task, toy) for task in tasks if (toy := subject.toy(task))]
     if not found:
         raise NotApplicableError(f"the kit has no toy problem for {', '.join(subject.cls.tasks)}")
     return found

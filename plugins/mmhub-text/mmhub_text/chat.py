@@ -90,12 +90,12 @@ def encode_chat(
     return _encode_pieces(render(checked, template, names), start, end, encode)
 
 
-def render(messages: Sequence[Mapping[str, str]], template: str, names: Mapping[str, str]) -> str:
-    """Return the text of checked messages, up to the assistant's next answer."""
+def render(messages: Sequence[Mapping[str, Any]], template: str, names: Mapping[str, str], *, asks: bool = True) -> str:
+    """Return the text of checked messages; if it `asks`, up to the assistant's next answer."""
     compiled = _compile(template)
     try:
         return _joined(
-            compiled.generate(**names, messages=messages, tools=None, documents=None, add_generation_prompt=True)
+            compiled.generate(**names, messages=messages, tools=None, documents=None, add_generation_prompt=asks)
         )
     except (RecursionError, MemoryError):
         raise TrustError("the chat template needs more memory than it may", "give another one") from None
@@ -105,6 +105,25 @@ def render(messages: Sequence[Mapping[str, str]], template: str, names: Mapping[
         raise InputError(
             f"the chat template refuses the conversation: {error}", "check roles and their order"
         ) from None
+
+
+def answers_of(
+    messages: Sequence[Mapping[str, Any]], template: str, names: Mapping[str, str], whole: str
+) -> list[tuple[int, int, int]]:
+    """Return (number, start, end) of what `whole`, the layout of all messages, holds of each answer of the assistant.
+
+    It begins where the model begins to write, and ends where the message does. An answer that the template writes
+    otherwise once more is said after it is left out.
+    """
+    found = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(messages[:number], template, names) if number else ""
+        after = render(messages[: number + 1], template, names, asks=False)
+        if whole.startswith(before) and whole.startswith(after) and len(before) <= len(after):
+            found.append((number, len(before), len(after)))
+    return found
 
 
 def _joined(parts: Iterable[str]) -> str:

@@ -143,7 +143,7 @@ def _goals(stream: Features, where: Where | None) -> Tensor:
     assert stream.ids is not None, "a language model reads a stream that holds ids"
     wanted = followed(stream)
     if stream.loss is not None:
-        wanted = wanted & stream.loss[:, 1:]
+        wanted = wanted & (stream.loss[:, 1:] > 0)
     goals = torch.where(wanted, stream.ids[:, 1:], IGNORED)
     return goals if where is None else goals[where]
 

@@ -13,9 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from mmhub.errors import InputError, UsageError
-from mmhub.interfaces import LanguageProcessor, Policy
+from mmhub.interfaces import LanguageProcessor, Policy, Script
 from mmhub_text.chat import BUILT_IN, CHATML_TOKENS, encode_chat, find_template, no_template
 from mmhub_text.frame import Frame, read_frame
+from mmhub_text.script import Talk, marked
 from mmhub_text.store import TokenizerStore, checked_text, encode, stored_content, training_texts
 from mmhub_text.tokenizer import (
     TEXT_SPECIALS,
@@ -48,6 +49,7 @@ class LanguageTextProcessor(LanguageProcessor):
     def __init__(self, frame: Frame | None = None) -> None:
         self._store = TokenizerStore(self._learn)
         self._recipe: TokenizerRecipe | None = None
+        self._marked: Tokenizer | None = None  # the one that knows where media stand and answers begin
         self._chat: Tokenizer | None = None  # the one that makes real special tokens of what templates spell
         self._special: frozenset[int] = frozenset()
         self._hidden: frozenset[int] = frozenset()
@@ -155,6 +157,21 @@ class LanguageTextProcessor(LanguageProcessor):
         self._store.check_ids(ids)
         return torch.tensor(ids, dtype=torch.long)
 
+    def converse(self, messages: Sequence[Mapping[str, Any]], policy: Policy) -> Script:
+        if not self.chat_template:
+            raise no_template()
+        tokenizer = self._store.ready()
+        added = tokenizer.get_added_tokens_decoder().values()
+        written = {token.content for token in added if token.content.strip()}
+        talk = Talk(messages, self.chat_template, self.names, written, _normaliser(tokenizer))
+        if self._marked is None:
+            self._marked = marked(tokenizer)
+        encoded = [encode(self._marked, checked_text(text, policy), framed=False).ids for text in talk.pieces]
+        return talk.script(encoded, self._marked, self.stop_ids, self._store.check_ids)
+
+    def layout(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        return Talk(messages, self.chat_template, self.names, set(), str).text
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out; of half a character, which may be the end, U+FFFD.
 
@@ -182,7 +199,11 @@ class LanguageTextProcessor(LanguageProcessor):
         Raises:
             UsageError: the tokenizer lacks its tokens. NotFoundError, TrustError: the file is missing, or damaged.
         """
-        template, tokenizer = find_template(name), self._store.ready()
+        template = find_template(name)
+        if self.needs_fit:
+            self.chat_template = template
+            return
+        tokenizer = self._store.ready()
         if template == BUILT_IN["chatml"] and any(tokenizer.token_to_id(token) is None for token in CHATML_TOKENS):
             raise UsageError(
                 f'the tokenizer has no {" and ".join(CHATML_TOKENS)}, which the chat template "chatml" is made of',
@@ -227,7 +248,7 @@ class LanguageTextProcessor(LanguageProcessor):
 
     def _put(self, tokenizer: Tokenizer) -> None:
         self._store.put(tokenizer)
-        self.needs_fit, self._chat = False, None
+        self.needs_fit, self._chat, self._marked = False, None, None
 
     def _learn(self, tokenizer: Tokenizer) -> None:
         """Find out which tokens are special, and which stands for unknown words."""

@@ -256,7 +256,7 @@ def _predicted(stream: Features) -> Tensor:
     if stream.parts is not None:
         wanted = wanted & (stream.parts[:, 1:] == stream.parts[:, :-1])
     if stream.loss is not None:
-        wanted = wanted & stream.loss[:, 1:]
+        wanted = wanted & (stream.loss[:, 1:] > 0)
     return torch.where(wanted, stream.ids[:, 1:], -100)
 
 
