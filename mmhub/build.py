@@ -79,7 +79,7 @@ def build_model(
     if recipe.base:
         return _from_base(task, recipe, values, columns, folder)
     parts = _encoder_parts(task, recipe)
-    if not parts and not _reads_text(task, recipe):
+    if not parts and not reads_text_itself(task, recipe):
         raise UsageError("the recipe names no encoder", "add [model.encoders.text], .image or .audio")
     encoders: dict[str, Encoder] = {}
     sources: dict[str, Component] = {}
@@ -90,7 +90,7 @@ def build_model(
         encoders[modality], sources[role], origin = _encoder(modality, part, recipe, given, folder, words)
         if origin is not None:
             parents.append(parent_of(resolve(local_name(part.init, folder)), origin, role))
-    known = {*encoders, *(("text",) if _reads_text(task, recipe) else ())}
+    known = {*encoders, *(("text",) if reads_text_itself(task, recipe) else ())}
     missing = [m for m in task.required if m not in known]
     if missing:
         raise UsageError(f"{task.name} needs the modality {missing[0]!r}", f"add [model.encoders.{missing[0]}]")
@@ -113,7 +113,7 @@ def build_model(
     return model
 
 
-def _reads_text(task: Task, recipe: ModelRecipe) -> bool:
+def reads_text_itself(task: Task, recipe: ModelRecipe) -> bool:
     """Does the decoder read the text of a sample itself?"""
     if recipe.decoder is not None and recipe.decoder.init and not recipe.decoder.use:
         kind, path, _ = find_pretrained(recipe.decoder.init)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -91,6 +92,42 @@ class DataRecipe(_Table):
     workers: int | Literal["auto"] = "auto"
 
 
+class StageData(_Table):
+    """What a stage trains or validates on, where it is not what `[data]` says; `train` and `mix` replace both there."""
+
+    train: Source = ""
+    mix: list[MixRecipe] = []
+    valid: Source = ""
+
+
+class StageRecipe(_Table):
+    """A stage of training: `parts` learn, "fusion", "decoder" and encoders by modality, and all others are frozen.
+
+    `name` is what people and its folder call it, none is that of its parts. The other keys are as in `[train]`, for
+    what the stage does differently.
+    """
+
+    parts: list[str] = []
+    name: str = ""
+    data: StageData | None = None
+    epochs: int | None = None
+    max_steps: int | None = None
+    batch_size: int | Literal["auto"] | None = None
+    batch_tokens: int | None = None
+    accumulate: int | None = None
+    optimizer: Literal["adamw", "muon", "sgd"] | None = None
+    learning_rate: float | None = None
+    min_learning_rate: float | None = None
+    schedule: Literal["cosine", "inverse-sqrt", "constant"] | None = None
+    warmup: float | None = None
+    weight_decay: float | None = None
+    clip_norm: float | None = None
+    ema: float | None = None
+    activation_checkpointing: bool | None = None
+    eval_every: int | None = None
+    patience: int | None = None
+
+
 class TrainRecipe(_Table):
     """The training loop. Steps are optimizer steps; `warmup` below 1 is a share of them, else their number.
 
@@ -131,6 +168,7 @@ class TrainRecipe(_Table):
     checkpoint_every: int = 500  # optimizer steps between resumable checkpoints
     keep: int = 2  # resumable checkpoints kept
     log_every: int = 10  # optimizer steps
+    stages: list[StageRecipe] = []  # one after the other, each from the best model of the one before
 
 
 class CardRecipe(_Table):
@@ -188,11 +226,75 @@ def check_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
     from mmhub.interfaces.config import decode_config
     from mmhub.interfaces.task import find_task
 
+    _decode_stages(table, where)
     recipe = decode_config(Recipe, _join_columns(table, where), where)
     paired = find_task(recipe.task).paired
     _check_ranges(recipe, where)
     _check_contrastive(recipe.train, recipe.task, paired, where)
+    for number, stage in enumerate(recipe.train.stages, 1):
+        place = f"{where}: train.stages {number}"
+        _check_stage(stage, recipe.model, place)
+        alone = stage_recipe(recipe, number)
+        _check_ranges(alone, place)
+        _check_contrastive(alone.train, recipe.task, paired, place)
     return recipe
+
+
+# -- stages -----------------------------------------------------------------------------------------------------
+
+
+def stage_name(stage: StageRecipe) -> str:
+    """What a stage is called."""
+    return stage.name or "+".join(stage.parts)
+
+
+def stage_recipe(recipe: Recipe, number: int) -> Recipe:
+    """The recipe of stage `number`, from 1, by itself: what it changes is changed, and no other stage is in it."""
+    stage, replace = recipe.train.stages[number - 1], msgspec.structs.replace
+    keys = [key for key in StageRecipe.__struct_fields__ if key not in ("parts", "name", "data")]
+    changes: dict[str, Any] = {key: value for key in keys if (value := getattr(stage, key)) is not None}
+    data, own = recipe.data, stage.data or StageData()
+    if own.train or own.mix:
+        data = replace(data, train=own.train, mix=own.mix)
+    if own.valid:
+        data = replace(data, valid=own.valid, valid_fraction=0.0)
+    return replace(recipe, data=data, train=replace(recipe.train, **changes, stages=[stage]))
+
+
+def check_parts(stage: StageRecipe, known: Sequence[str], where: str) -> None:
+    """Raise UsageError for a part that the model, which has the `known` ones, lacks."""
+    for part in stage.parts:
+        if part not in known:
+            hint = did_you_mean(part, known) or f"they are {', '.join(known)}"
+            raise UsageError(f"{where}: this model has no part {part!r}", hint)
+
+
+def _decode_stages(table: Mapping[str, Any], where: str) -> None:
+    """Try each stage by itself first, for an error inside a list does not say which of it is wrong."""
+    from mmhub.interfaces.config import decode_config
+
+    train = table.get("train")
+    stages = train.get("stages") if isinstance(train, Mapping) else None
+    for number, stage in enumerate(stages if isinstance(stages, (list, tuple)) else (), 1):
+        if isinstance(stage, Mapping):
+            decode_config(StageRecipe, stage, f"{where}: train.stages {number}")
+
+
+def _check_stage(stage: StageRecipe, model: ModelRecipe, where: str) -> None:
+    """Check what can be said of a stage before a model is built; `check_parts` does the rest."""
+    if not stage.parts:
+        raise UsageError(f"{where} names no parts", 'say what learns in it, such as parts = ["fusion", "decoder"]')
+    if model.encoders and not model.base:
+        check_parts(stage, [*model.encoders, "fusion", "decoder"], where)
+    frozen = [name for name, part in model.encoders.items() if part.freeze]
+    frozen += ["decoder"] if model.decoder is not None and model.decoder.freeze else []
+    for part in set(frozen) & set(stage.parts):
+        place = "model.decoder" if part == "decoder" else f"model.encoders.{part}"
+        raise UsageError(
+            f"{where} trains {part!r}, and {place} has freeze = true", "remove it: what a stage does not name is frozen"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", stage_name(stage)):
+        raise UsageError(f"{where}: {stage_name(stage)!r} cannot name a folder", "use letters, digits, '-' and '+'")
 
 
 _AT_LEAST_ONE = ("epochs", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every")
@@ -280,11 +382,23 @@ def apply_override(table: dict[str, Any], override: str) -> None:
     steps = [step.strip() for step in key.split(".")]
     if not all(steps):
         raise UsageError(f"--set {override!r}: the key has an empty part", "e.g. --set train.epochs=3")
+    inside: Any = table
     for step in steps[:-1]:
-        table = table.setdefault(step, {})
-        if not isinstance(table, dict):
+        inside = _step_into(inside, step, override)
+        if not isinstance(inside, (dict, list)):
             raise UsageError(f"--set {override!r}: {step!r} is a value, not a table")
-    table[steps[-1]] = _toml_value(value.strip())
+    if isinstance(inside, list):
+        raise UsageError(f"--set {override!r}: {steps[-2]!r} is a list, and not a table", "name a key of one in it")
+    inside[steps[-1]] = _toml_value(value.strip())
+
+
+def _step_into(table: Any, step: str, override: str) -> Any:
+    """What a table has under a key, or a list, such as that of stages, under a number from 1."""
+    if isinstance(table, dict):
+        return table.setdefault(step, {})
+    if not step.isdecimal() or not 1 <= int(step) <= len(table):
+        raise UsageError(f"--set {override!r}: {step!r} is none of the {len(table)} there are", "count from 1")
+    return table[int(step) - 1]
 
 
 def _toml_value(text: str) -> Any:

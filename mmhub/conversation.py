@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,6 +136,42 @@ def read_script(processor: LanguageProcessor, messages: Sequence[Message], polic
     except InputError as error:
         error.row, error.modality = row, "text"
         raise
+
+
+def fit_talk(
+    processor: LanguageProcessor,
+    messages: Sequence[Message],
+    policy: Policy,
+    size: Callable[[Script], int],
+    limit: int,
+    *,
+    newest: bool = False,
+) -> tuple[list[Message], int]:
+    """Leave out turns, the oldest first or else the newest, until the `size` of the conversation is within the limit.
+
+    -> the messages that stay, and how many do not. A turn is a question, its media and all until the next question;
+    what the system says at the beginning stays, and so does the last turn that is left, even where that is too long.
+
+    Raises:
+        UsageError, InputError: as `LanguageProcessor.converse`.
+    """
+    begin = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    asked = [message["role"] == "user" for message in messages]
+    starts = [i for i in range(begin, len(messages)) if i == begin or (asked[i] and not asked[i - 1])]
+
+    def kept(turns: int) -> list[Message]:
+        """The conversation without so many turns."""
+        if newest:
+            return list(messages[: [*starts, len(messages)][len(starts) - turns]])
+        return [*messages[:begin], *messages[starts[turns] if turns else begin :]]
+
+    def fits(turns: int) -> bool:
+        return size(processor.converse(kept(turns), policy)) <= limit
+
+    most = max(len(starts) - 1, 0)
+    turns = 0 if not most or fits(0) else bisect_left(range(most), True, lo=1, key=fits)
+    found = kept(turns)
+    return found, len(messages) - len(found)
 
 
 def pack_scripts(scripts: Sequence[Script], names: Sequence[str]) -> tuple[Items, Plan, torch.Tensor]:

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from mmhub.batch import Batch, Bundle, Output, begun, only, rows_with
 from mmhub.data.cells import parts_of
-from mmhub.data.lengths import Lengths, measure_rows
+from mmhub.data.lengths import Lengths, measure_rows, measure_talks
 from mmhub.data.loader import Collate, Kept, Loaded, load_batches, on_device, worker_count
 from mmhub.data.plan import plan_in_order
 from mmhub.data.sources import Rows, open_rows, require_columns
+from mmhub.data.talks import TalkReader
 from mmhub.errors import InputError, MmhubError, UsageError
+from mmhub.generate.talks import with_stops
 from mmhub.generate.write import write as write_texts
 from mmhub.interfaces import PairDecoder, Policy, TextDecoder
 from mmhub.metrics import explain, measure
@@ -83,7 +85,8 @@ class EvalOptions:
     they are written, which takes long; without, the loss alone is measured. `document`, `window` and `stride` are for
     language models: see `mmhub.perplexity`. `top` is how many of the best labels count as a guess of "top5".
     `details` adds what is no single number, and `keep` is handed the answers to all rows. The loss of pairs is measured
-    among 1,024 rows at a time, in the order of the data.
+    among 1,024 rows at a time, in the order of the data. Of the modalities in `withhold` no row has any: how much they
+    are worth is the difference to an evaluation with them.
     """
 
     batch_size: int = 64
@@ -99,6 +102,7 @@ class EvalOptions:
     window: int = 0
     stride: int = 0
     skip: bool = False
+    withhold: tuple[str, ...] = ()
     policy: Policy = field(default_factory=Policy)
     precision: torch.dtype = torch.float32
     features: Mapping[str, Kept] = field(default_factory=dict)  # of these very rows, by the model's frozen encoders
@@ -122,7 +126,9 @@ def evaluate(
 
     `inputs` (modality -> column), `target` and `columns` default to what the checkpoint was trained with. Returns
     {"name", "task", "rows", "skipped", "metrics", "subsets"}; a subset counts the rows that have all its modalities.
-    With `options.details` there is also "details": see `mmhub.metrics.explain`.
+    Conversations, and whatever a language model answers, are each in one subset alone, that of all they have; turns of
+    those that are too long for the model are left out, the oldest first, and "shortened" is how many these are.
+    With `options.details` there is also "details": see `mmhub.metrics.explain`; "withheld" is what was withheld.
 
     Raises:
         UsageError: a column is missing. InputError: a row cannot be read (unless `options.skip`).
@@ -135,6 +141,7 @@ def evaluate(
     rows = data if isinstance(data, Rows) else open_rows(data, columns=list(columns or model.columns.names) or None)
     wanted = input_columns(model, rows, inputs)
     options = options or EvalOptions()
+    wanted = _not_withheld(model, wanted, options.withhold)
     if model.task.reads_text:
         if target:
             raise UsageError(f"a language model has no target column, and {target!r} was named", "name none")
@@ -142,11 +149,12 @@ def evaluate(
     for name in ("document", "window", "stride"):
         if getattr(options, name):
             raise UsageError(f"{name!r} is for language models, and this one is for {model.task.name}", "leave it out")
-    target = target or model.columns.target
-    if not target and not model.task.paired and not model.task.converses:
+    target = target or ("" if "messages" in (inputs or {}) else model.columns.target)
+    talks = model.converses and (model.task.converses or "messages" in (inputs or {}))
+    if not target and not model.task.paired and not talks:
         raise UsageError("no target column is known", "add --target-column NAME")
     require_columns(rows, [target] if target else [], "name the column with --target-column")
-    tallies, skipped = _run(model, rows, wanted, target, options)
+    tallies, skipped, shortened = _run(model, rows, wanted, target, options)
     everything = tallies.pop(())
     if not everything.answers:
         raise InputError(f"none of the {len(rows)} rows could be evaluated", "check the data")
@@ -165,6 +173,8 @@ def evaluate(
             if tally.answers
         },
     }
+    found |= {"shortened": shortened} if shortened else {}
+    found |= {"withheld": list(options.withhold)} if options.withhold else {}
     if options.details:
         predictions, references = [one for _, one, _ in answers], [truth for _, _, truth in answers]
         found["details"] = explain(model.task.name, predictions, references)
@@ -178,19 +188,42 @@ def _row_of(answer: tuple[int, Any, Any]) -> int:
 def input_columns(model: Model, rows: Rows, inputs: Mapping[str, str] | None) -> dict[str, str]:
     """Decide which column feeds which modality: `inputs` first, then what the model was trained with, then its name.
 
-    A modality whose column the table lacks is missing in every row, as long as one is there.
+    A modality whose column the table lacks is missing in every row, as long as one is there. "messages" is the column
+    of conversations, which hold all of them.
     """
     given = dict(inputs or {})
+    if model.converses and "messages" in given:
+        given = dict.fromkeys(model.modalities, given["messages"])
     unknown = [name for name in given if name not in model.modalities]
     if unknown:
         raise UsageError(f"this model has no input {unknown[0]!r}", f"it takes {', '.join(model.modalities)}")
     require_columns(rows, list(given.values()), "name the columns with --inputs")
     known = {m: model.columns.inputs.get(m, m) for m in model.modalities} | given
+    if model.converses and "text" not in {**model.columns.inputs, **given} and model.columns.inputs:
+        known.pop("text")  # it was trained without a question, and a column of that name is likely to be the answer
     there = rows.columns
     present = {m: column for m, column in known.items() if set(parts_of(column, there)) <= set(there)}
     if not present:
         require_columns(rows, list(known.values()), "name the columns with --inputs")
     return present
+
+
+def _not_withheld(model: Model, inputs: dict[str, str], withhold: Sequence[str]) -> dict[str, str]:
+    """The inputs that are left.
+
+    Raises:
+        UsageError: the model has no such input, or needs it.
+    """
+    unknown = [name for name in withhold if name not in model.modalities]
+    if unknown:
+        raise UsageError(
+            f"this model has no input {unknown[0]!r} to withhold", f"it takes {', '.join(model.modalities)}"
+        )
+    if withhold and model.task.paired:
+        raise UsageError(f"nothing can be withheld: {model.task.name} is about pairs", "leave it out")
+    if not set(model.modalities if model.converses else inputs) - set(withhold):
+        raise UsageError(f"without {' and '.join(withhold)} nothing is left to answer from", "withhold less")
+    return {name: column for name, column in inputs.items() if model.converses or name not in withhold}
 
 
 def _measure_language(model: Model, rows: Rows, column: str, options: EvalOptions) -> dict[str, Any]:
@@ -206,28 +239,32 @@ Tallies = dict[tuple[str, ...], Tally]
 
 def _run(
     model: Model, rows: Rows, inputs: Mapping[str, str], target: str, options: EvalOptions
-) -> tuple[Tallies, list[str]]:
-    subsets = (
-        _subsets(tuple(m for m in model.modalities if m in inputs)) if options.subsets and not model.task.paired else []
-    )
-    subsets = [subset for subset in subsets if set(model.task.required) <= set(subset)]
+) -> tuple[Tallies, list[str], int]:
+    subsets = _subsets_of(model, inputs, options) if options.subsets and not model.task.paired else []
     tallies: Tallies = {subset: Tally() for subset in [(), *subsets]}
     processors = {name: model.processors[name] for name in inputs}
     unread = {name: column for name, column in inputs.items() if name not in options.features}
     pairs = model.decoder.paired and len(inputs) == 1
-    lengths = options.lengths or measure_rows(rows, processors, model.readers, unread, options.policy, pairs=pairs)
+    reader = None
+    if model.converses:
+        limit = model.language_model.context or 0
+        reader = TalkReader.of(model, inputs, target, options.policy, limit=limit, withhold=options.withhold)
+        lengths = options.lengths or measure_talks(rows, reader)
+    else:
+        lengths = options.lengths or measure_rows(rows, processors, model.readers, unread, options.policy, pairs=pairs)
     collate = Collate(
         rows=rows,
-        processors=processors,
+        processors=processors if reader is None else model.processors,
         inputs=inputs,
         decoder=model.decoder,
         target=target,
         policy=options.policy,
         skip=options.skip,
-        features={name: kept for name, kept in options.features.items() if name in inputs},
+        features={name: kept for name, kept in options.features.items() if name in inputs},  # none that is withheld
         read=lengths.read,
         measured=True,
-        talks=model.converses,
+        talks=reader,
+        scripts=lengths.talks,
     )
     order = plan_in_order(len(rows), lengths, batch_size=options.batch_size, batch_tokens=options.batch_tokens)
     share = _Share(order, options.ranks)
@@ -240,7 +277,14 @@ def _run(
             tallies[()].losses = _pair_losses(model.decoder, model.device, tallies[()])
     finally:
         model.train(was_training)
-    return tallies, skipped
+    return tallies, skipped, 0 if lengths.talks is None else lengths.talks.shortened
+
+
+def _subsets_of(model: Model, inputs: Mapping[str, str], options: EvalOptions) -> list[tuple[str, ...]]:
+    if model.converses:
+        return _subsets(tuple(name for name in model.modalities if name not in options.withhold))
+    found = _subsets(tuple(name for name in model.modalities if name in inputs))
+    return [subset for subset in found if set(model.task.required) <= set(subset)]
 
 
 @torch.inference_mode()
@@ -389,17 +433,18 @@ def _measure_talks(model: Model, batch: Batch, tallies: Mapping[tuple[str, ...],
         texts: list[str | None] = [None] * batch.size
         if options.write:
             asked = bundle | {"text": begun(bundle["text"], batch.prompts.to(model.device))}
-            written = write_texts(decoder, model.fusion(asked, plan=batch.plan), rows=batch.index or None)
+            settings = with_stops(decoder, None)
+            written = write_texts(decoder, model.fusion(asked, plan=batch.plan), settings, rows=batch.index or None)
             texts = [found[0].text.strip() for found in written]
     if not batch.index:
         return
     held = {name: set(part.rows.tolist()) for name, part in batch.items.items()}
     held |= {name: set(part.rows.tolist()) for name, part in batch.features.items()}
+    held["text"] = {row for row, raw in enumerate(batch.raw) if raw["text"]}
     references = model.decoder.references(batch.raw_targets)
-    asked_for = [name for name in model.modalities if any(name in subset for subset in tallies)]
     for row, text in enumerate(texts):
-        subset = tuple(name for name in asked_for if row in held.get(name, ()))
-        for tally in (tallies[()], tallies.get(subset, Tally())):
+        subset = tuple(name for name in model.modalities if row in held.get(name, ()))
+        for tally in (tallies[()], tallies.get(subset, Tally()) if subset else Tally()):
             answer = None if text is None else {"text": text}
             tally.answers.append((batch.index[row], answer, references[row]))
             tally.losses.append((weights[row], losses[row]))

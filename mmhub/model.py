@@ -122,15 +122,24 @@ class Model(nn.Module):
             "decoder": self.decoder,
         }
 
-    def freeze(self, modality: str) -> None:
-        """Exclude an encoder from training: no gradients, and evaluation mode for its norms and dropout."""
-        self.frozen.add(modality)
-        self.encoders[modality].requires_grad_(False).eval()
+    def freeze(self, name: str) -> None:
+        """Exclude a part from training: no gradients, and evaluation mode for its norms and dropout.
+
+        It is an encoder's modality, "fusion" or "decoder".
+        """
+        self.frozen.add(name)
+        self._called(name).requires_grad_(False).eval()
+
+    def _called(self, name: str) -> nn.Module:
+        return self.parts()[name if name in ("fusion", "decoder") else f"{name}_encoder"]
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        for modality in self.frozen:
-            self.encoders[modality].eval()
+        for name in self.frozen:
+            part = self._called(name).eval()
+            for module in part.modules() if mode and name not in self.encoders else ():
+                if isinstance(module, nn.RNNBase):  # cuDNN passes a gradient on in training mode alone
+                    module.train()
         return self
 
     # -- forward ------------------------------------------------------------------------------------------------
@@ -325,7 +334,8 @@ class Model(nn.Module):
     ) -> list[dict[str, Any]]:
         """Answer samples, in order. A missing key or None is a missing modality.
 
-        What a plugin's guard refuses is answered `{"refused": reason, "guard": name}`.
+        A model that converses takes {"messages": [...]} as well, and answers the last question. What a plugin's guard
+        refuses is answered `{"refused": reason, "guard": name}`.
 
         Raises:
             InputError: a raw input cannot be read; `row` is its position in `samples`.
@@ -382,7 +392,9 @@ class Model(nn.Module):
         settings: Generation | None = None,
         **options: Any,
     ) -> list[dict[str, Any]]:
-        """Write a text for each sample: {"text", "finish", ...}; see `mmhub.generate.generate` for the options.
+        """Write a text for each sample: {"text", "finish", ...}; one may hold "messages" as in `chat`.
+
+        See `mmhub.generate.generate` for the options.
 
         The keys of `Generation` may be given as options, too: `model.generate(samples, max_new_tokens=20)`.
         """
@@ -393,9 +405,11 @@ class Model(nn.Module):
         return generate(self, samples, settings, **options)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], settings: Generation | None = None, **options: Any) -> str:
-        """Answer the last of `messages`, each {"role": "system" | "user" | "assistant", "content": text}.
+        """Answer the last of `messages`, each {"role": "system" | "user" | "assistant", "content": text or parts}.
 
-        Options are as in `generate`.
+        A part is {"type": "text", "text"}, or {"type": "image", "image": raw input} and the like where the model has an
+        encoder for it, in any order and number. See `mmhub.generate.chat` for the options; the keys of `Generation` may
+        be given as options, too.
         """
         from mmhub.generate import chat
 

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -28,7 +29,7 @@ from mmhub.interfaces import (
     Stream,
     own_stream,
 )
-from mmhub.layers import masked_mean, summary
+from mmhub.layers import line_up, masked_mean, summary
 
 
 class Words(Processor):
@@ -413,6 +414,42 @@ class PaddingBetween(Mean):
         return bundle | {"fused": Features(fused, mask)}
 
 
+class Between(Fusion):
+    """Projected items between the tokens of a text."""
+
+    by_item = True
+
+    class Config(ComponentConfig, frozen=True):
+        pass
+
+    def __init__(self, config: Config, inputs: Mapping[str, Stream]) -> None:
+        super().__init__(config, inputs)
+        dim = inputs["text"].dim
+        self.layers = nn.ModuleDict({name: nn.Linear(one.dim, dim) for name, one in inputs.items() if name != "text"})
+        self.outputs = {"fused": Stream(dim)}
+
+    def forward(self, bundle: Bundle, plan: Any = None, embed: Any = None) -> Bundle:
+        media = {name: replace(bundle[name], tokens=layer(bundle[name].tokens)) for name, layer in self.layers.items()}
+        return {"fused": line_up(bundle["text"], media, plan)}
+
+
+class InFront(Between):
+    def forward(self, bundle: Bundle, plan: Any = None, embed: Any = None) -> Bundle:
+        return super().forward(bundle)
+
+
+class CountsOneMore(Between):
+    def token_count(self, name: str, tokens: int) -> int:
+        return tokens + 1
+
+
+class DropsTheAbsent(Between):
+    def forward(self, bundle: Bundle, plan: Any = None, embed: Any = None) -> Bundle:
+        return super().forward(
+            {n: one if one.mask.any() else one.select(torch.arange(0)) for n, one in bundle.items()}, plan
+        )
+
+
 class RowLeak(Mean):
     def fuse(self, bundle: Bundle) -> Tensor:
         fused = super().fuse(bundle)
@@ -622,13 +659,17 @@ class Fading(LanguageModel):
     def _costs(self, bundle: Bundle) -> Tensor:
         stream = own_stream(bundle)
         assert stream.ids is not None
-        wanted = stream.mask & F.pad(stream.mask[:, :-1], (1, 0)) & ~self._firsts(stream)
+        wanted = stream.mask & F.pad(stream.mask[:, :-1], (1, 0)) & ~self._firsts(stream) & self.asked(stream)
         logits = self.out(self.states(stream))[:, :-1].transpose(1, 2)
         costs = F.cross_entropy(logits, stream.ids[:, 1:].clamp(min=0), reduction="none")
         return F.pad(costs, (1, 0)) * wanted
 
     def _firsts(self, stream: Features) -> Tensor:
         return Fading.starts(self, stream)
+
+    def asked(self, stream: Features) -> Tensor:
+        """What there is to predict, (B, T)."""
+        return stream.mask if stream.loss is None else stream.loss > 0
 
     def begin(self, bundle: Bundle) -> tuple[Tensor, Any]:
         stream = own_stream(bundle)
@@ -673,6 +714,17 @@ class NeverGoesOn(Fading):
 class PlacesInEmbeddings(Fading):
     def embed(self, ids: Tensor) -> Tensor:
         return super().embed(ids) + torch.arange(ids.shape[1])[:, None]
+
+
+class PredictsMedia(Fading):
+    def asked(self, stream: Features) -> Tensor:
+        return stream.mask
+
+
+class SkipsMedia(Fading):
+    def states(self, stream: Features) -> Tensor:
+        assert stream.ids is not None
+        return super().states(replace(stream, tokens=stream.tokens * (stream.ids >= 0)[..., None]))
 
 
 class Endless(WordLengths):
@@ -729,6 +781,9 @@ FAULTS: dict[type[Any], tuple[str, ...]] = {
     RowLeak: ("batch-invariance",),
     CountsPadding: ("padding-invariance",),
     UnusedStandIn: ("gradients",),
+    InFront: ("by-plan",),
+    CountsOneMore: ("by-plan",),
+    DropsTheAbsent: ("no-items",),
     SummedLoss: ("loss-mean",),
     WrongAnswer: ("predict-schema",),
     TensorAnswer: ("predict-schema",),
@@ -744,8 +799,10 @@ FAULTS: dict[type[Any], tuple[str, ...]] = {
     ForgetsInSteps: ("step-by-step",),
     KeepsTheOrder: ("select",),
     SeesOtherTexts: ("texts-apart",),
+    PredictsMedia: ("media",),
+    SkipsMedia: ("media",),
     NeverGoesOn: ("goes-on",),
     PlacesInEmbeddings: ("embed",),
     NeverEnds: ("text-processor",),
 }
-CLEAN: tuple[type[Any], ...] = (Clean, Migrating, Mean, Sign, Fading)
+CLEAN: tuple[type[Any], ...] = (Clean, Migrating, Mean, Between, Sign, Fading)

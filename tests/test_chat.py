@@ -75,13 +75,16 @@ def test_chat_with_whole_messages_leaves_nothing_out_unless_it_is_asked_to() -> 
 @pytest.mark.parametrize(
     ("messages", "text"),
     [
-        ([], "does not end with a message of the user"),
+        ([], "a conversation is a list of messages, got none"),
         ([{"role": "assistant", "content": "a"}], "does not end with a message of the user"),
-        ([{"role": "boss", "content": "a"}], "message 0 has no role"),
-        ([{"role": "user", "content": 3}], "the content of message 0 is a int"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "the content of message 0 has a part of type 'image'"),
-        ([{"role": "user", "content": ["a"]}], "the content of message 0 has a part of type 'str'"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "the content of message 0 has a part whose text is none"),
+        ([{"role": "boss", "content": "a"}], "message 1 has the role 'boss'"),
+        ([{"role": "user", "content": 3}], "the content of message 1 is a int"),
+        (
+            [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}],
+            "message 1 has a part of the type 'image'",
+        ),
+        ([{"role": "user", "content": [3]}], "message 1 has a part that is a int"),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "message 1 has a part whose text is a int"),
     ],
 )
 def test_what_is_no_conversation_is_refused(messages: Any, text: str) -> None:
@@ -169,7 +172,7 @@ def chat(monkeypatch: pytest.MonkeyPatch) -> Any:
     from mmhub.cli.main import cli
 
     def run(decoder: Scripted, *args: str, stdin: str | bytes = "") -> Result:
-        monkeypatch.setattr(mmhub.hub, "load", lambda name, device: model_of(decoder))
+        monkeypatch.setattr(mmhub.hub, "load", lambda name, **options: model_of(decoder))
         return CliRunner().invoke(cli, ["chat", "some", *args], input=stdin, standalone_mode=False)
 
     return run
@@ -224,7 +227,7 @@ CHILD = """
 import mmhub.hub
 from tests.text_decoders import Scripted, model_of
 decoder = Scripted(" one two" + " and more" * 60, pause=0.05)  # it takes half a minute, unless it is stopped
-mmhub.hub.load = lambda name, device: model_of(decoder)
+mmhub.hub.load = lambda name, **options: model_of(decoder)
 from mmhub.cli.main import main
 main(["chat", "some", "--max-new-tokens", "999"])
 """

@@ -31,6 +31,7 @@ from tests.faulty_parts import (
     Fading,
     HiddenState,
     LooksAtWeights,
+    Mean,
     Migrating,
     Needless,
     NothingMissing,
@@ -42,9 +43,10 @@ from tests.faulty_parts import (
 RAISING = (HiddenState, LooksAtWeights, NothingMissing, ReadsTheFirst)  # found by what somebody else raises
 ROLES: dict[str, type[Any]] = {"numbers_encoder": Encoder, "fusion": Fusion, "decoder": Decoder}
 FAULT_OF = {names[0]: cls for cls, names in FAULTS.items()}
-# the clean decoders, and the checks that are not for their kind
+# clean parts, and the checks that are not for their kind
 NOT_FOR: dict[type[Any], set[str]] = {
-    Sign: {"token-losses", "step-by-step", "select", "texts-apart", "goes-on", "embed", "text-processor"},
+    Mean: {"by-plan", "no-items"},
+    Sign: {"token-losses", "step-by-step", "select", "texts-apart", "media", "goes-on", "embed", "text-processor"},
     Fading: {"streams", "loss-mean", "predict-schema", "targets-refused", "references"},
 }
 SCHEMA_2 = (Migrating, WrongMigration)

@@ -12,7 +12,18 @@ from typing import Any
 import msgspec
 import pytest
 
-from mmhub.config import CardRecipe, DataRecipe, ModelRecipe, PartRecipe, Recipe, TrainRecipe, check_recipe, read_recipe
+from mmhub.config import (
+    CardRecipe,
+    DataRecipe,
+    ModelRecipe,
+    PartRecipe,
+    Recipe,
+    StageData,
+    StageRecipe,
+    TrainRecipe,
+    check_recipe,
+    read_recipe,
+)
 from mmhub.interfaces import TASKS
 from mmhub_hubserver import HubServer
 from tests.conftest import Cli, png
@@ -22,7 +33,9 @@ REFERENCE = (ROOT / "docs" / "recipe.md").read_text()
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("table", [Recipe, ModelRecipe, PartRecipe, DataRecipe, TrainRecipe, CardRecipe])
+@pytest.mark.parametrize(
+    "table", [Recipe, ModelRecipe, PartRecipe, DataRecipe, TrainRecipe, StageRecipe, StageData, CardRecipe]
+)
 def test_every_recipe_key_is_documented(table: type) -> None:
     missing = [
         name for name in table.__struct_fields__ if f"`{name}`" not in REFERENCE and f"[{name}]" not in REFERENCE

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from mmhub.adapters import apply_lora
 from mmhub.batch import Batch, Encoded, Features, Items
 from mmhub.build import compose
-from mmhub.engine.flops import Sizes, TrainingCost, peak_flops
+from mmhub.config import LoraRecipe
+from mmhub.engine.flops import Sizes, TrainingCost, _attention, _missing_formulas, peak_flops
 from mmhub.interfaces import Encoder
 from mmhub.model import Model
 from tests.conftest import flac, png, three_modalities
@@ -203,6 +206,112 @@ def test_cached_features_cost_nothing_but_what_reads_them() -> None:
     assert cost.of(Sizes(1, {}, {"text": (items.lengths, items.rows)})) == pytest.approx(
         3 * 2 * 32 * 2
     )  # the head alone
+
+
+QWEN = {
+    "model_type": "qwen2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 256,
+}  # fmt: skip
+OWN = {"dim": 32, "depth": 2, "heads": 2, "dropout": 0.0, "word_dropout": 0.0}
+
+
+def chat_model(use: str) -> Model:
+    torch.manual_seed(0)
+    return compose(
+        task="chat",
+        encoders={
+            "image": {"use": "timm", "config": {"architecture": "test_vit", "image_size": 64}},
+            "audio": {"use": "cnn", "config": {"sample_rate": 8000}},
+        },
+        decoder={"use": use, "config": QWEN if use == "transformers-lm" else OWN},
+        tokenizer=WORDS,
+        texts=["what is this now a cat or dog " + " ".join(f"word{i}" for i in range(300))] * 3,
+    )
+
+
+def asked(*kinds: str) -> dict[str, Any]:
+    """A question about media, and its answer."""
+    media = [{"type": kind, kind: png(1) if kind == "image" else flac(1, 0.5)} for kind in kinds]
+    question = {"role": "user", "content": [*media, {"type": "text", "text": "what is this now"}]}
+    return {"messages": [question, {"role": "assistant", "content": "a cat or dog"}]}
+
+
+def freeze_for(stage: str, model: Model) -> None:
+    """Leave to be trained what a stage trains."""
+    if stage != "everything":
+        model.freeze("image")
+    if stage in ("projectors", "adapters", "last block"):
+        model.freeze("audio")
+        model.decoder.requires_grad_(False)
+    if stage == "adapters":
+        apply_lora(model, "decoder", LoraRecipe(rank=4, targets=["q_proj", "v_proj"]))
+    if stage == "last block":
+        model.fusion.requires_grad_(False)
+        next(module for name, module in model.decoder.named_modules() if name.endswith(".1")).requires_grad_(True)
+
+
+def counted_by_torch(model: Model, batch: Batch) -> float:
+    """What PyTorch counts in a training step, with the input gradient that formulas give the first trained layers."""
+
+    def flow(module: nn.Module, inputs: tuple[Tensor]) -> Any:
+        return (inputs[0] if inputs[0].requires_grad else inputs[0].clone().requires_grad_(True), *inputs[1:])
+
+    def backward(gradient: Any, *shapes: Any, **more: Any) -> int:
+        return 2 * _attention(*shapes[:3])
+
+    stems = [next(m for m in e.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d))) for e in model.encoders.values()]
+    for module in [*stems, *(m for m in model.fusion.modules() if isinstance(m, nn.Linear))]:
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            module.register_forward_pre_hook(flow)
+    formulas = _missing_formulas() | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        loss = model.train()(batch).loss
+        assert loss is not None
+        loss.backward()
+    return float(counter.get_total_flops())
+
+
+@pytest.mark.parametrize(
+    ("use", "stage"),
+    [
+        ("transformer-lm", "everything"),
+        ("transformer-lm", "frozen picture encoder"),
+        ("transformer-lm", "projectors"),
+        ("transformer-lm", "last block"),
+        ("transformers-lm", "everything"),
+        ("transformers-lm", "adapters"),
+    ],
+)
+def test_a_conversation_costs_what_pytorch_counts(use: str, stage: str) -> None:
+    model = chat_model(use)
+    freeze_for(stage, model)
+    both = asked("image", "audio")
+    rows = [both, asked("audio", "image"), both]  # of one length, for `transformers-lm` computes padding
+    if use == "transformer-lm":
+        rows = [both, asked("audio"), asked(), asked("image", "image"), asked("image")]
+    batch = model.collate(rows)
+    batch.targets = model.language_model.count_targets(batch.items["text"])
+    cost = TrainingCost(model)
+    cost.measure(batch)
+    assert cost.of(sizes_of(batch)) == pytest.approx(counted_by_torch(model, batch), rel=0.005)
+
+
+def test_pictures_that_were_encoded_before_cost_their_projector_and_their_places() -> None:
+    model = chat_model("transformer-lm")
+    freeze_for("frozen picture encoder", model)
+    cost, batch = measured(model, asked("image", "image"), asked("image"), asked())
+    pictures = batch.items.pop("image")
+    features = model.encode_items("image", pictures)
+    kept = Batch(batch.items, batch.size, features={"image": Encoded(features, pictures.rows)})
+    again = TrainingCost(model)
+    again.measure(kept)
+    sizes = sizes_of(batch)
+    sizes.features["image"] = features.lengths, pictures.rows
+    whole = sizes_of(batch)
+    whole.items["image"] = pictures.lengths, pictures.rows
+    with FlopCounterMode(display=False, custom_mapping=_missing_formulas()) as counter, torch.no_grad():
+        model.encode_items("image", pictures)
+    assert again.of(sizes) == pytest.approx(cost.of(whole) - counter.get_total_flops())
 
 
 def draw() -> None:

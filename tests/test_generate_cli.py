@@ -39,7 +39,7 @@ def mmhub(lm: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     from mmhub.cli.main import cli
 
     def run(*args: object, model: Any = lm, stdin: str | bytes = "") -> Result:
-        monkeypatch.setattr(mmhub.hub, "load", lambda name, device: model)
+        monkeypatch.setattr(mmhub.hub, "load", lambda name, **options: model)
         return CliRunner().invoke(cli, list(map(str, args)), input=stdin, standalone_mode=False)
 
     return run

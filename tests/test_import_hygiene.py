@@ -56,6 +56,7 @@ fusion embedding
 model
 weights
 adapters
+quantize
 checkpoint
 lineage
 hub

@@ -38,7 +38,7 @@ def mmhub(model: Model, monkeypatch: pytest.MonkeyPatch) -> Any:
     import mmhub.hub
     from mmhub.cli.main import cli
 
-    monkeypatch.setattr(mmhub.hub, "load", lambda name, device: model)
+    monkeypatch.setattr(mmhub.hub, "load", lambda name, **options: model)
     return lambda *args: CliRunner().invoke(cli, list(map(str, args)), standalone_mode=False)
 
 

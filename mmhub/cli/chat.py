@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -11,8 +12,11 @@ from typing import Any
 
 import click
 
-from mmhub.cli.options import device_option
+from mmhub.cli.attachments import Attachments, Part
+from mmhub.cli.attachments import shown as attached
+from mmhub.cli.options import device_option, quantize_option, urls_option
 from mmhub.cli.output import emit, json_option, note, quiet_option
+from mmhub.cli.predict import check_files
 from mmhub.cli.writing import read_settings, show, writing_options
 from mmhub.errors import InputError, MmhubError, UsageError, did_you_mean
 
@@ -24,6 +28,11 @@ _COMMANDS = {
     "/save": "FILE  write the conversation to a JSON file",
     "/quit": "leave, as Ctrl-D does",
 }
+_ATTACHING = {
+    "/media": "list what the next message comes with; files may be dropped here, too",
+    "/drop": "attach nothing to it",
+}
+_ONE = {"image": "a picture", "audio": "a recording"}
 _LEAVE = "Ctrl-D or /quit leaves"
 
 
@@ -31,33 +40,55 @@ _LEAVE = "Ctrl-D or /quit leaves"
 @click.argument("name")
 @click.option("--system", default="", help="How to answer.")
 @click.option("--template", metavar="plain|chatml|FILE", help="A chat template, for models that have none.")
+@click.option("--image", multiple=True, metavar="FILE", help="A picture for the first message (repeatable).")
+@click.option("--audio", multiple=True, metavar="FILE", help="A recording for the first message (repeatable).")
 @writing_options
 @device_option
+@quantize_option
+@urls_option
 @quiet_option
 @json_option
 def chat(
-    name: str, system: str, template: str | None, writing: dict[str, Any], device: str, quiet: bool, as_json: bool
+    name: str,
+    system: str,
+    template: str | None,
+    image: tuple[str, ...],
+    audio: tuple[str, ...],
+    writing: dict[str, Any],
+    device: str,
+    quantize: str | None,
+    allow_urls: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Talk with the model NAME.
 
     On a terminal Ctrl-C stops an answer, and /help lists commands. From a pipe each line is a question; the answers go
-    to stdout, or with --json the whole conversation.
+    to stdout, or with --json the whole conversation. A line "/image PATH" or "/audio PATH" adds a file to the next
+    question; on a terminal it may be dropped there as well.
     """
+    check_files((*image, *audio))
     from mmhub.hub import load
+    from mmhub.interfaces import Policy
 
-    model = load(name, device=device)
+    model = load(name, device=device, quantize=quantize)
     processor = model.language_model.processor
     if template is not None:
         _use_template(name, processor, template)
     settings = read_settings(model, writing)
     from mmhub.generate import Conversation
 
+    policy = Policy(urls=allow_urls)
+    attachments = Attachments(model, policy)
+    for kind, paths in (("image", image), ("audio", audio)):
+        for path in paths:
+            attachments.add(kind, path)
     try:
-        talk = Conversation(model, system, settings)
+        talk = Conversation(model, system, settings, policy)
     except UsageError as error:
         raise UsageError(error.message, "give one: --template plain, chatml or a file") from None
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
-    answers = _Terminal(talk, quiet).run() if terminal else _read_all(talk, as_json, quiet)
+    answers = _Terminal(talk, attachments, quiet).run() if terminal else _read_all(talk, attachments, as_json, quiet)
     if as_json:
         emit({"name": name, "messages": talk.messages, "answers": answers}, as_json, "")
 
@@ -69,17 +100,22 @@ def _use_template(name: str, processor: Any, template: str) -> None:
     processor.take_template(template)
 
 
-def _read_all(talk: Any, as_json: bool, quiet: bool) -> list[dict[str, Any]]:
-    """Answer each line of stdin."""
+def _read_all(talk: Any, attachments: Attachments, as_json: bool, quiet: bool) -> list[dict[str, Any]]:
+    """Answer each line of stdin that attaches no file."""
     answers = []
     for line in _lines():
-        found = talk.ask(line)
+        if attachments.command(line):
+            continue
+        found = talk.ask(attachments.content(line))
+        attachments.parts = []
         if found.get("finish") == "interrupted":
             raise KeyboardInterrupt
         answers.append(found)
         _explain(found, quiet)
         if not as_json and "text" in found:
             show(found["text"] + "\n")
+    if attachments.parts:
+        note(f"no question followed {' '.join(map(attached, attachments.parts))}", quiet)
     return answers
 
 
@@ -107,8 +143,10 @@ def _explain(found: dict[str, Any], quiet: bool = False) -> None:
 class _Terminal:
     """Questions typed on a terminal, answers that appear as they are written, and commands."""
 
-    def __init__(self, talk: Any, quiet: bool) -> None:
-        self._talk, self._quiet = talk, quiet
+    def __init__(self, talk: Any, attachments: Attachments, quiet: bool) -> None:
+        self._talk, self._attachments, self._quiet = talk, attachments, quiet
+        own = {f"/{kind}": f"PATH  add {_ONE.get(kind, kind)} to the next message" for kind in attachments.kinds}
+        self._texts = _COMMANDS | (own | _ATTACHING if own else {})
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
             "/reset": self._reset,
@@ -116,6 +154,8 @@ class _Terminal:
             "/undo": self._undo,
             "/save": self._save,
         }
+        if own:
+            self._commands |= {"/media": self._media, "/drop": self._drop}
 
     def run(self) -> list[dict[str, Any]]:
         with suppress(ImportError):
@@ -139,22 +179,44 @@ class _Terminal:
 
     def _do(self, text: str) -> None:
         command, _, rest = text.partition(" ")
-        if not text.startswith("/"):
-            self._ask(text)
-        elif command in self._commands:
+        if command in self._commands:
             self._commands[command](rest.strip())
+        elif part := self._attachments.command(text):
+            note(attached(part), self._quiet)
+        elif parts := self._attachments.dropped(text):
+            self._take(parts)
+        elif text.startswith("/"):
+            raise UsageError(f"there is no command {command}", did_you_mean(command, self._texts) or "/help lists them")
         else:
-            raise UsageError(f"there is no command {command}", did_you_mean(command, _COMMANDS) or "/help lists them")
+            self._ask(self._attachments.content(text))
 
-    def _ask(self, text: str) -> None:
-        found = self._talk.ask(text, show)
+    def _take(self, parts: list[Part]) -> None:
+        """Attach files that were dropped, and ask what stands beside them."""
+        for part in parts:
+            if part["type"] != "text":
+                note(attached(part), self._quiet)
+        if any(part["type"] == "text" for part in parts):
+            self._ask([*self._attachments.parts, *parts])
+        else:
+            self._attachments.parts += parts
+
+    def _ask(self, content: Any) -> None:
+        found = self._talk.ask(content, show)
+        self._attachments.parts = []
         print(flush=True)
         if found.get("finish") == "interrupted":
             note("(interrupted)")
         _explain(found, self._quiet)
 
     def _help(self, rest: str) -> None:
-        print("\n".join(f"{name}  {text}" for name, text in _COMMANDS.items()))
+        print("\n".join(f"{name}  {text}" for name, text in self._texts.items()))
+
+    def _media(self, rest: str) -> None:
+        print("\n".join(f"{part['type']}: {part[part['type']]}" for part in self._attachments.parts) or "(none)")
+
+    def _drop(self, rest: str) -> None:
+        self._attachments.parts = []
+        note("nothing is attached now", self._quiet)
 
     def _reset(self, rest: str) -> None:
         self._talk.reset()
@@ -180,5 +242,20 @@ class _Terminal:
 
         with disk_errors("the conversation", path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, json.dumps({"messages": self._talk.messages}, indent=2, ensure_ascii=False) + "\n")
+            messages = [message | {"content": _rooted(message["content"])} for message in self._talk.messages]
+            write_file(path, json.dumps({"messages": messages}, indent=2, ensure_ascii=False) + "\n")
         note(f"{len(self._talk.messages)} messages in {path}", self._quiet)
+
+
+def _rooted(content: Any) -> Any:
+    """A content in which the paths of files hold from any folder."""
+    if isinstance(content, str):
+        return content
+    return [
+        {key: _path(value) if key == part["type"] != "text" else value for key, value in part.items()}
+        for part in content
+    ]
+
+
+def _path(value: str) -> str:
+    return value if value.startswith(("http://", "https://")) else os.path.abspath(value)

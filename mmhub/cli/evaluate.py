@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from mmhub.cli.labels import labels_options, read_labels
-from mmhub.cli.options import columns_options, device_option, parse_mapping, parse_names, urls_option
+from mmhub.cli.options import columns_options, device_option, parse_mapping, parse_names, quantize_option, urls_option
 from mmhub.cli.output import emit, json_option, note, quiet_option, table
 from mmhub.errors import UsageError
 
@@ -28,6 +28,7 @@ from mmhub.errors import UsageError
 @click.option("--window", type=click.IntRange(min=2), help="Tokens a language model sees at once; its context.")
 @click.option("--stride", type=click.IntRange(min=1), help="Tokens between windows over a long text. Default: half.")
 @click.option("--no-subsets", is_flag=True, help="Only all inputs together, not each subset of them.")
+@click.option("--withhold", multiple=True, metavar="MODALITY", help="Leave an input out of all rows (repeatable).")
 @click.option(
     "--top-k", type=click.IntRange(min=2), default=5, show_default=True, help="Best labels that count as one."
 )
@@ -36,6 +37,7 @@ from mmhub.errors import UsageError
 @click.option("--verification", is_flag=True, help="How well vectors tell rows of one label from others: EER.")
 @labels_options
 @device_option
+@quantize_option
 @urls_option
 @quiet_option
 @json_option
@@ -52,6 +54,7 @@ def evaluate(
     window: int | None,
     stride: int | None,
     no_subsets: bool,
+    withhold: tuple[str, ...],
     top_k: int,
     details: bool,
     folder: str | None,
@@ -59,11 +62,14 @@ def evaluate(
     labels: str | None,
     templates: tuple[str, ...],
     device: str,
+    quantize: str | None,
     allow_urls: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Measure the model NAME on held-out data, with all inputs and with every subset of them.
+
+    Conversations are counted by what each of them holds; their column is named by `--inputs messages=COL`.
 
     With --labels, a model for retrieval tells them apart, and the column of --target-column holds the truth; of
     `--labels auto` it names them, too.
@@ -94,12 +100,13 @@ def evaluate(
         skip=on_error == "skip",
         policy=Policy(urls=allow_urls),
         progress=_watch(quiet),
+        withhold=withhold,
         top=top_k,
         details=details or folder is not None,
         keep=kept.append if folder is not None else None,
     )
     source: Any = sorted(data.split(",")) if "," in data and not Path(data).exists() else data
-    model = load(name, device=device)
+    model = load(name, device=device, quantize=quantize)
     if target is not None:
         source = _parallel(model, data, target)
     if names:
@@ -139,6 +146,7 @@ _NOT_VERIFIED = {
     "details": "--details",
     "top_k": "--top-k",
     "no_subsets": "--no-subsets",
+    "withhold": "--withhold",
 }
 
 
@@ -205,6 +213,8 @@ def _text(report: dict[str, Any]) -> str:
         lines += [[x, *(_cell(v.get(x)) for *_, v in known)] for x in names]
         text = table(["metric", *(k for k, *_ in known)], lines)
     text += f"\n{more} more numbers by label: see --json or --report" if more else ""
+    text += f"\nwithheld from all rows: {', '.join(report['withheld'])}" if report.get("withheld") else ""
+    text += f"\n{report['shortened']} conversations lost their oldest turns" if report.get("shortened") else ""
     return text + (f"\n{report['skipped']} unreadable rows were skipped" if report["skipped"] else "")
 
 

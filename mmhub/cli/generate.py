@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mmhub.cli.options import device_option
+from mmhub.cli.options import device_option, quantize_option
 from mmhub.cli.output import emit, json_option, note, quiet_option
 from mmhub.cli.writing import at_prompt, read_lines, read_settings, read_stdin, show, shown, writing_options
 from mmhub.errors import InputError, UsageError
@@ -23,6 +23,7 @@ from mmhub.errors import InputError, UsageError
 @click.option("--truncate", is_flag=True, help="Cut prompts that are too long for the model, not refuse them.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @device_option
+@quantize_option
 @quiet_option
 @json_option
 def generate(
@@ -34,10 +35,11 @@ def generate(
     truncate: bool,
     batch_size: int,
     device: str,
+    quantize: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Let the model NAME go on from each PROMPT, or translate it, if that is what the model does.
+    """Let the model NAME go on from each PROMPT, or translate or answer it, if that is what the model does.
 
     The prompt '-' is read from stdin, and '' lets a language model begin by itself. On a terminal the text appears as
     it is written.
@@ -49,7 +51,7 @@ def generate(
     texts = [read_stdin() if prompt == "-" else prompt for prompt in prompts] if file is None else read_lines(file)
     from mmhub.hub import load
 
-    model = load(name, device=device)
+    model = load(name, device=device, quantize=quantize)
     settings = read_settings(model, writing, samples)
     live = len(texts) == 1 and samples == 1 and not as_json and sys.stdout.isatty()
     try:

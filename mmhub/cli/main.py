@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": ("mmhub.cli.generate:generate", "Let a model write on from a text, or translate it"),
     "chat": ("mmhub.cli.chat:chat", "Talk with a language model"),
     "score": ("mmhub.cli.score:score", "Say how probable texts are to a language model"),
+    "data": ("mmhub.cli.data:data", "Look at data, and at what of it is trained"),
     "index": ("mmhub.cli.index:index", "Search pictures, sounds and texts by what they show or say"),
     "push": ("mmhub.cli.push:push", "Publish a model to the Hub"),
     "pull": ("mmhub.cli.pull:pull", "Fetch a model from the Hub and check it"),

@@ -17,6 +17,12 @@ def device_option(command: F) -> F:
     return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")(command)
 
 
+def quantize_option(command: F) -> F:
+    """Add `--quantize`."""
+    kinds = click.Choice(["int8", "int4"])
+    return click.option("--quantize", type=kinds, help="Keep a language model's weights in 8 or 4 bits.")(command)
+
+
 def urls_option(command: F) -> F:
     """Add `--allow-urls`."""
     return click.option("--allow-urls", is_flag=True, help="Fetch inputs that are http(s) addresses.")(command)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mmhub.cli.labels import labels_options, read_labels
-from mmhub.cli.options import columns_options, device_option, parse_mapping, parse_names, urls_option
+from mmhub.cli.options import columns_options, device_option, parse_mapping, parse_names, quantize_option, urls_option
 from mmhub.cli.output import emit, json_option, note, quiet_option
 from mmhub.cli.speech import check_speech, check_writing, speech_options, take_search, wants_subtitles, write_subtitles
 from mmhub.cli.writing import read_settings, writing_options
@@ -37,7 +37,9 @@ Answer = Callable[[list[dict[str, Any]], int], list[dict[str, Any]]]
 @labels_options
 @speech_options
 @writing_options
+@click.option("--truncate", is_flag=True, help="Cut what is too long for a model that writes, not refuse it.")
 @device_option
+@quantize_option
 @urls_option
 @quiet_option
 @json_option
@@ -57,7 +59,9 @@ def predict(
     templates: tuple[str, ...],
     speech: dict[str, Any],
     writing: dict[str, Any],
+    truncate: bool,
     device: str,
+    quantize: str | None,
     allow_urls: bool,
     quiet: bool,
     as_json: bool,
@@ -65,10 +69,11 @@ def predict(
     """Run the model NAME on one or more samples.
 
     Several modalities given once each make one sample; options given several times make several samples, paired in
-    order. A modality left out is missing, and models that fuse modalities cope with that. The options of generation,
-    from --max-new-tokens to --stop, are for models that write texts. With --labels, a model for retrieval says which
-    label a picture or a sound fits best. Recordings of speech may last up to 6 hours; --out FILE.srt or FILE.vtt makes
-    subtitles of one.
+    order; one --text with several files is one question about all of them, to a model that chats. A modality left out
+    is missing, and models that fuse modalities cope with that. The options of generation, from --max-new-tokens to
+    --stop, are for models that write texts; in a table of conversations the last question is answered, whether or not
+    an answer follows it. With --labels, a model for retrieval says which label a picture or a sound fits best.
+    Recordings of speech may last up to 6 hours; --out FILE.srt or FILE.vtt makes subtitles of one.
     """
     given: dict[str, list[Any]] = {"text": _pairs(text, pairs), "image": list(image), "audio": list(audio)}
     for part in others:
@@ -83,22 +88,27 @@ def predict(
         _check_folder(out)
     check_files((*image, *audio))
     names = read_labels(labels, templates)
-    samples = _zip(given) if given else []
+    one_question = len(text) == 1 and any(len(values) > 1 for values in given.values())
+    samples = _zip(given) if given and not one_question else []
     from mmhub.hub import load
     from mmhub.interfaces import Policy, TextDecoder
     from mmhub.speech import LONGEST
 
-    model = load(name, device=device)
+    model = load(name, device=device, quantize=quantize)
     if names:
         from mmhub.zero_shot import classifier
 
         model = classifier(model, names, templates, batch_size=batch_size)
+    if one_question:
+        samples = [_one(given)] if model.converses else _zip(given)
     hears = model.task.name == "speech-recognition"
     policy = Policy(urls=allow_urls, max_seconds=LONGEST) if hears else Policy(urls=allow_urls)
     search = take_search(model, speech, writing)
     check_writing(model, writing)
     writes = bool(writing) or isinstance(model.decoder, TextDecoder)
     settings = read_settings(model, writing) if writes else None
+    if truncate and (settings is None or hears):
+        raise UsageError("--truncate is for models that go on with a text or answer one", "leave it out")
 
     check_speech(model, speech, out, len(samples))
     if wants_subtitles(out):
@@ -113,7 +123,7 @@ def predict(
         found: list[dict[str, Any]] = (
             model.predict(samples, batch_size=batch_size, policy=policy)
             if settings is None
-            else model.generate(samples, settings, batch_size=batch_size, policy=policy, first=first)
+            else model.generate(samples, settings, batch_size=batch_size, policy=policy, first=first, truncate=truncate)
         )
         return found
 
@@ -171,6 +181,11 @@ def _zip(given: dict[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
 
 
+def _one(given: dict[str, list[Any]]) -> dict[str, Any]:
+    """One question about several files."""
+    return {name: values if len(values) > 1 else values[0] for name, values in given.items()}
+
+
 def _predict_table(
     model: Any, answer: Answer, data: str, inputs: str | None, columns: str | None, batch_size: int
 ) -> list[dict[str, Any]]:
@@ -185,7 +200,7 @@ def _predict_table(
     for start in range(0, len(rows), batch_size):
         stop = min(start + batch_size, len(rows))
         samples = [
-            {m: usable(m, cell(rows[i], c), rows.folder(i), len(wanted) == 1) for m, c in wanted.items()}
+            _sample({m: usable(m, cell(rows[i], c), rows.folder(i), len(wanted) == 1) for m, c in wanted.items()})
             for i in range(start, stop)
         ]
         try:
@@ -195,6 +210,13 @@ def _predict_table(
             column = f", column '{wanted[error.modality]}'" if error.modality in wanted else ""
             raise InputError(f"{place}{column}: {error.message}", error.hint) from None
     return answers
+
+
+def _sample(found: dict[str, Any]) -> dict[str, Any]:
+    """A row's inputs as a sample; the column of the text may hold a conversation, which has the media in it."""
+    from mmhub.data.loader import is_conversation
+
+    return {"messages": found["text"]} if is_conversation(found.get("text")) else found
 
 
 def _write(out: Path, predictions: list[dict[str, Any]]) -> None:

@@ -29,7 +29,8 @@ def train(recipe: Path, out: Path | None, overrides: tuple[str, ...], resume: bo
     """Train a model from a RECIPE (a TOML file).
 
     The run folder gets metrics.jsonl, resumable checkpoints/, and model/, a checkpoint folder ready for
-    `mmhub eval`, `predict` and `push`. Ctrl-C saves, and --resume goes on from there.
+    `mmhub eval`, `predict` and `push`. Ctrl-C saves, and --resume goes on from there. Of a recipe with stages each is
+    a run of its own, in stages/, that starts from the model of the one before.
 
     On several GPUs: torchrun --nproc-per-node N -m mmhub train RECIPE
     """

@@ -20,6 +20,7 @@ from torch import Tensor
 from mmhub.data.cells import cell
 from mmhub.data.loader import ReadItems, two_items, usable
 from mmhub.data.sources import Rows
+from mmhub.data.talks import LongTalk, ReadTalks, TalkReader, TalkStore
 from mmhub.errors import InputError
 from mmhub.interfaces import Policy
 
@@ -36,11 +37,13 @@ class Lengths:
 
     Attributes:
         positions: raw positions, such as samples. tokens: what the encoder makes of them. read: what was read.
+        talks: of conversations what was read, all modalities together.
     """
 
     positions: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     tokens: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     read: Mapping[str, ReadItems] = field(default_factory=dict)
+    talks: ReadTalks | None = None
 
     @property
     def varying(self) -> list[str]:
@@ -93,6 +96,39 @@ def measure_rows(
     tell(total, total)
     positions, tokens = ({name: size[i] for name, size in sizes.items()} for i in (0, 1))
     return Lengths(positions, tokens, read)
+
+
+def measure_talks(
+    rows: Rows | Sequence[tuple[int, Mapping[str, Any]]],
+    reader: TalkReader,
+    folder: Callable[[int], Path | None] | None = None,
+) -> Lengths:
+    """Measure and lay out conversations, each as the `reader` fits it into what the model reads at once.
+
+    Tokens are those that the language model reads. Rows, `folder`, addresses, and rows that cannot be read are as for
+    `measure_rows`.
+    """
+    reader = replace(reader, policy=replace(reader.policy, urls=False))
+    names = ["text", *reader.media]
+    positions, tokens = (np.zeros((len(names), len(rows)), np.int64) for _ in range(2))
+    store = TalkStore(names, KEPT_BYTES)
+    start = (rows.folder if isinstance(rows, Rows) else folder) or (lambda number: None)
+    for place, (number, row) in enumerate(enumerate(rows) if isinstance(rows, Rows) else rows):
+        try:
+            talk = reader.read(row, start(number))
+            sizes = reader.positions(talk.messages) | {"text": [len(talk.script.ids)]}
+        except LongTalk:
+            store.add_long()
+            continue
+        except InputError:
+            store.add(None)
+            continue
+        store.add(talk)
+        for at, name in enumerate(names):
+            positions[at, place] = sum(sizes[name])
+            tokens[at, place] = sum(sizes[name] if name == "text" else (reader.tokens(name, n) for n in sizes[name]))
+    by_name = [{name: part[at] for at, name in enumerate(names)} for part in (positions, tokens)]
+    return Lengths(by_name[0], by_name[1], talks=store.rows())
 
 
 def _values(

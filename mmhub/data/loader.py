@@ -5,16 +5,13 @@ Which rows make a batch is decided in `mmhub.data.plan`.
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import threading
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -24,10 +21,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmhub.batch import Batch, Encoded
-from mmhub.conversation import compose, media_of, pack_scripts, read_messages, read_script, text_of
+from mmhub.conversation import media_of, pack_scripts
 from mmhub.data.cells import cell
+from mmhub.data.inputs import is_conversation as is_conversation
+from mmhub.data.inputs import usable as usable
+from mmhub.data.talks import EmptyRow, ReadTalks, Talk, TalkReader
+from mmhub.data.talks import read_talk as read_talk
 from mmhub.errors import InputError, MmhubError
-from mmhub.interfaces import Decoder, Policy, describe_raw
+from mmhub.interfaces import Decoder, Policy
 from mmhub.interfaces.labels import is_missing
 
 Numbered: TypeAlias = "int | tuple[int, Mapping[str, Any]]"  # a row by its number, or with its content
@@ -121,12 +122,13 @@ class Collate:
     features: Mapping[str, Kept] = field(default_factory=dict)  # of frozen encoders; these need no processor
     read: Mapping[str, ReadItems] = field(default_factory=dict)
     measured: bool = False
-    talks: bool = False  # does the decoder answer conversations, and not write on?
+    talks: TalkReader | None = None  # of a decoder that answers conversations
+    scripts: ReadTalks | None = None  # what it has read already
 
     @property
     def columns(self) -> list[str] | None:
         """The columns that are read, None for all: those of kept features may be large, and are not."""
-        if not self.features:
+        if not self.features or self.talks is not None:
             return None
         read = [column for modality, column in self.inputs.items() if modality not in self.features]
         return list(dict.fromkeys([*read, *([self.target] if self.target else [])]))
@@ -145,12 +147,12 @@ class Collate:
         return Loaded(skipped=skipped)
 
     def _batch(self, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> Batch:
-        if self.talks:
-            return self._talks(samples)
+        if self.talks is not None:
+            return self._talks(samples, self.talks)
         raw = {modality: self._raw(modality, column, samples) for modality, column in self.inputs.items()}
         for position in range(len(samples)):
             if all(values[position] is None for values in raw.values()):
-                raise _EmptyRow(f"none of {', '.join(self.inputs.values())} is given", position)
+                raise EmptyRow(f"none of {', '.join(self.inputs.values())} is given", position)
         seeds = None if self.seed is None else [row_seed(self.seed, i) for i, _ in samples]
         batch = Batch(items={}, size=len(samples), index=[i for i, _ in samples])
         for name, values in raw.items():
@@ -173,31 +175,28 @@ class Collate:
         batch.weights = decoder.weigh(batch.targets) if batch.targets is not None else None
         return batch
 
-    def _talks(self, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> Batch:
+    def _talks(self, samples: Sequence[tuple[int, Mapping[str, Any]]], reader: TalkReader) -> Batch:
         """A batch of conversations with their answers."""
         decoder: Any = self.decoder
         batch = Batch(items={}, size=len(samples), index=[i for i, _ in samples])
         talks = []
         for position, (number, row) in enumerate(samples):
+            known = None if self.scripts is None else self.scripts.row(number)
             try:
-                talk, references = read_talk(row, self.inputs, self.target, self.processors, self.rows.folder(number))
+                talks.append(reader.read(row, self.rows.folder(number), known))
             except InputError as error:
                 error.row = position
                 raise
-            talks.append(talk)
-            batch.raw_targets.append(references)
+        batch.raw_targets = [talk.references for talk in talks]
+        batch.raw = [{"text": talk.asks} for talk in talks]  # for subsets: what is laid out always holds some text
         seeds = None if self.seed is None else [row_seed(self.seed, i) for i, _ in samples]
-        media = [name for name in self.inputs if name != "text"]
-        for name in media:
+        for name in reader.media:
             if name in self.features:
-                batch.features[name] = self.features[name].take(batch.index)
+                batch.features[name] = _still_there(self.features[name].take(batch.index), name, talks)
             else:
-                values = [media_of(talk, name) or None for talk in talks]
-                known = self._known(name, batch.index)
-                batch.items[name] = self.processors[name](values, self.policy, seeds, known)
-        processor = self.processors["text"]
-        scripts = [read_script(processor, talk, self.policy, row) for row, talk in enumerate(talks)]
-        batch.items["text"], batch.plan, batch.prompts = pack_scripts(scripts, media)
+                values = [media_of(talk.messages, name) or None for talk in talks]
+                batch.items[name] = self.processors[name](values, self.policy, seeds)
+        batch.items["text"], batch.plan, batch.prompts = pack_scripts([talk.script for talk in talks], reader.media)
         batch.targets = decoder.count_targets(batch.items["text"])
         batch.weights = decoder.weigh(batch.targets)
         return batch
@@ -232,38 +231,24 @@ class Collate:
     def _explain(self, error: InputError, samples: Sequence[tuple[int, Any]]) -> InputError:
         if error.row is None:
             return error
-        column = "" if isinstance(error, _EmptyRow) else self.inputs.get(error.modality or "", self.target)
+        column = "" if isinstance(error, EmptyRow) else self.inputs.get(error.modality or "", self.target)
         place = self.rows.where(samples[error.row][0]) + (f", column '{column}'" if column else "")
         hint = error.hint or ('fix the row, or set data.on_error = "skip"' if not self.skip else None)
         return InputError(f"{place}: {error.message}", hint)
 
 
-def read_talk(
-    row: Mapping[str, Any],
-    inputs: Mapping[str, str],
-    target: str,
-    processors: Mapping[str, Any],
-    folder: Path | None,
-) -> tuple[list[dict[str, Any]], Any]:
-    """Return the conversation of a table's row, which ends with an answer, and what answers are compared with.
-
-    Without a `target` the column of the text holds whole conversations; else one is made of the inputs and the target.
-
-    Raises:
-        InputError: the row holds none, or no answer.
-    """
-    if not target:
-        value = usable("text", cell(row, inputs["text"]), folder)
-        talk = read_messages(value, processors)
-        if talk[-1]["role"] != "assistant":
-            raise InputError("the conversation does not end with an answer", "add a message of the assistant")
-        return talk, text_of(talk[-1])
-    sample = {name: usable(name, cell(row, column), folder, len(inputs) == 1) for name, column in inputs.items()}
-    answer = row.get(target)
-    texts = list(answer) if isinstance(answer, (list, tuple)) else [answer]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"the target is {describe_raw(answer)}, not a text", "give every row a target text")
-    return compose(sample, processors, Counter(texts).most_common(1)[0][0]), answer
+def _still_there(kept: Encoded, name: str, talks: Sequence[Talk]) -> Encoded:
+    """The features of those items that stand in conversations out of which turns were left."""
+    if all(talk.items is None for talk in talks):
+        return kept
+    firsts = torch.searchsorted(kept.rows, torch.arange(len(talks) + 1)).tolist()
+    numbers = [
+        first + number
+        for talk, first, end in zip(talks, firsts, firsts[1:], strict=False)
+        for number in (range(end - first) if talk.items is None else talk.items[name])
+    ]
+    index = torch.tensor(numbers, dtype=torch.long)
+    return Encoded(kept.features.select(index), kept.rows[index])
 
 
 def two_items(value: Any) -> Any:
@@ -287,78 +272,6 @@ def _has_pair(raw: Mapping[str, Sequence[Any]], row: int) -> bool:
         return all(values[row] is not None for values in raw.values())
     (values,) = raw.values()
     return isinstance(values[row], (list, tuple)) and len(values[row]) == 2
-
-
-class _EmptyRow(InputError):
-    """A row without any input; unlike other errors without a modality it is not about the target."""
-
-    def __init__(self, message: str, row: int) -> None:
-        super().__init__(message)
-        self.row = row
-
-
-def usable(modality: str, value: Any, folder: Path | None = None, alone: bool = True) -> Any:
-    """Return a cell's raw input, None where the cell is empty. A relative path is looked for beside the table first.
-
-    The empty text is a text where text is the only input (`alone`), and a missing one beside others. A list of raw
-    inputs loses those that are missing; a list that holds numbers is data, and its gaps are part of it.
-    """
-    if is_conversation(value):
-        return _placed_media(value, modality, folder)
-    if modality == "text" and isinstance(value, Mapping):  # a pair of texts
-        return value
-    if isinstance(value, Mapping) and value.get("bytes") is None and "array" not in value:
-        return usable(modality, value.get("path"), folder, alone)
-    if isinstance(value, (list, tuple)) and not _holds_number(value):
-        return [part for item in value if (part := usable(modality, item, folder, alone)) is not None] or None
-    if isinstance(value, float) and math.isnan(value):  # pandas' missing value
-        return None
-    if not isinstance(value, str):
-        return value
-    if modality == "text":
-        return value if value or alone else None
-    if value and folder is not None and os.path.exists(folder / value):  # Path.exists raises for a very long text
-        return folder / value
-    return value or None
-
-
-def is_conversation(value: Any) -> bool:
-    """Is a cell a list of messages?"""
-    listed = isinstance(value, (list, tuple)) and len(value) > 0
-    return listed and isinstance(value[0], Mapping) and "role" in value[0]
-
-
-def _placed_media(messages: Sequence[Any], modality: str, folder: Path | None) -> list[Any] | None:
-    """The messages of a conversation with the paths of media looked for beside the table; for another modality than
-    text, its raw inputs."""
-    found, media = [], []
-    for message in messages:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if not isinstance(content, (list, tuple)):
-            found.append(message)
-            continue
-        parts = []
-        for part in content:
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            if isinstance(kind, str) and kind != "text" and (raw := _raw_of(part, kind)) is not None:
-                placed = usable(kind, raw, folder)
-                parts.append({"type": kind, kind: placed})
-                media += [placed] if kind == modality and placed is not None else []
-            else:
-                parts.append(part)
-        found.append({**message, "content": parts})
-    return found if modality == "text" else media or None
-
-
-def _raw_of(part: Mapping[str, Any], kind: str) -> Any:
-    return next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
-
-
-def _holds_number(value: Any) -> bool:
-    """Is there a number, and no mere NaN, in a list or a list inside it?"""
-    if isinstance(value, (list, tuple)):
-        return any(map(_holds_number, value))
-    return isinstance(value, (int, float)) and value == value
 
 
 def row_seed(seed: int, row: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mmhub.config import TrainRecipe
-from mmhub.device import use_fast_matmul
+from mmhub.device import keep_memory, use_fast_matmul
 from mmhub.engine.blocks import find_blocks
 from mmhub.errors import UsageError
 from mmhub.model import Model
@@ -35,6 +35,7 @@ def prepare_model(model: Model, options: TrainRecipe, device: torch.device, prec
         UsageError: the recipe asks for what this machine, precision or model cannot do.
     """
     use_fast_matmul(device)
+    keep_memory(device)
     if options.fp8:
         _use_fp8(model, device, precision)
     if options.precision == "bf16-pure" and not _is_sharded(options):

@@ -12,17 +12,19 @@ from typing import Any
 
 import msgspec
 
-from mmhub.build import local_name
-from mmhub.checkpoint import read_config
+from mmhub.build import local_name, reads_text_itself
+from mmhub.checkpoint import DataRecord, is_checkpoint, read_config
 from mmhub.config import Recipe, read_recipe
 from mmhub.data.addresses import expand_braces
 from mmhub.data.cells import parts_of
 from mmhub.data.corpus import documents
-from mmhub.data.loader import epoch_order, read_talk, usable
+from mmhub.data.inputs import Anything, usable
+from mmhub.data.loader import epoch_order
 from mmhub.data.sources import Rows, open_rows, require_columns
 from mmhub.data.stream import Stream, open_stream, wants_stream
+from mmhub.data.talks import read_talk, target_texts
 from mmhub.errors import InputError, UsageError
-from mmhub.hub.pull import pull
+from mmhub.hub.pull import load, pull
 from mmhub.interfaces import Task, find_task
 from mmhub.model import Columns, Model
 
@@ -70,6 +72,8 @@ class TrainingData:
         if name == "messages":
             return self._talks()
         if name != "target":
+            if name not in self.inputs:  # the question of a language model that is given none
+                return ()
             alone, column = len(self.inputs) == 1, self.inputs[name]
             cells = self.rows.cells(column) if isinstance(self.rows, Stream) else enumerate(self.rows.column(column))
             return (usable(name, cell, self.rows.folder(i), alone) for i, cell in cells)
@@ -86,7 +90,7 @@ class TrainingData:
         inputs = {name: column for name, column in self.inputs.items() if name == "text" or not self.target}
         for number, row in numbered:
             with suppress(InputError):
-                yield read_talk(row, inputs, self.target, _Anything(inputs), self.rows.folder(number))[0]
+                yield read_talk(row, inputs, self.target, Anything(inputs), self.rows.folder(number))[0]
 
     def check_targets(self, model: Model) -> None:
         """Try the targets now: a label unseen in training must not end a run after its first epoch."""
@@ -107,6 +111,9 @@ class TrainingData:
     def _try(model: Model, targets: list[Any], *, measured: bool) -> None:
         """Encode targets, or where that takes their inputs, too, look at their form alone."""
         decoder: Any = model.decoder
+        if model.converses:
+            _check_texts(targets)
+            return
         encode = decoder.encode_references if measured else decoder.encode_targets
         (decoder.references if hasattr(decoder, "encode_pointed") else encode)(targets)
 
@@ -164,24 +171,28 @@ class TrainingData:
         return _split(rows, data.valid_fraction, self.recipe.seed)
 
 
-class _Anything(dict[str, Any]):
-    """Stands for the processors of a model that is not built yet: every modality is one of its."""
-
-    def __contains__(self, name: object) -> bool:
-        return True
+def _check_texts(targets: list[Any]) -> None:
+    """Check what a language model is to say."""
+    for row, target in enumerate(targets):
+        try:
+            target_texts(target)
+        except InputError as error:
+            error.row = row
+            raise
 
 
 def _inputs(recipe: Recipe, task: Task) -> dict[str, str]:
     """Modality to column; a modality named like a column, or as the task usually names it, needs no entry."""
     given = dict(recipe.data.inputs)
-    if task.converses:
+    if task.converses and not recipe.data.target:
         column = given.pop("messages", given.pop("text", "messages"))
-        return dict.fromkeys([*recipe.model.encoders, "text"], column) if not recipe.model.base else {"text": column}
+        return dict.fromkeys([*(given if recipe.model.base else recipe.model.encoders), "text"], column)
     if recipe.model.base:  # its encoders' tables only say what to freeze
         return given if "text" in given or not task.reads_text else given | {"text": "text"}
     usual = {m: c if isinstance(c, str) else "+".join(c) for m, c in task.inputs.items()}
     modalities = list(recipe.model.encoders) or ([] if task.reads_text else list(given) or list(usual))
-    modalities += ["text"] if task.reads_text and "text" not in modalities else []
+    reads_text = task.reads_text or ("text" in {*given, *usual} and reads_text_itself(task, recipe.model))
+    modalities += ["text"] if reads_text and "text" not in modalities else []
     extra = [m for m in given if m not in modalities]
     if extra:
         raise UsageError(f"data.inputs feeds {extra[0]!r}, but the model has no such encoder", "remove it")
@@ -206,20 +217,32 @@ def with_base_columns(recipe: Recipe, out: Path, folder: Path | None, *, resume:
     reads_text = find_task(recipe.task).reads_text
     if not recipe.model.base or (data.inputs and data.target):
         return replace(recipe, {"data": replace(data, {"document": data.document or "row"})}) if reads_text else recipe
+    talks = find_task(recipe.task).converses and not data.target
     known: Any
     if resume and stored.exists():
         known = read_recipe(stored).data
         inputs = known.inputs
     else:
-        config = read_config(pull(local_name(recipe.model.base, folder)))
-        known = config.data
-        encoders = (role.removesuffix("_encoder") for role in config.components if role.endswith("_encoder"))
+        known, encoders = _of_base(local_name(recipe.model.base, folder))
         inputs = dict(known.inputs) or {m: m for m in encoders}
+        if talks:
+            column = data.inputs.get("messages") or (known.inputs.get("text") if not known.target else "") or "messages"
+            inputs, known = dict.fromkeys([*encoders, "text"], column), replace(known, {"target": ""})
+    data = replace(data, {"inputs": {}}) if talks else data
     names = known.columns if not (data.inputs or data.target or data.columns) else data.columns
     changes = {"inputs": data.inputs or inputs, "target": data.target or known.target, "columns": names}
     if reads_text:
         changes["document"] = data.document or ("" if wants_stream(data) else known.document) or "row"
     return replace(recipe, {"data": replace(data, changes)})
+
+
+def _of_base(name: str) -> tuple[DataRecord, list[str]]:
+    """The columns of a published model, and its encoders' modalities."""
+    path = pull(name)
+    if not is_checkpoint(path):  # another library's
+        return DataRecord(), list(load(name).encoders)
+    config = read_config(path)
+    return config.data, [role.removesuffix("_encoder") for role in config.components if role.endswith("_encoder")]
 
 
 def resolved(recipe: Recipe, folder: Path | None) -> Recipe:

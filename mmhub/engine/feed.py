@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from mmhub.batch import Batch, Items
 from mmhub.config import Recipe
+from mmhub.data.inputs import usable
 from mmhub.data.lanes import batch_shares
 from mmhub.data.lengths import Lengths
 from mmhub.data.loader import Collate, Loaded, load_batches, on_device, row_seed, worker_count
@@ -188,14 +190,28 @@ def stand_in_items(collate: Collate, rows: Rows | Stream) -> dict[str, Items]:
     Raises:
         InputError: a modality is in no row.
     """
-    single = replace(collate, skip=True, seed=None, features={}, read={}, target="")
     found = {}
     for name, column in collate.inputs.items():
+        if collate.talks is not None and name == "text":
+            continue  # every conversation has one
         cells = rows.cells(column) if isinstance(rows, Stream) else enumerate(rows.column(column))
-        batches = (single([(number, {column: cell})]).batch for number, cell in cells)
-        item = next((batch.items[name] for batch in batches if batch is not None and len(batch.items[name])), None)
+        items = (_items_of(collate, name, column, number, value) for number, value in cells)
+        item = next((one for one in items if one is not None and len(one)), None)
         if item is None:
             hint = "leave its encoder out, or train in one process"
             raise InputError(f"no training row has a readable {name} in column '{column}'", hint)
         found[name] = item
     return found
+
+
+def _items_of(collate: Collate, name: str, column: str, number: int, value: Any) -> Items | None:
+    """The items of one modality of a row, None where it cannot be read; of a conversation the first."""
+    if collate.talks is None:
+        single = replace(collate, skip=True, seed=None, features={}, read={}, target="")
+        batch = single([(number, {column: value})]).batch
+        return None if batch is None else batch.items[name]
+    processor = collate.processors[name]
+    raw = usable(name, value, collate.rows.folder(number))
+    with suppress(InputError):
+        return cast(Items, processor([next(iter(processor.items_of(raw)), None)], collate.policy))
+    return None

@@ -78,6 +78,7 @@ class TrainingCost:
         self._encoders: dict[str, _Quadratic] = {}  # FLOPs by item length
         self._tokens: dict[str, _Quadratic] = {}  # output tokens by item length
         self._streams: dict[str, Features] = {}  # one row of each stream that was seen
+        self._projected: dict[str, tuple[float, float]] = {}  # FLOPs and tokens that become of one of an encoder's
         self._targets: Any = None
         self._mix: tuple[list[str], _Quadratic] | None = None  # fusion and decoder, by tokens of the named streams
 
@@ -96,6 +97,8 @@ class TrainingCost:
                     self._streams[name] = self._model.text_stream(_longest_item(batch.items[name]), 1)
                 else:
                     self._streams[name] = self._measure_encoder(name, _longest_item(batch.items[name]))
+                if self._model.fusion.by_item and name in self._model.encoders:
+                    self._streams[name] = self._measure_projector(name, self._streams[name])
             self._measure_mix()
 
     def of(self, sizes: Sizes) -> float:
@@ -114,6 +117,10 @@ class TrainingCost:
         if self._mix is not None:
             names, cost = self._mix
             absent = torch.zeros(sizes.size, dtype=torch.double)
+            for name in self._projected.keys() & tokens.keys():
+                flops, share = self._projected[name]
+                total += flops * float(tokens[name].sum())
+                tokens["media"] = tokens.get("media", absent) + share * tokens[name]
             points = torch.stack([tokens.get(name, absent) for name in names] or [absent], 1)
             total += float(cost(points[:, : len(names)]).sum())
         return total
@@ -132,12 +139,25 @@ class TrainingCost:
         self._encoders[name], self._tokens[name] = _Quadratic(points, costs), _Quadratic(points, counts)
         return replace(features, marks=item.marks)
 
+    def _measure_projector(self, name: str, item: Features) -> Features:
+        """What a fusion that reads media item by item makes of one: its cost and its tokens, in proportion to those of
+        the encoder. It is measured whole, for some grids of tokens cannot be cut."""
+        model, nobody = self._model, torch.zeros(1, dtype=torch.long, device=item.mask.device)
+        bundle = model.encode({}, 1) | {name: replace(item, marks=None, pooled=None, rows=nobody)}
+        with _counting() as counter:
+            read = model.fusion(bundle)["fused"]
+        cost = _with_backward(counter, (model.fusion,), any(p.requires_grad for p in model.encoders[name].parameters()))
+        before = max(float(item.mask.sum()), 1.0)
+        self._projected[name] = cost / before, float(read.mask.sum()) / before
+        return Features(read.tokens[read.mask][None], read.mask[read.mask][None])
+
     def _measure_mix(self) -> None:
         model = self._model
-        bundle = model.encode({}, 1) | self._streams
-        full = {name: int(stream.mask.sum()) for name, stream in self._streams.items()}
+        bundle = self._in_line() if model.fusion.by_item else model.encode({}, 1) | self._streams
+        full = {name: int(stream.mask.sum()) for name, stream in bundle.items() if len(stream.mask)}
         names = [name for name, count in full.items() if count >= 3]  # shorter ones have one size
-        flowing = any(p.requires_grad for p in model.encoders.parameters())
+        before = (model.encoders, model.fusion) if model.fusion.by_item else (model.encoders,)
+        flowing = any(p.requires_grad for part in before for p in part.parameters())
         points, costs = [], []
         for steps in combinations_with_replacement(range(len(names) + 1), 2):
             point = [full[name] - full[name] // 3 * (2 - steps.count(i)) for i, name in enumerate(names)]
@@ -148,11 +168,24 @@ class TrainingCost:
             costs.append(_with_backward(counter, (model.fusion, model.decoder), flowing))
         self._mix = names, _Quadratic(torch.tensor(points, dtype=torch.double).reshape(len(points), len(names)), costs)
 
+    def _in_line(self) -> Bundle:
+        """The text of a row, and all media together as a fusion has read them: one counts as much as another."""
+        media = [stream for name, stream in self._streams.items() if name in self._projected]
+        text = self._streams.get("text") or self._model.text_stream(None, 1)
+        if not media:
+            return {"text": text}
+        joined = [torch.cat([getattr(stream, part) for stream in media], 1) for part in ("tokens", "mask")]
+        return {"media": Features(*joined), "text": text}
+
     def _join(self, bundle: Bundle) -> None:
         """Fusion and decoder, and once more for each modality alone where that is part of the loss."""
         model = self._model
+        if model.fusion.by_item:
+            model.decoder({"fused": _lined_up(bundle)}, self._targets)
+            return
         model.decode(bundle, self._targets)
-        if model.unimodal_loss and len(bundle) > 1 and "fused" in model.fusion.outputs:
+        mixes = len(bundle) > 1 and "fused" in model.fusion.outputs and not model.decoder.reads_text
+        if model.unimodal_loss and mixes:
             for name in bundle:
                 rows = rows_with(bundle, [name])
                 if len(rows):
@@ -213,6 +246,19 @@ def _crop(features: Features, count: int) -> Features:
     along = ("tokens", "mask", "ids", "loss", "marks", "parts")
     known = {name: part for name in along if (part := getattr(features, name)) is not None}
     return replace(features, **{name: part[:, :count] for name, part in known.items()})
+
+
+def _lined_up(bundle: Bundle) -> Features:
+    """One row of media before its text."""
+    text = bundle["text"]
+    if "media" not in bundle:
+        return text
+    media, ids = bundle["media"], text.ids
+    assert ids is not None
+    before = media.mask.shape[1], 0
+    loss = None if text.loss is None else torch.nn.functional.pad(text.loss, before)
+    tokens = torch.cat([media.tokens.to(text.tokens.dtype), text.tokens], 1)
+    return Features(tokens, torch.cat([media.mask, text.mask], 1), torch.nn.functional.pad(ids, before, value=-1), loss)
 
 
 # Counting.
@@ -290,17 +336,32 @@ def _with_backward(counter: FlopCounterMode, roots: Sequence[nn.Module], flowing
 
     A module costs its forward; as much again for the gradient of its input, if something before it learns
     (`flowing`: something before all of these does), and for that of its weights, if those learn. The first trained
-    module counts three times as any other, as in everybody's formulas.
+    module counts three times as any other, as in everybody's formulas. A module without weights of its own multiplies
+    what both has a gradient, as attention does, or, by `mm`, by the weights of a module inside it that does nothing
+    else: a tied head.
     """
-    counts = {name: float(sum(ops.values())) for name, ops in counter.get_flop_counts().items()}
-    own, total = _own_counts(counts), 0.0
+    found = counter.get_flop_counts()
+    every = _own_counts({name: float(sum(ops.values())) for name, ops in found.items()})
+    by_weights = _own_counts({name: float(sum(ops.get(op, 0) for op in _BY_WEIGHTS)) for name, ops in found.items()})
+    own, total = dict(every), 0.0
     for root in roots:
         for name, module in _inner_first(type(root).__name__, root):
             parameters = list(module.parameters(recurse=False))
             learns = any(parameter.requires_grad for parameter in parameters)
             flowing = flowing or learns
             total += own.pop(name, 0.0) * (3 if learns or (flowing and not parameters) else 2 if flowing else 1)
+            if flowing and not parameters and by_weights.get(name) and not _lends_trained(name, module, every):
+                total -= by_weights[name]
     return total + sum(own.values()) * (3 if flowing else 1)
+
+
+def _lends_trained(name: str, module: nn.Module, counts: Mapping[str, float]) -> bool:
+    """Whether a matrix is trained that is inside a module, of a part that multiplies nothing by itself."""
+    idle = (part for inner, part in _inner_first(name, module) if not counts.get(inner))
+    return any(p.requires_grad and p.ndim == 2 for part in idle for p in part.parameters(recurse=False))
+
+
+_BY_WEIGHTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
 
 
 def _inner_first(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,11 +27,12 @@ from mmhub.engine.calibration import calibrate
 from mmhub.engine.data import replace as with_values
 from mmhub.engine.feed import Turn
 from mmhub.engine.profiler import Profiler
-from mmhub.engine.provenance import provenance
+from mmhub.engine.provenance import data_facts, provenance
 from mmhub.engine.ranks import Ranks, is_lost, join, shared
 from mmhub.engine.report import Reporter, TrainRun, run_facts
-from mmhub.engine.setup import Setup
+from mmhub.engine.setup import Setup, check_out
 from mmhub.engine.signals import StopSignal
+from mmhub.engine.stages import Finished, Stage, train_stages
 from mmhub.engine.state import Position
 from mmhub.engine.step import Stepper, is_out_of_memory
 from mmhub.errors import InputError, Interrupted, MmhubError
@@ -71,6 +73,7 @@ def train(
 
     `out` defaults to `runs/` and the recipe file's name, or the task's for a table.
     `resume` goes on from the newest valid checkpoint in `out`, from the beginning if there is none.
+    Stages are trained one after the other, each in a run folder of its own below `out`, and the result counts all.
 
     In processes launched by `torchrun` each trains its share of every batch; the first one writes and reports.
 
@@ -88,10 +91,20 @@ def train(
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun, with the same arguments
     ranks = join(find_device(recipe.train.device))
     resume = resume or any(ranks.gather(restarted))
+    quiet = quiet or not ranks.first
+
+    def run(recipe: Recipe, out: Path, stage: Stage | None = None) -> TrainResult:
+        setup = Setup(recipe, out, folder, ranks, resume=resume, quiet=quiet, stage=stage)
+        return _Run(setup, out, code, quiet=quiet).train()
+
     try:
         code = code_state(folder or Path.cwd())
-        setup = Setup(recipe, out, folder, ranks, resume=resume, quiet=quiet or not ranks.first)
-        return _Run(setup, out, code, quiet=quiet or not ranks.first).train()
+        if not recipe.train.stages:
+            return run(recipe, out)
+        begin = partial(check_out, resume=resume)
+        return train_stages(
+            recipe, out, folder, ranks, resume=resume, begin=begin, run=lambda one: run(one.recipe, one.folder, one)
+        )
     except RuntimeError as error:
         if not is_lost(error):
             raise
@@ -106,6 +119,7 @@ class _Run:
         self.recipe, self.options, self.task, self.ranks = setup.recipe, setup.options, setup.task, setup.ranks
         self.rows, self.valid, self.model, self.position = setup.rows, setup.valid, setup.model, setup.position
         self.feed, self.meter, self.checkpoints = setup.feed, setup.meter, setup.checkpoints
+        self.stage, self.home = setup.stage, setup.stage.home if setup.stage else out
         self.place = self.position.stream  # where the run was resumed, for ranks that have had no batch since
         self.planned, self.batches_per_epoch = self.feed.steps(), self.feed.batches()
         self.saved_step = self.position.step if setup.restored else -1
@@ -164,8 +178,9 @@ class _Run:
             f"{self.setup.data.count} rows" if self.setup.data.count is not None else f"streaming '{self.rows.source}'"
         )
         several = f" x {self.ranks.world} ({self.options.parallel})" if self.ranks.several else ""
+        what = self.stage.title if self.stage else self.task.name
         self.reporter.say(
-            f"{self.task.name}: {rows}, {count:,} parameters ({trained:,} trained), "
+            f"{what}: {rows}, {count:,} parameters ({trained:,} trained), "
             f"{self.planned} steps on {self.ranks.device.type}{several} in {dtype}"
         )
         if self.setup.restored:
@@ -191,7 +206,7 @@ class _Run:
 
     def _forget_if_empty(self) -> None:
         """A run that failed before its first step leaves nothing, so that the mended recipe can be run as it is."""
-        kept = self.position.step or any((self.out / name).exists() for name in ("checkpoints", "model"))
+        kept = self.position.step or (self.out / "checkpoints").exists() or (self.home / "model").exists()
         if kept or not self.fresh or not self.ranks.first or not self.out.is_dir():
             return
         for path in self.out.iterdir():
@@ -330,11 +345,12 @@ class _Run:
 
     def _save_and_stop(self) -> NoReturn:
         self._save(wait=True)
+        self._stop(f"at step {self.position.step}" + (f" of {self.stage.title}" if self.stage else ""))
+
+    def _stop(self, where: str) -> NoReturn:
         number = int(max(self.ranks.gather(self.stop.number)))
         name = "interrupted" if number == signal.SIGINT else "terminated"
-        raise Interrupted(
-            f"{name} at step {self.position.step}; saved", "go on with the same command and --resume", 128 + number
-        )
+        raise Interrupted(f"{name} {where}; saved", "go on with the same command and --resume", 128 + number)
 
     # -- evaluating ---------------------------------------------------------------------------------------------
 
@@ -384,7 +400,7 @@ class _Run:
             tensors = self.setup.parallel.tensors()
             if self.ranks.first:
                 with disk_errors("the model", self.out):
-                    save(self.model, self.out / "model", tensors)
+                    save(self.model, self.home / "model", tensors)
 
     def _averaged(self) -> AbstractContextManager[None]:
         """Let the model hold the averages of its weights, if they are kept."""
@@ -449,7 +465,7 @@ class _Run:
 
     def _finish(self) -> TrainResult:
         """Keep the last state beside the best model, and describe that: results by subset, provenance and card."""
-        position, folder = self.position, self.out / "model"
+        position, folder = self.position, self.home / "model"
         if self.valid is None:
             self._save_model()
         elif position.evaluated_step != position.step:
@@ -458,14 +474,36 @@ class _Run:
             self._save()
         self.checkpoints.wait()
         seconds = self._seconds()
-        metrics = self._describe(folder, seconds) if self.ranks.first else {}
+        last = self.stage is None or self.stage.last
+        metrics = self._describe(folder, seconds) if self.ranks.first and last else {}
         self.reporter.say(f"done in {seconds:.0f} s, best at step {position.best_step or position.step}: {folder}")
         if position.skipped:
             self.reporter.say(f"{position.skipped} unreadable rows were skipped")
         (skipped,) = self.ranks.sum(self.rows.skipped if isinstance(self.rows, Stream) else 0)
         if skipped:
             self.reporter.say(f"{skipped:.0f} unreadable shards or rows of the stream were skipped")
+        if self.stage and not last:
+            self._end_stage(self.stage, seconds)
         return TrainResult(self.out, folder, metrics, position.step, round(seconds, 3))
+
+    def _end_stage(self, stage: Stage, seconds: float) -> None:
+        """Mark a stage as done; a stop signal that came too late for its last step is heeded before the next."""
+        if self.ranks.first:
+            stage.finish(self._came_to(stage, seconds))
+        if self._stopping():
+            self._stop(f"after {stage.title}")
+
+    def _came_to(self, stage: Stage, seconds: float) -> Finished:
+        position = self.position
+        return Finished(
+            name=stage.name,
+            parts=list(stage.parts),
+            steps=position.step,
+            best_step=position.best_step or position.step,
+            seconds=round(seconds, 1),
+            data=data_facts(self.rows, self.valid),
+            parents=position.parents,
+        )
 
     def _describe(self, folder: Path, seconds: float) -> dict[str, Any]:
         """Measure the best model by subset of modalities, and write results, provenance and card beside it."""
@@ -485,15 +523,17 @@ class _Run:
             with disk_errors("the model", folder):
                 (folder / "eval").mkdir(exist_ok=True)
                 write_file(folder / "eval" / f"{self.task.name}.json", json.dumps(report, indent=2) + "\n")
+        stages = [*self.stage.done, self._came_to(self.stage, seconds)] if self.stage else []
         facts = provenance(
-            self.recipe,
+            self.stage.whole if self.stage else self.recipe,
             self.model,
             self.rows,
             self.valid,
-            steps=self.position.step,
-            seconds=seconds,
+            steps=sum(one.steps for one in stages) or self.position.step,
+            seconds=sum(one.seconds for one in stages) or seconds,
             parents=self.position.parents,
             code=self.code,
+            stages=[one.facts() for one in stages],
         )
         with disk_errors("the model", folder):
             write_file(folder / "provenance.json", json.dumps(facts, indent=2) + "\n")
@@ -503,7 +543,7 @@ class _Run:
     def _card(self, folder: Path) -> str:
         card = self.recipe.card
         known = {"license": card.license, "language": card.language, "datasets": card.datasets}
-        return merge_card(folder, read_config(folder), name=self.out.name, metadata=known, summary=card.summary)
+        return merge_card(folder, read_config(folder), name=self.home.name, metadata=known, summary=card.summary)
 
 
 def with_all_places(position: Position, start: Any, ranks: Ranks) -> Position:

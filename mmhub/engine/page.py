@@ -178,7 +178,7 @@ def _curves(run: _Run) -> str:
         *(chart(title, [Curve(title, speed(key))], run.steps, run.marks) for key, title in _RATES.items()),
     ]
     found = "".join(charts)
-    note = "<p>Dashed lines: resumed there.</p>" if run.marks else ""
+    note = "<p>Dashed lines: resumed, or a next stage began there.</p>" if run.marks else ""
     return f'<h2>Curves</h2>{note}<div class="charts">{found}</div>' if found else ""
 
 

@@ -34,10 +34,12 @@ def provenance(
     seconds: float,
     parents: Sequence[Mapping[str, str]] = (),
     code: Mapping[str, Any] | None = None,
+    stages: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return the facts that go into provenance.json; no path of this machine is among them.
 
-    `parents` and `code` are what `mmhub.lineage` says; `code` is None outside a git repository.
+    `parents` and `code` are what `mmhub.lineage` says; `code` is None outside a git repository. `stages` are those of
+    the run, if it had some; `steps` and `seconds` are of all of them then, and data the last one's.
     """
     settings = msgspec.to_builtins(recipe)
     return {
@@ -49,10 +51,16 @@ def provenance(
         "versions": versions(model),
         "code": None if code is None else dict(code),
         "parents": [dict(parent) for parent in parents],
-        "data": {"train": _data(train)} | ({} if valid is None else {"valid": _data(valid)}),
+        "data": data_facts(train, valid),
+        **({"stages": [dict(stage) for stage in stages]} if stages else {}),
         "train": public(settings["train"]),
         "model": public(settings["model"]),
     }
+
+
+def data_facts(train: Rows | Stream, valid: Rows | None) -> dict[str, Any]:
+    """Return what identifies the data, with hashes."""
+    return {"train": _data(train)} | ({} if valid is None else {"valid": _data(valid)})
 
 
 def known_data(train: Rows | Stream, valid: Rows | None) -> dict[str, Any]:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mmhub.batch import Batch
 from mmhub.build import build_model
+from mmhub.checkpoint import load
 from mmhub.config import Recipe, read_recipe
 from mmhub.data.corpus import Corpus, documents
-from mmhub.data.lengths import Lengths, measure_rows
+from mmhub.data.lengths import Lengths, measure_rows, measure_talks
 from mmhub.data.loader import Collate
 from mmhub.data.sources import Rows
 from mmhub.data.stream import Stream
+from mmhub.data.talks import TalkReader
 from mmhub.device import find_precision
 from mmhub.engine.averages import Averages
 from mmhub.engine.compute import prepare_model
@@ -30,6 +35,7 @@ from mmhub.engine.mixing import make_mixer
 from mmhub.engine.optimizer import make_optimizer
 from mmhub.engine.parallel import Parallel
 from mmhub.engine.ranks import Ranks, shared
+from mmhub.engine.stages import Stage
 from mmhub.engine.state import Checkpoints, Position
 from mmhub.errors import InputError, MmhubError, UsageError
 from mmhub.interfaces import Policy, find_task
@@ -50,11 +56,21 @@ class Setup:
         position: how far the run has come. model, optimizer, parallel, meter, feed, checkpoints: what trains it,
             and mixer, averages where it mixes pictures and averages weights.
         stand_in: for a rank without rows, on several. valid_lengths, valid_features: of the validation rows.
+        stage: where the run is one of several.
     """
 
     def __init__(
-        self, recipe: Recipe, out: Path, folder: Path | None, ranks: Ranks, *, resume: bool, quiet: bool
+        self,
+        recipe: Recipe,
+        out: Path,
+        folder: Path | None,
+        ranks: Ranks,
+        *,
+        resume: bool,
+        quiet: bool,
+        stage: Stage | None = None,
     ) -> None:
+        self.stage = stage
         self.recipe, self.folder = with_base_columns(recipe, out, folder, resume=resume), folder
         self.resolved = resolved(self.recipe, folder)
         if (noise := self.resolved.data.noise) and not Path(noise).is_dir():
@@ -66,7 +82,7 @@ class Setup:
             raise UsageError(f'train.batch_size = "auto" is for {what}', "give a number of rows")
         self.precision = find_precision(recipe.train.precision, self.device)
         if ranks.first:
-            self._check_out(out, resume)
+            check_out(out, self.resolved, resume=resume)
         ranks.barrier()
         self.data = TrainingData(self.recipe, self.task, folder)
         self.rows, self.valid = self.data.rows, self.data.valid
@@ -83,32 +99,6 @@ class Setup:
     @property
     def policy(self) -> Policy:
         return Policy(urls=self.recipe.data.allow_urls, noise=self.resolved.data.noise)
-
-    def _check_out(self, out: Path, resume: bool) -> None:
-        there = next((path for path in (out, *out.parents) if path.exists()), None)
-        if there and not there.is_dir():
-            raise UsageError(f"'{there}' is a file", "name a folder with --out")
-        if out.is_dir() and any(out.iterdir()) and not resume:
-            raise UsageError(f"the run folder '{out}' exists", "add --resume to go on, or name another with --out")
-        stored = out / "recipe.toml"
-        if stored.exists():
-            self._check_same(read_recipe(stored), out)
-        elif out.is_dir() and any(out.iterdir()):
-            raise UsageError(f"'{out}' is no run folder, it has no recipe.toml", "name another with --out")
-
-    def _check_same(self, stored: Recipe, out: Path) -> None:
-        """A resumed run must be the same run: only what changes no result may differ."""
-        for part in ("task", "seed", "model", "data", "train"):
-            old, new = getattr(stored, part), getattr(self.resolved, part)
-            if part == "train":
-                old, new = (with_values(x, _FREE) for x in (old, new))
-            if part == "data":
-                old, new = (with_values(x, {"workers": 0}) for x in (old, new))
-            if old != new:
-                raise UsageError(
-                    f"[{part}] differs from the recipe this run in '{out}' was started with",
-                    "resume with the same recipe, or start a new run with another --out",
-                )
 
     def _start(self) -> Position:
         return Position(rows=self.data.count or 0, fingerprint=self._fingerprint)
@@ -145,9 +135,11 @@ class Setup:
         self.model.to(self.device)
         prepare_model(self.model, self.options, self.device, self.precision)
         self._features, self.valid_features = self._frozen(self.rows, True), self._frozen(self.valid, False)
-        self._lengths, self.valid_lengths = self._lengths_of(self.rows), self._lengths_of(self.valid)
+        self._lengths, self.valid_lengths = self._lengths_of(self.rows, True), self._lengths_of(self.valid, False)
         self.meter = Meter(self.model, self.device, self.ranks, self.precision)
         self.stand_in = self._stand_in() if self.ranks.several else None
+        if self.model.converses and not self.ranks.several:
+            self._take_part()
         if self.stand_in is not None:
             self.meter.measure(self.stand_in)
         self.parallel = Parallel(self.model, self.options, self.ranks, self.precision)
@@ -159,23 +151,74 @@ class Setup:
             averages = self.averages.tensors if self.averages else None
             self.checkpoints.load_tensors(state, self.model, self.optimizer, averages)
 
-    def _lengths_of(self, rows: Any) -> Lengths | None:
-        return None if not isinstance(rows, Rows) or self.task.reads_text else self._measure_rows(rows)
+    def _lengths_of(self, rows: Any, training: bool) -> Lengths | None:
+        if not isinstance(rows, Rows) or self.task.reads_text:
+            return None
+        if not self.model.converses:
+            return self._measure_rows(rows)
+        reader = self._reader(training)
+        lengths = measure_talks(rows, reader)
+        self._tell_long(rows, lengths, reader)
+        return lengths
+
+    def _reader(self, training: bool) -> TalkReader:
+        """What reads rows as conversations: in training they lose their last turns where they are too long, and where
+        answers are compared their first."""
+        decoder: Any = self.model.decoder
+        wanted = self.options.block_size
+        limit = block_size(wanted, decoder) if wanted else decoder.context or 0
+        inputs, target = dict(self.model.columns.inputs), self.data.target
+        limit = limit if training else decoder.context or 0
+        return TalkReader.of(self.model, inputs, target, self.policy, limit=limit, newest=training)
+
+    def _tell_long(self, rows: Rows, lengths: Lengths, reader: TalkReader) -> None:
+        """Say what has become of conversations that are too long.
+
+        Raises:
+            InputError: one is so with a single turn, unless such rows are skipped.
+        """
+        assert lengths.talks is not None
+        shortened, too_long = lengths.talks.shortened, lengths.talks.too_long
+        if too_long and self.recipe.data.on_error == "stop":
+            collate = replace(self._collate(), rows=rows, talks=reader)
+            raise collate([(too_long[0], rows[too_long[0]])]).error or AssertionError
+        if shortened or too_long:
+            what = f"{shortened + len(too_long)} of {len(rows)} conversations are longer than {reader.limit} tokens"
+            left = f"the {'last' if reader.newest else 'first'} turns of {shortened} are left out"
+            skipped = f", and {len(too_long)} with a single turn are skipped" if too_long else ""
+            self._say(f"{what}: {left}{skipped}")
 
     def _model(self, state: Path | None) -> Model:
         if state is not None:
             model = self.checkpoints.load_model(state)
-            for modality, part in self.recipe.model.encoders.items():
-                if part.freeze:
-                    model.freeze(modality)
-            if self.recipe.model.decoder is not None and self.recipe.model.decoder.freeze:
-                model.decoder.requires_grad_(False)
-            return model
+        elif self.stage is not None and self.stage.start is not None:
+            model = load(self.stage.start)
+            model.parents = self.stage.parents
+            copy_parameters(model)
+            self.data.check_targets(model)
+        else:
+            model = self._built()
+        for modality, part in self.recipe.model.encoders.items():
+            if part.freeze:
+                model.freeze(modality)
+        if self.recipe.model.decoder is not None and self.recipe.model.decoder.freeze:
+            model.decoder.requires_grad_(False)
+        if self.stage is not None:
+            self.stage.hold(model)
+        return model
+
+    def _built(self) -> Model:
+        """The model as it is before any training; what stages have data of their own is read for all of them."""
+        others = self.stage.other_data(self.task, self.folder) if self.stage is not None else []
+
+        def joined(name: str) -> Iterable[Any]:
+            return chain(*(data.values(name) for data in (self.data, *others)))
+
         try:
             model = build_model(
                 self.task,
                 self.recipe.model,
-                self.data.values,
+                joined if others else self.data.values,
                 columns=self.data.columns,
                 folder=self.folder,
                 seed=self.recipe.seed,
@@ -185,7 +228,10 @@ class Setup:
                 raise
             raise self.data.at_target(error.row, error) from None
         copy_parameters(model)
-        self.data.check_targets(model)
+        for data in (self.data, *others):
+            data.check_targets(model)
+        if self.stage is not None:
+            self.stage.check(model)
         return model
 
     def _collate(self) -> Collate:
@@ -197,7 +243,7 @@ class Setup:
             target=self.data.target,
             policy=self.policy,
             skip=self.recipe.data.on_error == "skip",
-            talks=self.model.converses,
+            talks=self._reader(True) if self.model.converses else None,
         )
 
     def _feed(self) -> Feed:
@@ -212,7 +258,7 @@ class Setup:
             feed.corpus = self._corpus()
             return feed
         if self._lengths is not None:
-            collate = replace(collate, read=self._lengths.read)
+            collate = replace(collate, read=self._lengths.read, scripts=self._lengths.talks)
         return Feed(self.recipe, self.rows, collate, self._measure_rows, self._lengths, self.ranks)
 
     def _corpus(self) -> Corpus | None:
@@ -237,12 +283,14 @@ class Setup:
     def _measure_rows(self, rows: Any) -> Lengths:
         """Measure rows, and read once what is small; of all inputs, so that no cache decides what a batch is."""
         model, folder = self.model, None if isinstance(self.rows, Rows) else self.rows.folder
+        if model.converses:
+            return measure_talks(rows, self._reader(True), folder)
         inputs = dict(model.columns.inputs)
         pairs = self.model.decoder.paired and len(inputs) == 1
         return measure_rows(rows, model.processors, model.readers, inputs, self.policy, folder=folder, pairs=pairs)
 
     def _frozen(self, rows: Any, training: bool) -> dict[str, Any]:
-        if rows is None or not self.model.frozen or not self.options.cache_features:
+        if rows is None or not self.model.frozen & {*self.model.encoders} or not self.options.cache_features:
             return {}
         if self.model.decoder.marks_words or self.model.decoder.points:
             return {}  # features are kept without the places of words
@@ -286,9 +334,50 @@ class Setup:
         decoder: Any = self.model.decoder
         return replace(batch, targets=decoder.void(batch.targets) if decoder.paired else batch.targets).to(self.device)
 
+    def _take_part(self) -> None:
+        """Let encoders run in every step, as on several ranks: momentum moves weights that have no gradient."""
+        collate = self._collate()
+        for name in (name for name in self.model.encoders if name not in self.model.frozen):
+            alone = replace(collate, inputs={name: collate.inputs.get(name, "")})
+            with suppress(InputError):  # no row has any
+                self.model.stand_ins |= {n: x.to(self.device) for n, x in stand_in_items(alone, self.rows).items()}
+
     def _say(self, text: str) -> None:
         if not self._quiet:
             print(text, file=sys.stderr)
+
+
+def check_out(out: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Check that a run of this recipe, whose paths are absolute, can begin in a folder, or go on there.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    there = next((path for path in (out, *out.parents) if path.exists()), None)
+    if there and not there.is_dir():
+        raise UsageError(f"'{there}' is a file", "name a folder with --out")
+    if out.is_dir() and any(out.iterdir()) and not resume:
+        raise UsageError(f"the run folder '{out}' exists", "add --resume to go on, or name another with --out")
+    stored = out / "recipe.toml"
+    if stored.exists():
+        _check_same(read_recipe(stored), recipe, out)
+    elif out.is_dir() and any(out.iterdir()):
+        raise UsageError(f"'{out}' is no run folder, it has no recipe.toml", "name another with --out")
+
+
+def _check_same(stored: Recipe, recipe: Recipe, out: Path) -> None:
+    """A resumed run must be the same run: only what changes no result may differ."""
+    for part in ("task", "seed", "model", "data", "train"):
+        old, new = getattr(stored, part), getattr(recipe, part)
+        if part == "train":
+            old, new = (with_values(x, _FREE) for x in (old, new))
+        if part == "data":
+            old, new = (with_values(x, {"workers": 0}) for x in (old, new))
+        if old != new:
+            raise UsageError(
+                f"[{part}] differs from the recipe this run in '{out}' was started with",
+                "resume with the same recipe, or start a new run with another --out",
+            )
 
 
 def _warn(text: str) -> None:

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from mmhub.batch import Batch, Bundle
+from mmhub.conversation import Message
 from mmhub.errors import InputError, UsageError
+from mmhub.generate.media import Media
+from mmhub.generate.talks import Layout, Lead, as_sample, kept_tokens, stripped, with_stops, without_answer
 from mmhub.generate.write import Stream, Written, write
 from mmhub.interfaces import Generation, LanguageModel, Policy, TextDecoder
 
@@ -32,22 +35,29 @@ def generate(
     truncate: bool = False,
     first: int = 0,
 ) -> list[Answer]:
-    """Write on from each sample's text, or whatever else the model turns into text, in order.
+    """Write on from each sample's text, or answer whatever else the model turns into text, in order.
+
+    A model that converses answers the last question of "messages", or all that a sample holds as one question.
 
     An answer is {"text", "finish": "end" | "stop" | "length", "score"}; with `n` > 1 texts a sample it is {"texts",
     "finish", "score"}, all lists. `score` is the log-probability in nats. A prompt longer than the model's context is
     an error, or with `truncate` loses its first tokens, whose number is then in the answer as `truncated`; a text that
-    is translated loses its last ones. What a plugin's guard refuses is answered `{"refused": reason, "guard": name}`;
-    where there are guards, `stream` gets a text once they have seen it, else piece by piece: stream(row, sample number,
-    text). Rows are numbered from `first`; random choices depend on the seed and these two numbers alone.
+    is translated loses its last ones, and a conversation its oldest turns, of which that is the number. What a plugin's
+    guard refuses is answered `{"refused": reason, "guard": name}`; where there are guards, `stream` gets a text once
+    they have seen it, else piece by piece: stream(row, sample number, text). Rows are numbered from `first`; random
+    choices depend on the seed and these two numbers alone.
 
     Raises:
         UsageError: the model writes no text. InputError: a sample cannot be read; `row` is its position.
     """
     decoder = text_decoder(model)
-    settings = settings or decoder.generation
+    settings = with_stops(model.language_model, settings) if model.converses else settings or decoder.generation
     policy = policy or Policy()
+    talks: dict[int, list[Message]] = {}  # of a model that converses, by the samples' ids
     samples = [dict(sample) if isinstance(sample, Mapping) else sample for sample in samples]
+    if model.converses:
+        samples, talks = _conversations(model, samples)
+        stream = None if stream is None else _leading(stream)
     numbers = {id(sample): row for row, sample in enumerate(samples, first)}  # guards may leave only some of them
     guards = model.has_guards
 
@@ -55,9 +65,7 @@ def generate(
         def bundle_at(rows: Sequence[int]) -> tuple[Bundle, list[int]]:
             taken = [part[row] for row in rows]
             if model.converses:
-                batch = model.collate(taken, policy).to(model.device)
-                bundle = model.encode(batch.items, batch.size)
-                return model.fusion(bundle, plan=batch.plan), [0] * len(rows)
+                return _asked_bundle(model, [talks[id(sample)] for sample in taken], settings, policy, truncate)
             if isinstance(decoder, LanguageModel):
                 return _prompt_bundle(model, decoder, taken, settings, policy, truncate)
             batch, lost = _cut(model, taken, policy) if truncate else (model.collate(taken, policy), [0] * len(rows))
@@ -69,9 +77,55 @@ def generate(
         return write_rows(model, bundle_at, sizes, settings, n, batch_size, None if guards else stream, rows)
 
     answers = model.guarded(samples, answer) if n == 1 or not guards else _each_guarded(model, samples, answer, n)
+    answers = list(map(stripped, answers)) if model.converses else answers
     if guards and stream is not None:
         _stream_reviewed(answers, stream, first)
     return answers
+
+
+def _conversations(model: Model, samples: Sequence[Sample]) -> tuple[list[dict[str, Any]], dict[int, list[Message]]]:
+    """The samples as guards see them, and what each of them asks."""
+    seen, talks = [], {}
+    for row, sample in enumerate(samples):
+        model.check_sample(row, sample)
+        talk = model.messages_of(sample, row)
+        try:
+            talk = without_answer(talk)
+        except InputError as error:
+            error.row = row
+            raise
+        seen.append(as_sample(model, talk))
+        talks[id(seen[-1])] = talk
+    return seen, talks
+
+
+def _asked_bundle(
+    model: Model, talks: Sequence[list[Message]], settings: Generation, policy: Policy, truncate: bool
+) -> tuple[Bundle, list[int]]:
+    """What a language model answers, and how many turns of each conversation were left out."""
+    media, layout = Media(model, policy), Layout(model, policy)
+    media.read(talks)  # those of all conversations together
+    found = []
+    for row, talk in enumerate(talks):
+        try:
+            found.append(layout.fitted(talk, settings, media.size, truncate))
+        except InputError as error:
+            error.row, error.modality = row, error.modality or "text"
+            raise
+    kept, scripts, left_out = (list(part) for part in zip(*found, strict=True))
+    return media.bundle(kept, scripts), left_out
+
+
+def _leading(stream: Stream) -> Stream:
+    """Pass texts on without the white space at their beginnings."""
+    leads: dict[tuple[int, int], Lead] = {}
+
+    def passed(row: int, sample: int, text: str) -> None:
+        if (row, sample) not in leads:
+            leads[row, sample] = Lead(lambda text: stream(row, sample, text))
+        leads[row, sample](text)
+
+    return passed
 
 
 def _cut(model: Model, samples: Sequence[Sample], policy: Policy) -> tuple[Batch, list[int]]:
@@ -124,11 +178,12 @@ def write_rows(
     batch_size: int = 32,
     stream: Stream | None = None,
     numbers: Sequence[int] | None = None,
+    source: Any = None,
 ) -> list[Answer]:
     """Write for as many rows as there are `sizes`, rows of like size together; the answers are in order.
 
     `bundle_of` gives the bundle of some rows, and how many tokens of each prompt were left out; `numbers` are the rows'
-    numbers for `stream` and for random choices, if not 0, 1, ...
+    numbers for `stream` and for random choices, if not 0, 1, ...; `source` is as in `write`.
     """
     numbers = range(len(sizes)) if numbers is None else numbers
     order = sorted(range(len(sizes)), key=sizes.__getitem__)
@@ -141,7 +196,9 @@ def write_rows(
             try:
                 bundle, left_out = bundle_of(rows)
                 known = [numbers[row] for row in rows]
-                texts = write(text_decoder(model), bundle, settings, samples=n, rows=known, stream=stream)
+                texts = write(
+                    text_decoder(model), bundle, settings, samples=n, rows=known, stream=stream, source=source
+                )
             except InputError as error:
                 error.row = rows[error.row or 0]
                 error.__notes__ = [f"in sample {error.row}"]
@@ -241,12 +298,6 @@ def _prompt_ids(decoder: LanguageModel, sample: Sample, policy: Policy, row: int
         error.row, error.modality = row, "text"
         raise
     return ids
-
-
-def kept_tokens(decoder: TextDecoder, settings: Generation) -> int | None:
-    """How many tokens of a prompt that is too long are kept: room stays for what is written, up to half the context."""
-    context = decoder.context
-    return None if context is None else max(context - settings.max_new_tokens, (context + 1) // 2)
 
 
 def fit(decoder: LanguageModel, ids: Tensor, settings: Generation, row: int, truncate: bool) -> Tensor:

@@ -44,12 +44,14 @@ def write(
     rows: Sequence[int] | None = None,
     stream: Stream | None = None,
     cache: bool = True,
+    source: Any = None,
 ) -> list[list[Written]]:
     """Write `samples` texts for each row of a bundle that the decoder's `begin` takes; with beams, the best ones.
 
     `rows` are the rows' numbers, 0, 1, ... by default: random choices depend on `settings.seed` and on the numbers of
     row and sample alone. `stream` is called with new text as soon as nothing can change it any more. Without `cache`
-    all is computed anew for each token, with the same result.
+    all is computed anew for each token, with the same result. `source` has `begin`, `step` and `select` in the place of
+    the decoder's own.
 
     Raises:
         InputError: a prompt leaves no room in the decoder's context; `row` is set. UsageError: more samples than beams.
@@ -60,7 +62,7 @@ def write(
     rooms = [min(settings.max_new_tokens, room) for room in _rooms(decoder, bundle)]
     if settings.beams > 1 and samples > settings.beams:
         raise UsageError(f"{samples} texts were asked for, of {settings.beams} beams", "ask for no more than the beams")
-    source: Any = decoder if cache else Recomputed(decoder)
+    source = source or (decoder if cache else Recomputed(decoder))
     limit = decoder.limit
     logits, state = source.begin(bundle)
     ends = sorted(set(decoder.processor.stop_ids))

@@ -253,7 +253,8 @@ def _library_use(library: str, architecture: str, name: str) -> list[str]:
 
 
 def _table(result: Mapping[str, Any]) -> list[str]:
-    rows = {"all inputs given": result["metrics"], **{f"{k} only": v for k, v in result.get("subsets", {}).items()}}
+    whole = "all rows" if result.get("task") == "chat" else "all inputs given"  # of conversations each has its own
+    rows = {whole: result["metrics"], **{f"{k} only": v for k, v in result.get("subsets", {}).items()}}
     keys = [name for _, name, _ in _numbers(result["metrics"])]
     lines = ["| inputs | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
     for label, values in rows.items():
@@ -276,6 +277,9 @@ def _training(facts: Mapping[str, Any]) -> list[str]:
     what = f"{data.get('rows', '?')} rows of {source or 'unrecorded data'}"
     how = f"seed {facts.get('seed', '?')}, in {facts.get('seconds', '?')} s on {facts.get('hardware', '?')}"
     lines = [f"{facts.get('steps', '?')} optimizer steps over {what}, {how}."]
+    for number, stage in enumerate(facts.get("stages") or (), 1):
+        parts = ", ".join(stage.get("parts", ()))
+        lines.append(f"Stage {number}, {stage.get('name', '?')}: {stage.get('steps', '?')} steps on {parts}.")
     lines += origins
     code = facts.get("code")
     if code:

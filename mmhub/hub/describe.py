@@ -382,7 +382,9 @@ def _add_foreign(about: Description, config: Mapping[str, Any], files: _Files, f
         about.loadable = "no: it has no safetensors weights, and mmhub reads no pickle; convert it first"
     else:
         part = kind.replace("_", " ")
-        start = f'as the start of an {part}: use = "{use}", init = "{name}"'.replace("an text", "a text")
+        start = f'as the start of an {part}: use = "{use}", init = "{name}"'.replace("an text", "a text").replace(
+            "an decoder", "a decoder"
+        )
         about.loadable = f"yes, and {start}"
         _need(about, kind, use)
         if about.unmet:

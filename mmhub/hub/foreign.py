@@ -38,7 +38,14 @@ def recognise(config: Mapping[str, Any], files: Collection[str]) -> tuple[str, s
     kind = config.get("model_type")
     if kind in _AUDIO:
         return "transformers", "audio_encoder", str(kind)
+    if isinstance(config.get("text_config"), Mapping) and _writes(config):  # it reads pictures, too
+        return "transformers", "decoder", "transformers-lm"
     return ("transformers", "text_encoder", "transformers") if kind else ("", "", "")
+
+
+def _writes(config: Mapping[str, Any]) -> bool:
+    names = config.get("architectures")
+    return isinstance(names, list) and bool(names) and str(names[0]).endswith("ForConditionalGeneration")
 
 
 def find_reader(name: str, folder: Path) -> ForeignReader:
@@ -120,14 +127,15 @@ def load_foreign(name: str, folder: Path) -> Model:
 
 def join(parts: ForeignParts, name: str) -> Model:
     """Make a model of the parts, in evaluation mode: an encoder with its head or one that only embeds, or a language
-    model."""
+    model with the encoders it has."""
     from mmhub.interfaces import find_task
     from mmhub.model import Model
 
     encoder = parts.encoder
-    encoders = {} if encoder is None else {encoder.modality: encoder}
+    encoders = _senses(parts) if encoder is None else {encoder.modality: encoder}
     ids = {f"{modality}_encoder": parts.encoder_id for modality in encoders}
-    fusion, decoder, found = _reader_parts(parts) if encoder is None else _head_parts(parts, encoder)
+    ids |= {f"{modality}_encoder": part.id for modality, part in parts.senses.items()}
+    fusion, decoder, found = _reader_parts(parts, encoders) if encoder is None else _head_parts(parts, encoder)
     sources = {kind: find_component(kind, name) for kind, name in (ids | found).items()}
     model = Model(find_task(parts.task), encoders, fusion, decoder, sources)
     model.name = name
@@ -155,15 +163,32 @@ def _read_decoder(parts: ForeignParts, fusion: Fusion) -> Decoder:
     return decoder
 
 
-def _reader_parts(parts: ForeignParts) -> tuple[Fusion, Decoder, dict[str, str]]:
-    """A decoder that reads text itself, and the fusion that passes it on."""
+def _senses(parts: ForeignParts) -> dict[str, Encoder]:
+    """The encoders that other plugins read from the same checkpoint."""
+    from mmhub.interfaces import decode_config
+
+    encoders = {}
+    for modality, part in parts.senses.items():
+        cls: Any = find_component(f"{modality}_encoder", part.id).load()
+        encoders[modality] = cls.from_library(decode_config(cls.Config, dict(part.config), part.id), part.path)
+    return encoders
+
+
+def _reader_parts(parts: ForeignParts, encoders: Mapping[str, Encoder]) -> tuple[Fusion, Decoder, dict[str, str]]:
+    """A decoder that reads text itself, and the fusion that passes it on, among the tokens of other modalities."""
     from mmhub.fusion.interleave import Interleave
-    from mmhub.interfaces import Stream
+    from mmhub.interfaces import Stream, decode_config
 
     decoder: Any = parts.decoder
     if decoder is None or not decoder.reads_text:
         raise PluginError("a plugin read a model without an encoder and without a decoder that reads text")
-    fusion = Interleave(Interleave.Config(), {"text": Stream(decoder.dim)})
+    streams = {modality: encoder.stream for modality, encoder in encoders.items()} | {"text": Stream(decoder.dim)}
+    config = decode_config(Interleave.Config, {"projectors": dict(parts.projectors)}, "mmhub/interleave")
+    fusion = Interleave(config, streams)
+    try:
+        fusion.load_state_dict(dict(parts.weights))
+    except RuntimeError as error:
+        raise TrustError(f"what joins its parts does not fit them: {cause(error)}") from None
     return fusion, decoder, {"fusion": "mmhub/interleave", "decoder": parts.decoder_id}
 
 

@@ -55,13 +55,14 @@ from mmhub.interfaces import ForeignParts
 from mmhub.lineage import digest, parent_of
 from mmhub.model import Model
 from mmhub.names import Resolved, resolve
+from mmhub.quantize import quantize as _quantized
 from mmhub.weights import weight_files
 
 _EXTRAS = re.compile(r"README\.md|LICENSE(\.txt|\.md)?|provenance\.json|eval/[\w.-]+\.json")
 _LIBRARY_FILES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors",
     "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt",
-    "generation_config.json", "chat_template.jinja",
+    "generation_config.json", "chat_template.jinja", "chat_template.json", "processor_config.json",
     "added_tokens.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
     "0_Transformer/*.json", "0_Transformer/*.safetensors", "[0-9]_*/config.json", "[0-9]_Dense/model.safetensors",
     *VOCABULARIES, "0_Transformer/merges.txt", *(f"0_Transformer/{name}" for name in VOCABULARIES),
@@ -70,12 +71,18 @@ _AGAIN = "fetch the checkpoint again"
 
 
 def load(
-    name: str | os.PathLike[str], *, device: str = "cpu", revision: str | None = None, allow_partial: bool = False
+    name: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    revision: str | None = None,
+    allow_partial: bool = False,
+    quantize: str | None = None,
 ) -> Model:
     """Load the model called `name`: a registry name, `org/name[@revision]` on the Hub, or a checkpoint folder.
 
     A `Path` is always a folder. `NAME#image` fetches and reads the image encoder alone, as a model that embeds. A model
-    of another library (transformers, sentence-transformers, timm) is loaded by the plugin that reads it.
+    of another library (transformers, sentence-transformers, timm) is loaded by the plugin that reads it. `quantize` is
+    "int8" or "int4", what the weights of a language model are kept in; see `mmhub.quantize`.
 
     Raises:
         NotFoundError, PluginError, TrustError, NetworkError: see `pull` and `mmhub.checkpoint.load`.
@@ -92,7 +99,8 @@ def load(
         model = load_foreign(os.fspath(name), folder)
     if resolved.kind == "hub" or not ours:
         model.parents = [parent_of(resolved, folder, "model")]
-    return model.to(target) if target.type != "cpu" else model
+    model = model.to(target) if target.type != "cpu" else model
+    return _quantized(model, quantize) if quantize else model
 
 
 def _load_part(name: str, folder: Path, component: str) -> Model:

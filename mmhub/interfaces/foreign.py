@@ -11,8 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mmhub.errors import MmhubError
 from mmhub.interfaces.roles import Decoder, Encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignPart:
+    """A part that another plugin reads from the same checkpoint, by `from_library` of the component `id`."""
+
+    id: str
+    path: Path
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +36,9 @@ class ForeignParts:
         decoder, decoder_id: the head, or the decoder that writes text; None makes a model that only embeds.
         decoder_from, decoder_config: the library's checkpoint from which another plugin's decoder, `decoder_id`, is
             read instead, by `Decoder.from_library`, and what its configuration says beside that.
+        senses: by modality the encoders of a language model that does not read text alone.
+        projectors, weights: how the fusion "interleave" brings their tokens to the language model, as its configuration
+            says it, and its tensors by name.
         task: the task the head serves.
         left_out: the library's name of a head that cannot be run here, for the message of `predict`.
     """
@@ -35,6 +49,9 @@ class ForeignParts:
     decoder_id: str = ""
     decoder_from: Path | None = None
     decoder_config: Mapping[str, Any] = field(default_factory=dict)
+    senses: Mapping[str, ForeignPart] = field(default_factory=dict)
+    projectors: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
     task: str = "embedding"
     left_out: str = ""
 

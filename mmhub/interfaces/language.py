@@ -215,11 +215,13 @@ class LanguageModel(TextDecoder):
 
     Attributes:
         dim: width of the embeddings. stateful: it passes on a state instead of attending to all tokens before, and is
-        trained on consecutive pieces of long documents (truncated back-propagation through time).
+        trained on consecutive pieces of long documents (truncated back-propagation through time). extends: it has
+        `extend`, so that what a conversation began with is not read again at each turn.
     """
 
     reads_text: ClassVar[bool] = True
     stateful: ClassVar[bool] = False
+    extends: bool = False
     tasks: ClassVar[tuple[str, ...]] = ("language-modelling", "chat", "captioning", "visual-question-answering")
     dim: int
 
@@ -256,6 +258,13 @@ class LanguageModel(TextDecoder):
         Where `continues` of the stream is given and `stateful` is set, the first part of each row goes on from the
         state that the same row of the batch before left, wherever `continues` is True; the new state is kept.
         """
+
+    def extend(self, bundle: Bundle, state: Any) -> tuple[Tensor, Any]:
+        """Read on from a state: a stream of T >= 1 more tokens of each row, without padding; return as `begin` does.
+
+        The logits are those of `begin` on everything. The state that was given is not used again.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads everything anew")
 
 
 def own_stream(bundle: Bundle) -> Features:

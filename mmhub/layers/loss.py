@@ -20,21 +20,28 @@ def chunked_cross_entropy(
     *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
     """Mean of `F.cross_entropy(hidden @ weight.T + bias, targets)` over the targets that are not ignored.
 
-    hidden (..., D), weight (V, D), targets (...) long, bias (V,) -> (). At most `chunk` logits exist at a time, in the
+    hidden (..., D), weight (V, D), targets (...) long, bias (V,) -> (). With `weights` (...), at least 0, it is their
+    weighted mean. At most `chunk` logits exist at a time, in the
     forward pass, which computes the gradients as well: the backward pass only scales them (as in Liger Kernel,
-    arXiv:2410.10989). Products are computed in autocast's type, the softmax in fp32. Without a real target the loss
-    is zero, where PyTorch's is NaN.
+    arXiv:2410.10989). Products are computed in autocast's type, the softmax in fp32. Without a target that counts the
+    loss is zero, where PyTorch's is NaN.
     """
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if hidden.shape[0] != targets.shape[0]:
         raise ValueError(f"{hidden.shape[0]} hidden states, {targets.shape[0]} targets")
+    weights = None if weights is None else weights.reshape(-1)
+    if weights is not None and weights.shape != targets.shape:
+        raise ValueError(f"{weights.numel()} weights, {targets.shape[0]} targets")
     rows = max(1, chunk // weight.shape[0])
     learn = torch.is_grad_enabled()
-    loss: Tensor = _ChunkedLoss.apply(hidden, weight, bias, targets, ignore_index, label_smoothing, rows, learn)
+    loss: Tensor = _ChunkedLoss.apply(
+        hidden, weight, bias, targets, weights, ignore_index, label_smoothing, rows, learn
+    )
     return loss
 
 
@@ -46,6 +53,7 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        weights: Tensor | None,
         ignore_index: int,
         smoothing: float,
         rows: int,
@@ -56,6 +64,11 @@ class _ChunkedLoss(torch.autograd.Function):
         product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         exact = torch.promote_types(product, torch.float32)
         real = targets != ignore_index
+        if weights is not None:
+            weights = weights.to(exact)
+            real = real & (weights > 0)
+            weights = weights * real
+        share = real if weights is None else weights
         grads = [
             hidden.new_empty(hidden.shape) if wanted[0] else None,
             weight.new_zeros(weight.shape, dtype=exact) if wanted[1] else None,
@@ -68,10 +81,11 @@ class _ChunkedLoss(torch.autograd.Function):
                 part = slice(start, start + rows)
                 h = hidden[part].to(product)
                 loss, gradient = _loss_and_gradient(F.linear(h, matrix, shift), targets[part], real[part], smoothing)
-                total += loss
+                total += (loss if weights is None else loss * weights[part]).sum()
                 if any(wanted):
-                    _collect(grads, part, gradient, h, matrix, real[part, None].to(product))
-        count = real.sum().clamp(min=1)
+                    _collect(grads, part, gradient, h, matrix, share[part, None].to(product))
+        count = share.sum()
+        count = torch.where(count > 0, count, 1)
         ctx.save_for_backward(count, *grads)
         ctx.types = (hidden.dtype, weight.dtype, bias.dtype if bias is not None else None)
         return total / count
@@ -84,11 +98,11 @@ class _ChunkedLoss(torch.autograd.Function):
             None if grad is None else (grad * (scale / count)).to(dtype)
             for grad, dtype in zip(grads, ctx.types, strict=True)
         ]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, *[None] * 6)
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, real: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of the real rows, and the gradient of every row's, in the memory of the logits.
+    """Return the loss of each real row, and the gradient of every row's, in the memory of the logits.
 
     Few passes over the memory, for it is these that take the time.
     """
@@ -103,19 +117,19 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, real: Tensor, smoothing:
         gradient -= rest
     # p - 1 of the right class before it is rounded to half precision, in which no p is near 1
     gradient.scatter_(1, index, (right.expm1() + smoothing - rest).to(gradient.dtype))
-    return torch.where(real, loss, 0).sum(), gradient
+    return torch.where(real, loss, 0), gradient
 
 
 def _collect(
-    grads: list[Tensor | None], part: slice, gradient: Tensor, hidden: Tensor, weight: Tensor, real: Tensor
+    grads: list[Tensor | None], part: slice, gradient: Tensor, hidden: Tensor, weight: Tensor, share: Tensor
 ) -> None:
     """Add one chunk's share to the gradients of the hidden states, the weight and the bias that are wanted.
 
-    `real` (rows, 1) is 0 for rows that do not count; the gradients are those of the sum, not yet of the mean.
+    `share` (rows, 1) is what a row counts, 0 where it is ignored; the gradients are those of the sum, not of the mean.
     """
     if grads[0] is not None:
-        grads[0][part] = (gradient @ weight) * real
+        grads[0][part] = (gradient @ weight) * share
     if grads[1] is not None:
-        grads[1] += gradient.T @ (hidden * real)
+        grads[1] += gradient.T @ (hidden * share)
     if grads[2] is not None:
-        grads[2] += (gradient.T @ real)[:, 0]
+        grads[2] += (gradient.T @ share)[:, 0]

@@ -31,11 +31,17 @@ def captions(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]
 
 def exact_match(predictions: Sequence[Mapping[str, Any]], references: Sequence[Any]) -> dict[str, Any]:
     """Share of texts that equal their reference, or one of several, but for blanks around them and in a row."""
-    hits = [
-        " ".join(str(one["text"]).split()) in {" ".join(text.split()) for text in several(truth)}
-        for one, truth in zip(predictions, references, strict=True)
-    ]
+    hits = [is_exact(one["text"], truth) for one, truth in zip(predictions, references, strict=True)]
     return {"exact_match": sum(hits) / len(hits)}
+
+
+def is_exact(text: Any, truth: Any) -> bool:
+    """Whether a text equals its reference, or one of several, but for blanks around it and in a row.
+
+    >>> is_exact(" two  cats", ["a cat", "two cats"]), is_exact("Two cats", "two cats")
+    (True, False)
+    """
+    return " ".join(str(text).split()) in {" ".join(one.split()) for one in several(truth)}
 
 
 def cider(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmhub.errors import PluginError
 from mmhub.evaluation import Answered
-from mmhub.metrics.captions import normal_answer
+from mmhub.metrics.captions import is_exact, normal_answer
 from mmhub.metrics.speech import normalised
 from mmhub.report.differences import Piece, differences
 from mmhub.report.media import Shelf, Shown, shorten
@@ -94,6 +94,9 @@ def _judge_of(task: str) -> tuple[Judge, str, str] | None:
     if task in ("visual-question-answering", "question-answering"):
         note = "Rows whose answer is none of the right ones, by chrF"
         return _reply(), "Worst answers", f"{note}. {_MARKS}"
+    if task == "chat":
+        note = "Conversations whose last answer is another than the right one, by chrF"
+        return _said(), "Worst answers", f"{note}. {_MARKS}"
     if task in ("translation", "captioning"):
         return _written(), "Worst texts", f"Rows with the lowest sentence chrF, 0 to 100. {_MARKS}"
     return None
@@ -163,14 +166,20 @@ def _written() -> Judge:
 
 
 def _reply() -> Judge:
+    return _right_or(lambda text, truth: normal_answer(text) in {normal_answer(one) for one in _several(truth)})
+
+
+def _said() -> Judge:
+    return _right_or(is_exact)
+
+
+def _right_or(is_right: Callable[[Any, Any], bool]) -> Judge:
+    """The mistakes of `_written`, but of texts that are right."""
     written = _written()
 
     def judge(p: Mapping[str, Any], truth: Any) -> Badness:
-        right = {normal_answer(one) for one in _several(truth)}
         found = written(p, truth)
-        return (
-            Badness(0.0, found.facts) if normal_answer(p["text"]) in right else Badness(found.amount + 1, found.facts)
-        )
+        return Badness(0.0 if is_right(p["text"], truth) else found.amount + 1, found.facts)
 
     return judge
 

@@ -45,7 +45,20 @@ CHECKS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ),
         ("processors", ("processor-state", "processor-refuses", "processor-packs")),
     ),
-    "fusion": (("fusions", ("shapes", "missing", "missing-leak", "batch-invariance", "padding-invariance")),),
+    "fusion": (
+        (
+            "fusions",
+            (
+                "shapes",
+                "missing",
+                "missing-leak",
+                "batch-invariance",
+                "padding-invariance",
+                "by-plan",
+                "no-items",
+            ),
+        ),
+    ),
     "decoder": (
         (
             "decoders",
@@ -61,7 +74,16 @@ CHECKS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ),
         (
             "writing",
-            ("token-losses", "step-by-step", "select", "texts-apart", "goes-on", "embed", "text-processor"),
+            (
+                "token-losses",
+                "step-by-step",
+                "select",
+                "texts-apart",
+                "media",
+                "goes-on",
+                "embed",
+                "text-processor",
+            ),
         ),
     ),
     "command": (("hooks", ("help",)),),

@@ -5,15 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmhub.batch import Bundle, Features, Items, pad_sequences
+from mmhub.batch import Bundle, Features, Items, Plan, pad_sequences
 from mmhub.fusion.interleave import Interleave
 from mmhub.fusion.streams import Streams
 from mmhub.interfaces import TASKS, LanguageModel, Policy, Stream, TextDecoder, decode_config
+from mmhub.layers import line_up
 from mmhub.model import Model
 from mmhub.plugins import Component, get_index
 from mmhub.testing.catalogue import Check, role_of
@@ -23,6 +25,7 @@ from mmhub.testing.standins import (
     make_stand_in,
     map_features,
     random_features,
+    rows_of,
     stand_in_component,
     stand_ins_installed,
 )
@@ -30,7 +33,7 @@ from mmhub.testing.toys import TOYS, Toy
 
 Outputs = dict[str, Tensor]
 WIDTH = 16  # of the streams a decoder is given
-STREAMS = {"text": Stream(12), "image": Stream(10, pooled=8), "audio": Stream(6, pooled=6)}
+STREAMS = {"text": (12, None), "image": (10, 8), "audio": (6, 6)}  # widths of tokens and of summaries
 
 
 class Subject(ABC):
@@ -183,7 +186,11 @@ class FusionSubject(Subject):
         super().__init__(check)
         wanted = self.component.spec.modalities
         self.names = tuple(name for name in names if name in wanted) if wanted else tuple(names)
-        self.streams = {name: STREAMS.get(name, Stream(9)) for name in self.names}
+        self.streams = {name: self.stream(name, *STREAMS.get(name, (9, None))) for name in self.names}
+
+    def stream(self, name: str, width: int, pooled: int | None) -> Stream:
+        """A stream of this width, with a summary of its own where such a stream may have one."""
+        return Stream(width, pooled)
 
     def build(self, config: Any = None) -> nn.Module:
         fusion: nn.Module = self.cls(self.config() if config is None else config, self.streams)
@@ -196,12 +203,16 @@ class FusionSubject(Subject):
             for place, name in enumerate(self.names)
         }
 
+    def bundle(self, streams: Mapping[str, Stream], lengths: Mapping[str, Sequence[int]]) -> Bundle:
+        """Random features of these widths, with so many tokens in each row."""
+        return {name: random_features(one, lengths[name], seed) for seed, (name, one) in enumerate(streams.items())}
+
     def inputs(self) -> Bundle:
-        lengths = self.lengths()
-        return {
-            name: random_features(stream, lengths[name], seed)
-            for seed, (name, stream) in enumerate(self.streams.items())
-        }
+        return self.bundle(self.streams, self.lengths())
+
+    def rows(self, inputs: Bundle, rows: Sequence[int]) -> Bundle:
+        """Some rows of a bundle, in this order."""
+        return rows_of(inputs, rows)
 
     def run(self, module: Any, inputs: Bundle) -> Outputs:
         bundle = module(inputs)
@@ -213,7 +224,7 @@ class FusionSubject(Subject):
         return {name: map_features(f, lambda t: cast_tensor(t, dtype)) for name, f in inputs.items()}
 
     def single(self, inputs: Bundle) -> Bundle:
-        return {name: map_features(features, lambda t: t[:1]) for name, features in inputs.items()}
+        return self.rows(inputs, [0])
 
     def tensors(self, inputs: Bundle) -> dict[str, Tensor]:
         return bundle_tensors(inputs)
@@ -223,6 +234,29 @@ class FusionSubject(Subject):
 
     def model(self, module: Any) -> Model:
         return _model_around(self.streams, module, self.component, None, None)
+
+
+class ItemFusionSubject(FusionSubject):
+    """A fusion that gets the text of a language model by row, with its ids, and the items of other modalities one by
+    one. The first row has two items of each."""
+
+    def stream(self, name: str, width: int, pooled: int | None) -> Stream:
+        return Stream(width, None if name == "text" else pooled)
+
+    def lengths(self, rows: int = 5) -> dict[str, list[int]]:
+        """As for any fusion, but there is no row without text."""
+        found = super().lengths(rows)
+        return found | {"text": [max(length, 1) for length in found["text"]]}
+
+    def bundle(self, streams: Mapping[str, Stream], lengths: Mapping[str, Sequence[int]]) -> Bundle:
+        found = super().bundle(streams, lengths)
+        return {name: _with_ids(one) if name == "text" else _items(one) for name, one in found.items()}
+
+    def rows(self, inputs: Bundle, rows: Sequence[int]) -> Bundle:
+        return {
+            name: _items_of_rows(features, rows) if features.rows is not None else rows_of({name: features}, rows)[name]
+            for name, features in inputs.items()
+        }
 
 
 class DecoderSubject(Subject):
@@ -424,10 +458,27 @@ def count_goals(decoder: Any, rows: Sequence[Sequence[Tensor]]) -> Tensor:
     return counts
 
 
+def lined_up(decoder: Any, rows: Sequence[Sequence[Tensor]], *, pack: bool = False) -> Bundle:
+    """What a language model reads of rows in which ids (S,) and items, (t, D) features of its width, alternate."""
+    texts = [torch.cat([part for part in parts if part.ndim == 1]) for parts in rows]
+    found = [(row, part) for row, parts in enumerate(rows) for part in parts if part.ndim == 2]
+    places = [_places_of(parts) for parts in rows]
+    tokens, mask = pad_sequences([part for _, part in found])
+    items = Features(tokens, mask, rows=torch.tensor([row for row, _ in found]))
+    text = stream_of(decoder, [[text] for text in texts])["fused"]
+    return {"fused": line_up(text, {"item": items}, Plan.of(places, ["item"]), pack=pack)}
+
+
+def _places_of(parts: Sequence[Tensor]) -> list[tuple[str, int]]:
+    """Where the items of a row stand, each of them and each id taking one place."""
+    ends = torch.tensor([len(part) if part.ndim == 1 else 1 for part in parts]).cumsum(0).tolist()
+    return [("item", end - 1) for part, end in zip(parts, ends, strict=True) if part.ndim == 2]
+
+
 def subject_of(check: Check) -> Any:
     """Return the subject of a check of a component."""
     assert isinstance(check.target, Component)
-    kinds: dict[str, Any] = {"encoder": EncoderSubject, "fusion": FusionSubject, "decoder": _decoder_subject}
+    kinds: dict[str, Any] = {"encoder": EncoderSubject, "fusion": _fusion_subject, "decoder": _decoder_subject}
     role = role_of(check.target)
     if role not in kinds:
         raise ContractError(
@@ -439,6 +490,11 @@ def subject_of(check: Check) -> Any:
         if check.id.endswith("/builds"):
             raise
         raise NotApplicableError("it cannot be imported, see the check builds") from error
+
+
+def _fusion_subject(check: Check) -> FusionSubject:
+    assert isinstance(check.target, Component)
+    return ItemFusionSubject(check) if check.target.load().by_item else FusionSubject(check)
 
 
 def _decoder_subject(check: Check) -> DecoderSubject:
@@ -492,6 +548,30 @@ def difference(one: Outputs, other: Outputs, tolerance: float = 1e-5) -> str:
         if not gap <= tolerance * max(1.0, b.double().abs().max().item()):  # NaN is a difference, too
             return f"{name} is off by {gap:.3g}"
     return ""
+
+
+def _with_ids(text: Features) -> Features:
+    """Text as a language model has it: a row of length 0 has nothing that could be predicted."""
+    ids = (torch.arange(text.mask.shape[1]) % 5).expand(text.mask.shape)
+    return replace(text, ids=ids.masked_fill(~text.mask, -1), loss=text.mask & (ids % 2 > 0))
+
+
+def _items(features: Features) -> Features:
+    """One item of each row that is not empty, two of the first one that is not."""
+    rows = features.present.nonzero().squeeze(1)
+    rows = torch.cat([rows[:1], rows])
+    found = features.select(rows)
+    found.tokens[:1] *= 0.5
+    return replace(found, rows=rows)
+
+
+def _items_of_rows(features: Features, rows: Sequence[int]) -> Features:
+    assert features.rows is not None
+    found = [
+        (new, item) for new, row in enumerate(rows) for item in (features.rows == row).nonzero().flatten().tolist()
+    ]
+    chosen = features.select(torch.tensor([item for _, item in found], dtype=torch.long))
+    return replace(chosen, rows=torch.tensor([new for new, _ in found], dtype=torch.long))
 
 
 def _model_around(

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmhub.interfaces import Policy
 from mmhub.testing.catalogue import Check
 from mmhub.testing.contract import NotApplicableError, expect
-from mmhub.testing.subject import LanguageSubject, WriterSubject, difference, stream_of, subject_of
+from mmhub.testing.subject import LanguageSubject, WriterSubject, difference, lined_up, stream_of, subject_of
 
 _RULE = "TextDecoder"
 _TOLERANCE = 1e-4
@@ -78,6 +78,65 @@ def texts_apart(check: Check) -> None:
         gap = difference({"-log P": found[row, : len(wanted)]}, {"-log P": wanted})
         expect(not gap, f"{what}, {gap}", "what it costs alone", "parts")
         expect(not found[row, len(wanted) :].any(), f"{what}, padding costs something", "0", _RULE)
+
+
+def media(check: Check) -> None:
+    """Of a language model: what has no id is read and never predicted; it tells on what stands behind it in its text,
+    and on nothing else; `begin` and `step` go on from it."""
+    subject = _language(check)
+    decoder, texts = subject.part(), subject.items()
+    one, two, *_ = (text for text in texts if len(text) > 1)
+    draw = torch.Generator().manual_seed(0)
+    short, long = (torch.randn(size, decoder.dim, generator=draw) for size in (2, 9))
+    rows = [[one[:1], long, one[1:]], [short, two[:1], short, two[1:]]]
+    with torch.no_grad():
+        costs = _costs_of_media(decoder, rows)
+        for row, parts in enumerate(rows):
+            alone = decoder.token_losses(lined_up(decoder, [parts]))[0]
+            gap = difference({"-log P": costs[row, : len(alone)]}, {"-log P": alone})
+            expect(not gap, f"with media, beside another row, {gap}", "what it costs alone", _RULE)
+        changed = decoder.token_losses(lined_up(decoder, [[one[:1], -long, one[1:]], rows[1]]))
+        same = torch.equal(changed[0], costs[0])
+        expect(not same, "what stands behind media costs the same after other media", "something else", _RULE)
+        gap = difference({"-log P": changed[1]}, {"-log P": costs[1]})
+        expect(not gap, f"with other media in another row, {gap}", "the same", _RULE)
+        _expect_parts(decoder, [rows[0], [short, two[:2]], [two[:2], short]])
+        _expect_steps(decoder, costs, [rows[0][:2], rows[1][:3]], [one[1:], two[1:]])
+
+
+def _costs_of_media(decoder: Any, rows: Any) -> Tensor:
+    stream = lined_up(decoder, rows)
+    costs: Tensor = decoder.token_losses(stream)
+    wanted = stream["fused"].loss
+    assert wanted is not None
+    expect(not costs[~wanted].any(), "what is no text, or the first of one, costs something", "0", _RULE)
+    expect(bool((costs[wanted] != 0).all()), "a token of text between media costs nothing", "its -log P", _RULE)
+    return costs
+
+
+def _expect_parts(decoder: Any, rows: Any) -> None:
+    """Rows with media behind each other have the loss of padded ones."""
+    counts = torch.tensor([sum(len(part) for part in parts if part.ndim == 1) - 1 for parts in rows])
+    losses = []
+    for pack in (False, True):
+        stream = lined_up(decoder, rows, pack=pack)
+        assert pack == (stream["fused"].parts is not None)
+        losses.append(decoder(stream, counts).loss)
+    gap = difference({"loss": losses[1]}, {"loss": losses[0]})
+    expect(not gap, f"with media, and texts behind each other in a row, {gap}", "as in rows of their own", "parts")
+
+
+def _expect_steps(decoder: Any, costs: Tensor, begun: Any, goals: Any) -> None:
+    """Rows that begin with texts and media go on with the tokens `goals` as `token_losses` tells."""
+    firsts = [sum(len(part) for part in parts) for parts in begun]
+    logits, state = decoder.begin(lined_up(decoder, begun))
+    for step in range(min(map(len, goals))):
+        ids = torch.stack([goal[step] for goal in goals])
+        cost = -logits.log_softmax(1).gather(1, ids[:, None])[:, 0]
+        wanted = torch.stack([costs[row, first + step] for row, first in enumerate(firsts)])
+        gap = difference({"-log P": cost}, {"-log P": wanted}, _TOLERANCE)
+        expect(not gap, f"{step} steps behind media, {gap}", "what token_losses gives", _RULE)
+        logits, state = decoder.step(ids, state)
 
 
 def goes_on(check: Check) -> None:

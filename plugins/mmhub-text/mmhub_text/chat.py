@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -58,38 +57,6 @@ def find_template(name: str) -> str:
     return text
 
 
-def encode_chat(
-    messages: Sequence[Mapping[str, Any]],
-    template: str,
-    names: Mapping[str, str],
-    controls: Mapping[str, Set[str]],
-    encode: Callable[[str], Sequence[int]],
-    normalise: Callable[[str], str] = str,
-) -> list[int]:
-    """Return the ids of a conversation up to the assistant's next answer.
-
-    `encode` turns text into ids, special tokens in it into theirs; `names` are special tokens such as bos_token. Those
-    that a message spells, as it stands or after `normalise`, become plain text, character by character, if they are
-    among the `controls` of its role: only the template writes real ones.
-
-    Raises:
-        InputError: the conversation is malformed, or the template refuses it. TrustError: the template is damaged.
-    """
-    checked = [_checked(message, number) for number, message in enumerate(_listed(messages))]
-    for message in checked:
-        message["content"] = _revealed(message["content"], controls[message["role"]], normalise)
-    texts = [message["content"] for message in checked]
-    spelled = [{token for token in controls[one["role"]] if token in one["content"]} for one in checked]
-    if not any(spelled):
-        return list(encode(render(checked, template, names)))
-    start, end = _unused(texts), _unused(texts, skip=1)
-    for message, tokens in zip(checked, spelled, strict=True):
-        if tokens:
-            longest_first = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
-            message["content"] = re.sub(longest_first, lambda found: f"{start}{found[0]}{end}", message["content"])
-    return _encode_pieces(render(checked, template, names), start, end, encode)
-
-
 def render(messages: Sequence[Mapping[str, Any]], template: str, names: Mapping[str, str], *, asks: bool = True) -> str:
     """Return the text of checked messages; if it `asks`, up to the assistant's next answer."""
     compiled = _compile(template)
@@ -107,25 +74,6 @@ def render(messages: Sequence[Mapping[str, Any]], template: str, names: Mapping[
         ) from None
 
 
-def answers_of(
-    messages: Sequence[Mapping[str, Any]], template: str, names: Mapping[str, str], whole: str
-) -> list[tuple[int, int, int]]:
-    """Return (number, start, end) of what `whole`, the layout of all messages, holds of each answer of the assistant.
-
-    It begins where the model begins to write, and ends where the message does. An answer that the template writes
-    otherwise once more is said after it is left out.
-    """
-    found = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(messages[:number], template, names) if number else ""
-        after = render(messages[: number + 1], template, names, asks=False)
-        if whole.startswith(before) and whole.startswith(after) and len(before) <= len(after):
-            found.append((number, len(before), len(after)))
-    return found
-
-
 def _joined(parts: Iterable[str]) -> str:
     found, length = [], 0
     for part in parts:
@@ -136,36 +84,17 @@ def _joined(parts: Iterable[str]) -> str:
     return "".join(found)
 
 
-def _revealed(text: str, tokens: Set[str], normalise: Callable[[str], str]) -> str:
-    """The text, normalised if that makes it spell more of the tokens, as </S> does in lower case."""
-    normal = normalise(text)
-    return normal if any(normal.count(token) > text.count(token) for token in tokens if token in normal) else text
+def checked(messages: Any) -> list[dict[str, str]]:
+    """Return a conversation of texts alone.
 
-
-def _encode_pieces(text: str, start: str, end: str, encode: Callable[[str], Sequence[int]]) -> list[int]:
-    """Encode a text in which what stands between `start` and `end` is plain; a mark without a partner only parts."""
-    ids: list[int] = []
-    for piece in re.split(f"({start}[^{start}{end}]*{end})|[{start}{end}]", text):
-        plain = bool(piece) and piece[0] == start
-        for part in list(piece[1:-1]) if plain else [piece] if piece else []:
-            ids += encode(part)
-    return ids
-
-
-def _unused(texts: Sequence[str], skip: int = 0) -> str:
-    """A character that no text holds, among those that Unicode keeps for such uses."""
-    free = [char for char in map(chr, range(0xFDD0, 0xFDF0)) if not any(char in text for text in texts)]
-    if len(free) <= skip:
-        raise InputError("the conversation holds nearly all of Unicode's noncharacters", "remove U+FDD0 to U+FDEF")
-    return free[skip]
-
-
-def _listed(messages: Any) -> Sequence[Any]:
+    Raises:
+        InputError: it is none.
+    """
     if not isinstance(messages, (list, tuple)) or not messages:
         given = "none" if isinstance(messages, (list, tuple)) else describe_raw(messages)
         hint = 'e.g. [{"role": "user", "content": "hello"}]'
         raise InputError(f"a conversation is a list of messages, got {given}", hint)
-    return messages
+    return [_checked(message, number) for number, message in enumerate(messages)]
 
 
 def _checked(message: Any, number: int) -> dict[str, str]:

@@ -11,6 +11,7 @@ from mmhub.interfaces import ForeignParts, ForeignReader
 from mmhub.interfaces.labels import class_names
 from mmhub_text.head import HEADS, TransformersClassification
 from mmhub_text.library import Family, encodes_text, find_folder, read_description, read_json, read_table
+from mmhub_text.multimodal import multimodal_reader
 from mmhub_text.pretrained import Transformers
 from mmhub_text.sentence import SentenceTransformers
 from mmhub_text.sentence import refusal as refusal_of_modules
@@ -30,6 +31,8 @@ def find_reader(folder: Path, config: Mapping[str, Any]) -> list[ForeignReader]:
                 library="sentence-transformers", read=_read_sentence_transformers, refusal=refusal_of_modules(folder)
             )
         ]
+    if found := multimodal_reader(config):
+        return found
     if not encodes_text(config):
         return []
     kind = _architecture(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ class Frame:
         begin_id: what a document begins with, and a prompt if `begins`. end_id: what a document ends with, if `ends`.
         stop_ids: ids that end a generated text. chat_template: a jinja2 template, "" for none.
         names: special tokens as templates know them, such as bos_token.
+        media_tokens: by modality, what the template writes in the place of an item. media_around: by modality, texts
+            that the model knows before and behind an item there.
     """
 
     begin_id: int | None = None
@@ -30,6 +32,8 @@ class Frame:
     stop_ids: tuple[int, ...] = ()
     chat_template: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
+    media_tokens: Mapping[str, str] = field(default_factory=dict)
+    media_around: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def read_frame(folder: Path, tokenizer: Tokenizer) -> Frame:
@@ -48,6 +52,10 @@ def read_frame(folder: Path, tokenizer: Tokenizer) -> Frame:
     begin, end = (next(iter(ids[role]), None) for role in ("bos", "eos"))
     around = tokenizer.encode("", add_special_tokens=True).ids
     begins, ends = settings.get("add_bos_token"), settings.get("add_eos_token")
+    template = _template(folder, settings)
+    extra = settings.get("extra_special_tokens")
+    known = names | _names(extra if isinstance(extra, dict) else {}) | _names(_table(folder / "processor_config.json"))
+    media = {m: written for m in _MODALITIES if (written := _placeholder(m, known, config, tokenizer, template))}
     stops = [*ids["eos"][:1], *_ids(generation.get("eos_token_id") or config.get("eos_token_id"))]
     return Frame(
         begin_id=begin,
@@ -55,9 +63,30 @@ def read_frame(folder: Path, tokenizer: Tokenizer) -> Frame:
         begins=begins if isinstance(begins, bool) else begin is not None and begin in around[:1],
         ends=ends if isinstance(ends, bool) else end is not None and end in around[-1:],
         stop_ids=tuple(dict.fromkeys(stops)),
-        chat_template=_template(folder, settings),
+        chat_template=template,
         names=names,
+        media_tokens={modality: token for modality, (token, _) in media.items()},
+        media_around={modality: around for modality, (_, around) in media.items() if any(around)},
     )
+
+
+_MODALITIES = ("image", "audio", "video")
+
+
+def _placeholder(
+    modality: str, names: Mapping[str, str], config: Mapping[str, Any], tokenizer: Tokenizer, template: str
+) -> tuple[str, tuple[str, str]] | None:
+    """What a template writes in the place of an item, and what belongs around the item there.
+
+    Gemma's writes the token that begins a picture; its processor puts it on lines of its own and closes it.
+    """
+    numbers = [*_ids(config.get(f"{modality}_token_id")), *_ids(config.get(f"{modality}_token_index"))]
+    own = [names.get(f"{modality}_token"), *map(tokenizer.id_to_token, numbers)]
+    found = next((token for token in own if token and token in template), None)
+    if found is not None:
+        return found, ("", "")
+    begin, end = names.get(f"bo{modality[0]}_token"), names.get(f"eo{modality[0]}_token")
+    return (begin, (f"\n\n{begin}", f"{end}\n\n")) if begin and end and begin in template else None
 
 
 def _names(table: Mapping[str, Any]) -> dict[str, str]:
@@ -79,7 +108,7 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return read_text(file)
-    found = settings.get("chat_template")
+    found = settings.get("chat_template") or _table(folder / "chat_template.json").get("chat_template")
     if isinstance(found, list):  # several, by name
         named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
         found = named.get("default")

@@ -95,7 +95,8 @@ class CausalLM(LanguageModel):
             return Output(self.logits(self.read(stream)[0]))
         states, where = self.states(stream)
         goals = _goals(stream, where)
-        loss = chunked_cross_entropy(states, self.output_weight, goals, self.bias, ignore_index=IGNORED)
+        counts = _counts(stream, where)
+        loss = chunked_cross_entropy(states, self.output_weight, goals, self.bias, ignore_index=IGNORED, weights=counts)
         return Output(states.new_zeros(len(stream.tokens), 0), loss)
 
     def token_losses(self, bundle: Bundle, targets: Any = None) -> Tensor:
@@ -146,6 +147,14 @@ def _goals(stream: Features, where: Where | None) -> Tensor:
         wanted = wanted & (stream.loss[:, 1:] > 0)
     goals = torch.where(wanted, stream.ids[:, 1:], IGNORED)
     return goals if where is None else goals[where]
+
+
+def _counts(stream: Features, where: Where | None) -> Tensor | None:
+    """What each goal counts in the loss, None where all count the same."""
+    if stream.loss is None or stream.loss.dtype == torch.bool:
+        return None
+    counts = stream.loss[:, 1:]
+    return counts if where is None else counts[where]
 
 
 def dropped_words(embedded: Tensor, ids: Tensor, vocabulary: int, rate: float) -> Tensor:

@@ -14,17 +14,16 @@ from torch import Tensor
 
 from mmhub.errors import InputError, UsageError
 from mmhub.interfaces import LanguageProcessor, Policy, Script
-from mmhub_text.chat import BUILT_IN, CHATML_TOKENS, encode_chat, find_template, no_template
+from mmhub_text.chat import BUILT_IN, CHATML_TOKENS, ROLES, checked, find_template, no_template
 from mmhub_text.frame import Frame, read_frame
-from mmhub_text.script import Talk, marked
-from mmhub_text.store import TokenizerStore, checked_text, encode, stored_content, training_texts
+from mmhub_text.script import Reader, Style, Talk
+from mmhub_text.store import TokenizerStore, checked_text, stored_content, training_texts
 from mmhub_text.tokenizer import (
     TEXT_SPECIALS,
     Kind,
     TokenizerRecipe,
     is_panic,
     load_tokenizer,
-    parse_tokenizer,
     read_recipe,
     train_text_tokenizer,
 )
@@ -42,6 +41,8 @@ class LanguageTextProcessor(LanguageProcessor):
         begins: do prompts begin with `begin_id`, as documents do where there is one? An empty one does in any case.
         unknown_id: what stands for words that the tokenizer does not know, None where it knows all.
         chat_template: a jinja2 template, "" for none.
+        media_tokens: by modality, what the chat template writes by itself in the place of an item, where it does.
+        media_around: by modality, texts that the model was trained with before and behind an item there.
     """
 
     keeps_read = True
@@ -49,8 +50,8 @@ class LanguageTextProcessor(LanguageProcessor):
     def __init__(self, frame: Frame | None = None) -> None:
         self._store = TokenizerStore(self._learn)
         self._recipe: TokenizerRecipe | None = None
-        self._marked: Tokenizer | None = None  # the one that knows where media stand and answers begin
-        self._chat: Tokenizer | None = None  # the one that makes real special tokens of what templates spell
+        self._reader: Reader | None = None  # of what chat templates write
+        self._styles: dict[Any, Style] = {}  # of the chat template
         self._special: frozenset[int] = frozenset()
         self._hidden: frozenset[int] = frozenset()
         self.unknown_id: int | None = None
@@ -112,6 +113,9 @@ class LanguageTextProcessor(LanguageProcessor):
         processor._put(tokenizer)
         return processor
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_reader": None, "_styles": {}}  # made again where it is unpickled
+
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, None until `fit`."""
@@ -138,39 +142,18 @@ class LanguageTextProcessor(LanguageProcessor):
         return torch.tensor(self._framed(raw, policy, begins=self.begins), dtype=torch.long)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], policy: Policy) -> Tensor:
-        if not self.chat_template:
-            raise no_template()
-        tokenizer = self._store.ready()
-        if self._chat is None:
-            self._chat = parse_tokenizer(tokenizer.to_str())
-        chat = self._chat
-        added = tokenizer.get_added_tokens_decoder().values()
-        special = {token.content for token in added if token.special}
-        written = {token.content for token in added if token.content in self.chat_template and token.content.strip()}
-        # what the model itself has said may hold ordinary tokens of the template, such as </think>
-        controls = {"system": special | written, "user": special | written, "assistant": special}
-
-        def encoded(text: str) -> list[int]:
-            return encode(chat, checked_text(text, policy), framed=False).ids
-
-        ids = encode_chat(messages, self.chat_template, self.names, controls, encoded, _normaliser(tokenizer))
+        ids = Talk(checked(messages), self._style(), asks=True).ids(self._read(), _checker(policy))
         self._store.check_ids(ids)
         return torch.tensor(ids, dtype=torch.long)
 
     def converse(self, messages: Sequence[Mapping[str, Any]], policy: Policy) -> Script:
-        if not self.chat_template:
-            raise no_template()
-        tokenizer = self._store.ready()
-        added = tokenizer.get_added_tokens_decoder().values()
-        written = {token.content for token in added if token.content.strip()}
-        talk = Talk(messages, self.chat_template, self.names, written, _normaliser(tokenizer))
-        if self._marked is None:
-            self._marked = marked(tokenizer)
-        encoded = [encode(self._marked, checked_text(text, policy), framed=False).ids for text in talk.pieces]
-        return talk.script(encoded, self._marked, self.stop_ids, self._store.check_ids)
+        script = Talk(messages, self._style()).script(self._read(), self.stop_ids, _checker(policy))
+        self._store.check_ids(script.ids.tolist())
+        return script
 
     def layout(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        return Talk(messages, self.chat_template, self.names, set(), str).text
+        style = Style(template=self.chat_template, names=self.names, controls=dict.fromkeys(ROLES, frozenset()))
+        return Talk(messages, style).plain_text
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out; of half a character, which may be the end, U+FFFD.
@@ -179,6 +162,11 @@ class LanguageTextProcessor(LanguageProcessor):
         """
         tokenizer = self._store.ready()
         text: str = tokenizer.decode([i for i in ids if i not in self._hidden], skip_special_tokens=False)
+        return text
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens included, for people to look at."""
+        text: str = self._store.ready().decode(list(ids), skip_special_tokens=False)
         return text
 
     def fit(self, raws: Iterable[Any]) -> None:
@@ -218,7 +206,9 @@ class LanguageTextProcessor(LanguageProcessor):
         self._store.ready()
         ids = {"begin_id": self.begin_id, "end_id": self.end_id, "stop_ids": list(self.stop_ids)}
         ids |= {"unknown_id": self.unknown_id, "vocab_size": self.vocab_size}
-        return ids | {"begins": self.begins, "ends": self.ends, "names": dict(self.names)}
+        media = {"tokens": dict(self.media_tokens), "around": {k: list(v) for k, v in self.media_around.items()}}
+        known = {"media": media} if self.media_tokens else {}
+        return ids | {"begins": self.begins, "ends": self.ends, "names": dict(self.names)} | known
 
     def files(self) -> dict[str, bytes]:
         found = {"tokenizer.json": self._store.content()}
@@ -234,6 +224,8 @@ class LanguageTextProcessor(LanguageProcessor):
             stop_ids=tuple(state["stop_ids"]),
             chat_template=files.get("chat_template.jinja", b"").decode("utf-8"),
             names=state["names"],
+            media_tokens=state.get("media", {}).get("tokens", {}),
+            media_around=state.get("media", {}).get("around", {}),
         )
         processor = cls(frame)
         processor._store.put_content(stored_content(files), int(state["vocab_size"]))
@@ -243,12 +235,13 @@ class LanguageTextProcessor(LanguageProcessor):
     def _use(self, frame: Frame) -> None:
         self.begin_id, self.end_id, self.chat_template = frame.begin_id, frame.end_id, frame.chat_template
         self.begins, self.ends, self.names = frame.begins, frame.ends, dict(frame.names)
+        self.media_tokens, self.media_around = dict(frame.media_tokens), dict(frame.media_around)
         stops = [*([] if frame.end_id is None else [frame.end_id]), *frame.stop_ids]
         self.stop_ids = tuple(dict.fromkeys(stops))
 
     def _put(self, tokenizer: Tokenizer) -> None:
         self._store.put(tokenizer)
-        self.needs_fit, self._chat, self._marked = False, None, None
+        self.needs_fit, self._reader, self._styles = False, None, {}
 
     def _learn(self, tokenizer: Tokenizer) -> None:
         """Find out which tokens are special, and which stands for unknown words."""
@@ -258,6 +251,39 @@ class LanguageTextProcessor(LanguageProcessor):
         self._special = frozenset(i for i in special if i is not None and i != self.unknown_id)
         shown = isinstance(tokenizer.model, models.WordLevel)  # texts such as WikiText spell it as a word
         self._hidden = self._special | ({self.unknown_id} if self.unknown_id is not None and not shown else set())
+
+    def _style(self) -> Style:
+        """How conversations are written, with the tokens that messages must not spell."""
+        template = self.chat_template
+        if not template:
+            raise no_template()
+        key = (template, *self.media_tokens.items())
+        if key not in self._styles:
+            tokenizer = self._store.ready()
+            added = tokenizer.get_added_tokens_decoder()
+            stops = {added[i].content for i in self.stop_ids if i in added}
+            special = {token.content for token in added.values() if token.special} | stops
+            media = set(self.media_tokens.values())
+            written = {token.content for token in added.values() if token.content in template and token.content.strip()}
+            # what the model itself has said may hold ordinary tokens of the template, such as </think>
+            controls = dict.fromkeys(ROLES, frozenset(special | media | written))
+            controls["assistant"] = frozenset(special | media)
+            self._styles = {
+                key: Style(
+                    template=template,
+                    names=self.names,
+                    controls=controls,
+                    normalise=_normaliser(tokenizer),
+                    media=self.media_tokens,
+                    around=self.media_around,
+                )
+            }
+        return self._styles[key]
+
+    def _read(self) -> Reader:
+        if self._reader is None:
+            self._reader = Reader(self._store.ready(), lambda text: self._store.encode(text, plain=True))
+        return self._reader
 
     def _framed(self, raw: Any, policy: Policy, *, begins: bool) -> list[int]:
         ids = self._store.encode_plain(checked_text(raw, policy))
@@ -273,6 +299,10 @@ class LanguageTextProcessor(LanguageProcessor):
             name = self._store.ready().id_to_token(token)
             raise InputError(f"the text spells {name!r}, which this tokenizer can only read as its special token")
         return self.unknown_id
+
+
+def _checker(policy: Policy) -> Callable[[str], str]:
+    return lambda text: checked_text(text, policy)
 
 
 def _completed(frame: Frame, tokenizer: Tokenizer) -> Frame:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -65,11 +65,15 @@ FULL_PRECISION = {"deberta"}
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What a transformers model is wanted for: the class it is built as, and the hyper-parameters that adds."""
+    """What a transformers model is wanted for: the class it is built as, and the hyper-parameters that adds.
+
+    `inside` are types of larger models of which one is a part: its `text_config`.
+    """
 
     find: Callable[[type[PreTrainedConfig]], type[PreTrainedModel]]
     types: frozenset[str]
     more: frozenset[str] = frozenset()
+    inside: frozenset[str] = frozenset()
 
 
 def describe_model(table: Mapping[str, Any], family: Family | None = None) -> PreTrainedConfig:
@@ -109,6 +113,8 @@ def read_description(folder: Path, changes: Mapping[str, Any], family: Family | 
     table = read_table(folder / "config.json")
     if not table:
         raise NotFoundError(f"'{folder}' holds no config.json", "give `init` a transformers folder")
+    if table.get("model_type") in family.inside:
+        table = language_part(table, folder)
     kind = _model_type(table, family)
     if changes.get("model_type", kind) != kind:
         raise UsageError(f"'{folder}' holds a {kind!r}, not a {changes['model_type']!r}", "leave model_type out")
@@ -121,6 +127,20 @@ def read_description(folder: Path, changes: Mapping[str, Any], family: Family | 
     except Exception as error:
         raise TrustError(f"'{folder / 'config.json'}' is not usable: {one_line(error)}") from None
     return describe_model(complete_table(config, family) | dict(changes), family)
+
+
+def language_part(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The description of the language model inside of a multimodal one."""
+    left_out = _NOT_OURS - {"tie_word_embeddings"}
+    try:
+        with quiet():
+            whole = CONFIG_MAPPING[table["model_type"]].from_dict(
+                {key: value for key, value in table.items() if key not in left_out}
+            )
+            found: dict[str, Any] = whole.text_config.to_dict()
+    except Exception as error:
+        raise TrustError(f"'{folder / 'config.json'}' is not usable: {one_line(error)}") from None
+    return found | {"tie_word_embeddings": bool(whole.tie_word_embeddings)}
 
 
 def build_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -166,15 +186,61 @@ def load_classifier(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
 
 def load_whole(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, **options: Any) -> PreTrainedModel:
     """Build a model of class `kind` with the safetensors weights of a transformers folder, in fp32."""
+    _check_weights(folder)
+    options |= {"use_safetensors": True, "local_files_only": True}
+    return _load(kind, folder, folder, config=config, **options)
+
+
+def load_inside(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+    """Build the language model of class `kind` that is part of the model in a transformers folder, in fp32."""
+    tensors, base = {}, f"{kind.base_model_prefix}."
+    for name, tensor in read_part(folder, _LANGUAGE).items():
+        inner = name.removeprefix(base)
+        tensors[inner if inner.startswith("lm_head.") else base + inner] = tensor
+    return _load(kind, None, folder, config=config, state_dict=tensors)
+
+
+# What the language model's tensors begin with in a larger model; its head may stand beside it.
+_LANGUAGE = ("model.language_model.", "language_model.", "model.text_model.", "lm_head.")
+
+
+def read_part(folder: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """Read the tensors of one part of a model whose names begin with one of `prefixes`, without it, in fp32.
+
+    Raises:
+        TrustError: there are none, or a file is damaged.
+    """
+    _check_weights(folder)
+    shards = read_index(folder)
+    found: dict[str, Tensor] = {}
+    for file in sorted({*shards.values()} if shards else {"model.safetensors"}):
+        try:
+            with safe_open(folder / file, framework="pt") as stored:
+                for name in list(stored.keys()):
+                    prefix = next((one for one in prefixes if name.startswith(one)), None)
+                    if prefix is not None:
+                        inner = name if prefix == "lm_head." else name[len(prefix) :]
+                        found[inner] = stored.get_tensor(name).float()
+        except (OSError, SafetensorError) as error:
+            raise TrustError(f"'{folder / file}' cannot be read: {one_line(error)}", "fetch it again") from None
+    if not found:
+        raise TrustError(f"'{folder}' holds no tensors named '{prefixes[0]}...'", "fetch it again")
+    return found
+
+
+def _check_weights(folder: Path) -> None:
     if not any(folder.glob("model*.safetensors*")):
         others = sorted(path.name for path in folder.glob("*.bin"))
         found = f" (only {', '.join(others)}, which could run code)" if others else ""
         raise TrustError(f"'{folder}' holds no model.safetensors{found}", "convert the weights to safetensors")
     read_index(folder)  # the library itself would follow it to a pickle, or out of the folder
-    options |= {"config": config, "dtype": torch.float32, "output_loading_info": True}
+
+
+def _load(kind: type[PreTrainedModel], source: Path | None, folder: Path, **options: Any) -> PreTrainedModel:
+    options |= {"dtype": torch.float32, "output_loading_info": True}
     try:
         with quiet():
-            model, report = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
+            model, report = kind.from_pretrained(source, **options)
     except Exception as error:  # damaged files, other shapes
         raise TrustError(f"the weights in '{folder}' cannot be loaded: {one_line(error)}") from None
     if missing := sorted(set(report["missing_keys"]) - _computed(model)):

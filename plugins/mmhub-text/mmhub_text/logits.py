@@ -45,35 +45,44 @@ class Head:
         layer = self.matrix(model)
         return _own_logits(model, states) if layer is None else F.linear(states, layer.weight, layer.bias)
 
-    def mean_loss(self, model: Any, states: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Mean -log P of targets (...) that are not -100, given states (..., D)."""
+    def mean_loss(
+        self, model: Any, states: Tensor, targets: Tensor, smoothing: float = 0.0, weights: Tensor | None = None
+    ) -> Tensor:
+        """Mean -log P of targets (...) that are not -100, given states (..., D); weighted by `weights` (...), if any.
+
+        Where none counts, it is zero.
+        """
         layer = self.matrix(model)
         if layer is not None:
-            return chunked_cross_entropy(states, layer.weight, targets, layer.bias, label_smoothing=smoothing)
-        real = targets != -100
+            return chunked_cross_entropy(
+                states, layer.weight, targets, layer.bias, label_smoothing=smoothing, weights=weights
+            )
+        share = (targets != -100).float() if weights is None else weights.float() * (targets != -100)
+        real = share > 0
         total = states.new_zeros((), dtype=torch.float32)
-        for h, y in _chunks(states[real], targets[real], _vocabulary(model)):
-            total = total + checkpoint(self._summed, model, h, y, smoothing, use_reentrant=False)
-        return total / max(int(real.sum()), 1)
+        for h, y, w in _chunks(_vocabulary(model), states[real], targets[real], share[real]):
+            total = total + checkpoint(self._summed, model, h, y, w, smoothing, use_reentrant=False)
+        count = share.sum()
+        return total / torch.where(count > 0, count, 1)
 
     def losses(self, model: Any, states: Tensor, targets: Tensor) -> Tensor:
         """-log P of each target (...), fp32; 0 where it is -100."""
         real = targets != -100
         found = [
             F.cross_entropy(self(model, h).float(), y, reduction="none")
-            for h, y in _chunks(states[real], targets[real], _vocabulary(model))
+            for h, y in _chunks(_vocabulary(model), states[real], targets[real])
         ]
         losses = states.new_zeros(targets.shape, dtype=torch.float32)
         return losses.masked_scatter(real, torch.cat(found)) if found else losses
 
-    def _summed(self, model: Any, states: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    def _summed(self, model: Any, states: Tensor, targets: Tensor, weights: Tensor, smoothing: float) -> Tensor:
         logits = self(model, states).float()
-        return F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum")
+        return (F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none") * weights).sum()
 
 
-def _chunks(states: Tensor, targets: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(vocabulary: int, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
     rows = max(1, _CHUNK // vocabulary)
-    return zip(states.split(rows), targets.split(rows), strict=True) if len(targets) else iter(())
+    return zip(*(part.split(rows) for part in parts), strict=True) if len(parts[0]) else iter(())
 
 
 def _vocabulary(model: Any) -> int:

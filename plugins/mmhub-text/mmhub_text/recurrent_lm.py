@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from mmhub.batch import Features
-from mmhub.interfaces import ComponentConfig, Generation, Rate, Stream, Width
+from mmhub.batch import Bundle, Features
+from mmhub.interfaces import ComponentConfig, Generation, Rate, Stream, Width, own_stream
 from mmhub_text.embedding import vocabulary
 from mmhub_text.language import CausalLM, Texts, Where, dropped_words, followed, is_dense, last_text, locked_dropout
 from mmhub_text.tokenizer import Kind
@@ -29,6 +29,7 @@ class _RecurrentLM(CausalLM):
     """Embed, run through recurrent layers, project to the width of the embeddings, and compare with those."""
 
     stateful: ClassVar[bool] = True
+    extends = True
     default_tokenizer: ClassVar[Kind] = "word"
     cell: ClassVar[type[nn.LSTM] | type[nn.RNN]]
     passes_on: ClassVar[tuple[str, ...]]  # what a layer's state consists of
@@ -116,6 +117,11 @@ class _RecurrentLM(CausalLM):
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         found, after = self._layers(self.embed(ids[:, None]), state, None)
         return self.logits(found[:, 0]), after
+
+    @torch.no_grad()
+    def extend(self, bundle: Bundle, state: State) -> tuple[Tensor, State]:
+        found, after = self._layers(own_stream(bundle).tokens, state, None)
+        return self.logits(found[:, -1]), after
 
     def select(self, state: State, rows: Tensor) -> State:
         return {name: tensor[rows] for name, tensor in state.items()}

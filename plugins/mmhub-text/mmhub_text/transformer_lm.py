@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmhub.batch import Features
-from mmhub.interfaces import ComponentConfig, Generation, Rate, Stream, Width
+from mmhub.batch import Bundle, Features
+from mmhub.interfaces import ComponentConfig, Generation, Rate, Stream, Width, own_stream
 from mmhub.layers import Packing, packed_attention
 from mmhub_text.embedding import vocabulary
 from mmhub_text.language import CausalLM, Texts, Where, dropped_words, followed, is_dense, last_text
@@ -32,6 +32,7 @@ class TransformerLM(CausalLM):
     """Embeddings, pre-norm blocks, a last norm, and logits by the embeddings again. Only real positions are computed,
     and in training none that predicts nothing."""
 
+    extends = True
     default_tokenizer: ClassVar[Kind] = "bpe"
 
     class Config(ComponentConfig, frozen=True):
@@ -113,16 +114,25 @@ class TransformerLM(CausalLM):
 
     @torch.no_grad()
     def step(self, ids: Tensor, state: Cache) -> tuple[Tensor, Cache]:
-        state = state.grown()
-        places = state.lengths[:, None]
-        seen = torch.arange(state.longest + 1, device=ids.device)
-        attend = None if state.even else (seen <= places)[:, None, None]
-        x = self.embed(ids[:, None])
+        return self._go_on(self.embed(ids[:, None]), state)
+
+    @torch.no_grad()
+    def extend(self, bundle: Bundle, state: Cache) -> tuple[Tensor, Cache]:
+        return self._go_on(own_stream(bundle).tokens, state)
+
+    def _go_on(self, x: Tensor, state: Cache) -> tuple[Tensor, Cache]:
+        """Read more tokens of each row, (B, T, D)."""
+        more = x.shape[1]
+        state = state.grown(more)
+        longest = state.longest + more
+        places = state.lengths[:, None] + torch.arange(more, device=x.device)
+        seen = torch.arange(longest, device=x.device)
+        attend = None if state.even and more == 1 else (seen <= places[..., None])[:, None]
         turn = turns(places, self.config.dim // self.config.heads, self.config.theta, x.dtype)
         layers: Any = zip(self.blocks, state.layers, strict=True)
         for block, memory in layers:
-            x = block.step(x, turn, attend, memory, places[:, 0], state.longest + 1)
-        return self.logits(self.norm(x[:, 0])), replace(state, lengths=state.lengths + 1, longest=state.longest + 1)
+            x = block.step(x, turn, attend, memory, places, longest)
+        return self.logits(self.norm(x[:, -1])), replace(state, lengths=state.lengths + more, longest=longest)
 
     def select(self, state: Cache, rows: Tensor) -> Cache:
         layers = [(keys[rows], values[rows]) for keys, values in state.layers]
@@ -166,7 +176,7 @@ class Block(nn.Module):
     def step(
         self, x: Tensor, turn: Turn, mask: Tensor | None, memory: tuple[Tensor, Tensor], at: Tensor, seen: int
     ) -> Tensor:
-        """One more position of each row, (B, 1, D): its key and value go into `memory`, at the place `at` (B,)."""
+        """More positions of each row, (B, T, D): keys and values go into `memory`, at the places `at` (B, T)."""
         x = x + self.attention.step(self.norm1(x), turn, mask, memory, at, seen)
         return x + self.mlp(self.norm2(x))
 
@@ -213,14 +223,17 @@ class Attention(nn.Module):
         self, x: Tensor, turn: Turn, mask: Tensor | None, memory: tuple[Tensor, Tensor], at: Tensor, seen: int
     ) -> Tensor:
         query, key, value = self._split(x, turn)
-        where = (torch.arange(len(x), device=x.device), at)
-        memory[0].index_put_(where, key[:, 0])
-        memory[1].index_put_(where, value[:, 0])
+        where = (torch.arange(len(x), device=x.device)[:, None], at)
+        memory[0].index_put_(where, key)
+        memory[1].index_put_(where, value)
         k, v = (part[:, :seen].transpose(1, 2) for part in memory)
-        grouped = query[:, 0].unflatten(1, (self.kv_heads, -1))  # the heads that share keys, as if positions of one
+        group = self.heads // self.kv_heads
+        grouped = query.transpose(1, 2).unflatten(1, (self.kv_heads, group)).flatten(2, 3)  # heads that share keys, as
+        if mask is not None and x.shape[1] > 1:  # if they were positions of one
+            mask = mask.repeat(1, 1, group, 1)
         y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
-        out: Tensor = self.out(y.flatten(1))
-        return out[:, None]
+        out: Tensor = self.out(y.unflatten(2, (group, -1)).flatten(1, 2).transpose(1, 2).flatten(2))
+        return out
 
 
 class SwiGLU(nn.Module):
@@ -268,12 +281,12 @@ class Cache:
         """Return a cache of nothing, where a graph is recorded of which only the logits are wanted."""
         return cls([], torch.zeros(rows, dtype=torch.long, device=like.device), 0, True)
 
-    def grown(self) -> Cache:
-        """Return a cache with room for one more position: itself where there is, else one half as large again."""
+    def grown(self, positions: int) -> Cache:
+        """Return a cache with room for so many more: itself where there is, else one that is half as large again."""
         room = self.layers[0][0].shape[1]
-        if self.longest < room:
+        if self.longest + positions <= room:
             return self
-        more = max(_ROOM, room // 2)
+        more = max(_ROOM, room // 2, positions)
         layers = [(F.pad(k, (0, 0, 0, 0, 0, more)), F.pad(v, (0, 0, 0, 0, 0, more))) for k, v in self.layers]
         return replace(self, layers=layers)
 

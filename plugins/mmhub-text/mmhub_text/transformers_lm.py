@@ -40,7 +40,8 @@ PACKED = {
     *("nemotron", "olmo", "olmo2", "olmo3", "persimmon", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"),
     *("stablelm", "starcoder2"),
 }
-# Padding on the left, with a mask, changes no real token while keys and values are kept; held by a test for each.
+# Padding on the left, with a mask, changes no real token while keys and values are kept, and several tokens at once can
+# be read behind those; held by a test for each.
 LEFT_PADDED = PACKED | {"biogpt", "bloom", "falcon", "mpt", "opt", "xglm"}
 
 
@@ -80,6 +81,7 @@ class TransformersLM(LanguageModel):
         super().__init__(msgspec.structs.replace(config, config=table), inputs, processor)
         self.context = _context(config.max_length, described)
         self.kind = str(described.model_type)
+        self.extends = self.kind in LEFT_PADDED
         self.model: Any = build_writer(described, LANGUAGE_MODELS)
         self.dim = int(self.model.get_input_embeddings().embedding_dim)
         self.head = Head()
@@ -122,7 +124,8 @@ class TransformersLM(LanguageModel):
         states = self._states(stream)
         if targets is None:
             return Output(logits=self.head(self.model, _last(states, stream.lengths)).float())
-        loss = self.head.mean_loss(self.model, states[:, :-1], _predicted(stream))
+        counts = None if stream.loss is None or stream.loss.dtype == torch.bool else stream.loss[:, 1:]
+        loss = self.head.mean_loss(self.model, states[:, :-1], _predicted(stream), weights=counts)
         return Output(logits=states.new_zeros(len(states), 0), loss=loss)
 
     def token_losses(self, bundle: Bundle, targets: Any = None) -> Tensor:
@@ -180,6 +183,16 @@ class TransformersLM(LanguageModel):
         mask = None if state.mask is None else torch.nn.functional.pad(state.mask, (0, 1), value=True)
         state = _Cached(copied(state.past), mask, state.lengths + 1)
         return self._go_on({"input_ids": ids[:, None]}, state)
+
+    def extend(self, bundle: Bundle, state: Any) -> tuple[Tensor, Any]:
+        tokens = own_stream(bundle).tokens
+        width = tokens.shape[1]
+        if isinstance(state, _Whole):
+            for column in tokens.unbind(1):
+                state = state.longer(column[:, None])
+            return self._again(state), state
+        mask = None if state.mask is None else torch.nn.functional.pad(state.mask, (0, width), value=True)
+        return self._go_on({"inputs_embeds": tokens}, _Cached(copied(state.past), mask, state.lengths + width))
 
     def select(self, state: Any, rows: Tensor) -> Any:
         return state.select(rows)

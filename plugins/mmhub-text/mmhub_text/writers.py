@@ -27,7 +27,7 @@ from mmhub.interfaces import Generation
 from mmhub_text.embedding import vocabulary
 from mmhub_text.frame import read_frame
 from mmhub_text.language_processor import LanguageTextProcessor
-from mmhub_text.library import Family, hyperparameters, load_whole, one_line, quiet, read_table
+from mmhub_text.library import Family, hyperparameters, load_inside, load_whole, one_line, quiet, read_table
 from mmhub_text.pretrained import _own_tokenizer
 from mmhub_text.skeleton import no_initial_weights
 
@@ -63,7 +63,10 @@ TRANSLATORS = {
     *("bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "mt5", "mvp", "pegasus", "t5", "umt5"),
 }
 TRANSCRIBERS = {"whisper"}
-LANGUAGE_MODELS = Family(find=_language_model, types=frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), more=_MORE)
+INSIDE = frozenset({"idefics3", "internvl", "llava", "smolvlm", "vipllava"})  # they have a language model
+LANGUAGE_MODELS = Family(
+    find=_language_model, types=frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), more=_MORE, inside=INSIDE
+)
 SEQ2SEQ = Family(
     find=_translator, types=frozenset(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES) | TRANSCRIBERS, more=_MORE
 )
@@ -102,7 +105,8 @@ def load_writer(config: PreTrainedConfig, folder: Path, family: Family) -> PreTr
     Raises:
         TrustError: as `mmhub_text.library.load_model`.
     """
-    return _writing(load_whole(family.find(type(config)), config, folder))
+    inside = read_table(folder / "config.json").get("model_type") in family.inside
+    return _writing((load_inside if inside else load_whole)(family.find(type(config)), config, folder))
 
 
 def _writing(model: PreTrainedModel) -> PreTrainedModel:

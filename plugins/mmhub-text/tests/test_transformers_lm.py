@@ -158,6 +158,13 @@ def test_packed_padded_and_cached_equal_one_text_alone(kind: str) -> None:
     logits, _ = model.step(torch.tensor([text[-1] for text in TEXTS]), state)  # neither has changed the state
     torch.testing.assert_close(logits, last, atol=2e-5, rtol=0)
 
+    assert model.extends == (kind in LEFT_PADDED)
+    if model.extends:
+        _, state = model.begin(stream(model, [TEXTS[0][:1]]))
+        for start, end in ((1, 7), (7, 9)):  # several tokens at once, behind what stands already
+            logits, state = model.extend(stream(model, [TEXTS[0][start:end]]), state)
+        torch.testing.assert_close(logits, last[:1], atol=2e-5, rtol=0)
+
 
 @torch.no_grad()
 def test_perplexity_and_greedy_text_are_those_of_transformers(tmp_path: Path) -> None:
