@@ -240,6 +240,7 @@ class Batch:
     raw: list[dict[str, Any]] = field(default_factory=list)  # raw inputs, for decoders whose answers point into them
     plan: Plan | None = None  # where media stand in the text, for language models that read both
     prompts: Tensor | None = None  # (B,) long, tokens of each row's text before the answer that is to be written
+    shortened: int = 0  # rows, conversations, of which turns were left out
 
     @property
     def weight(self) -> float:

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
+from numbers import Real
 from typing import Any
 
 import torch
 
 from mmhub.batch import Items, Plan, pad_sequences
-from mmhub.errors import InputError
+from mmhub.errors import InputError, did_you_mean
 from mmhub.interfaces import LanguageProcessor, Policy, Script, describe_raw
 
 ROLES = ("system", "user", "assistant")
 Message = dict[str, Any]
 _PART = 'a part is {"type": "text", "text": ...}, or {"type": "image", "image": ...} and the like'
+_BESIDE = ("name", "id", "interrupted")  # keys of a message that tell a model nothing
+_PART_BESIDE = ("detail", "format")  # likewise, of a part
 _MESSAGE = 'a message is {"role": "system" | "user" | "assistant", "content": a text or a list of parts}'
 
 
@@ -29,11 +33,13 @@ def read_messages(value: Any, modalities: Collection[str]) -> list[Message]:
     """Return a conversation as messages whose contents are lists of parts, {"type": name, name: raw input}.
 
     `modalities` are those that the model takes, text among them. A key that is None counts as left out, as tables have
-    it, and a part whose input is None or empty as missing. OpenAI's "image_url" and "input_audio" are read, too.
+    it, and a part whose input is None or empty as missing. OpenAI's "image_url" and "input_audio" are read, too, and so
+    is a conversation that is written as JSON.
 
     Raises:
-        InputError: it is no conversation, or holds what the model does not take.
+        InputError: it is no conversation, or holds what the model does not take, or keys that nobody knows.
     """
+    value = of_json(value)
     if hasattr(value, "tolist"):  # numpy's, as tables may have it
         value = value.tolist()
     if not isinstance(value, (list, tuple)) or not value:
@@ -42,15 +48,27 @@ def read_messages(value: Any, modalities: Collection[str]) -> list[Message]:
     return [_read_message(message, number, modalities) for number, message in enumerate(value, 1)]
 
 
+def of_json(value: Any) -> Any:
+    """Return what a text that begins with "[" is in JSON; anything else, and what is no JSON, as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
 def _read_message(message: Any, number: int, modalities: Collection[str]) -> Message:
     if not isinstance(message, Mapping):
         raise InputError(f"message {number} is {describe_raw(message)}", _MESSAGE)
     known = {key: value for key, value in message.items() if value is not None}
     role, content, weight = known.get("role"), known.get("content"), known.get("weight", 1)
-    if role not in ROLES:
-        raise InputError(f"message {number} has the role {role!r}", f"roles are {', '.join(ROLES)}")
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-        raise InputError(f"message {number} has the weight {weight!r}", "a weight is a number, at least 0")
+    if not isinstance(role, str) or role not in ROLES:
+        raise InputError(f"message {number} has the role {_shown(role)}", f"roles are {', '.join(ROLES)}")
+    _check_keys(known, ("role", "content", "weight", *_BESIDE), f"message {number}")
+    counts = _number(weight)
+    if not 0 <= counts < math.inf:
+        raise InputError(f"message {number} has the weight {_shown(weight)}", "a weight is a number, at least 0")
     if content is not None and hasattr(content, "tolist"):
         content = content.tolist()
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -59,7 +77,23 @@ def _read_message(message: Any, number: int, modalities: Collection[str]) -> Mes
     found = [part for part in (_read_part(part, number, modalities) for part in parts) if part is not None]
     if role == "assistant" and any(part["type"] != "text" for part in found):
         raise InputError(f"message {number}, of the assistant, holds more than text", "models here write text alone")
-    return {"role": role, "content": found, "weight": float(weight)}
+    return {"role": role, "content": found, "weight": counts}
+
+
+def _shown(value: Any) -> str:
+    """A value for an error message, in one short line."""
+    short = value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**18)
+    return repr(value) if short else describe_raw(value)
+
+
+def _number(value: Any) -> float:
+    """A real number of any kind as a float, infinite if it is too large; what is none is not a number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _read_part(part: Any, number: int, modalities: Collection[str]) -> Message | None:
@@ -71,20 +105,40 @@ def _read_part(part: Any, number: int, modalities: Collection[str]) -> Message |
     known = {key: value for key, value in part.items() if value is not None}
     kind = known.get("type")
     if kind == "text":
+        if "text" not in known:
+            _check_keys(known, ("type", "text", *_PART_BESIDE), f"{where} of the type 'text' that")
         if not isinstance(known.get("text", ""), str):
             raise InputError(f"{where} whose text is {describe_raw(known['text'])}", _PART)
         return {"type": "text", "text": known.get("text", "")}
     if kind in ("image_url", "input_audio", "audio_url"):
-        kind, raw = str(kind).replace("input_", "").removesuffix("_url"), _of_openai(known[str(kind)], where)
+        own, kind = str(kind), str(kind).replace("input_", "").removesuffix("_url")
+        raw = next((_of_openai(known[key], where) for key in (own, "url", "data") if key in known), None)
     elif isinstance(kind, str):
+        own = kind
         raw = next((known[key] for key in (kind, "path", "url") if key in known), None)
     else:
         raise InputError(f"{where} without a type", _PART)
     if kind not in modalities:
         raise InputError(f"{where} of the type {kind!r}", f"this model takes {', '.join(modalities)}")
-    if hasattr(raw, "__len__") and not isinstance(raw, Mapping) and len(raw) == 0:
-        raw = None
-    return None if raw is None else {"type": kind, kind: raw}
+    if raw is None:
+        _check_keys(known, ("type", own, "path", "url", *_PART_BESIDE), f"{where} of the type {own!r} that")
+    return None if raw is None or _is_empty(raw) else {"type": kind, kind: raw}
+
+
+def _check_keys(given: Message, known: Sequence[str], what: str) -> None:
+    """Refuse keys that are misspelt, or hold what would be lost."""
+    unknown = [str(key) for key, value in given.items() if key not in known and not _is_empty(value)]
+    if unknown:
+        hint = did_you_mean(unknown[0], known) or f"it takes {', '.join(known)}"
+        raise InputError(f"{what} has the unknown key{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}", hint)
+
+
+def _is_empty(value: Any) -> bool:
+    """Is it a text, bytes, a list or an array without anything in it?"""
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return 0 in shape[:1]
+    return isinstance(value, Sized) and not isinstance(value, Mapping) and len(value) == 0
 
 
 def _of_openai(value: Any, where: str) -> Any:

@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from mmhub.batch import Batch, Bundle, Output, begun, only, rows_with
+from mmhub.conversation import pack_scripts
 from mmhub.data.cells import parts_of
 from mmhub.data.lengths import Lengths, measure_rows, measure_talks
 from mmhub.data.loader import Collate, Kept, Loaded, load_batches, on_device, worker_count
 from mmhub.data.plan import plan_in_order
 from mmhub.data.sources import Rows, open_rows, require_columns
-from mmhub.data.talks import TalkReader
+from mmhub.data.talks import TalkReader, talk_column
 from mmhub.errors import InputError, MmhubError, UsageError
 from mmhub.generate.talks import with_stops
 from mmhub.generate.write import write as write_texts
-from mmhub.interfaces import PairDecoder, Policy, TextDecoder
+from mmhub.interfaces import PairDecoder, Policy, Script, TextDecoder
 from mmhub.metrics import explain, measure
 from mmhub.metrics.classification import best_labels
 from mmhub.model import Model
@@ -127,7 +128,8 @@ def evaluate(
     `inputs` (modality -> column), `target` and `columns` default to what the checkpoint was trained with. Returns
     {"name", "task", "rows", "skipped", "metrics", "subsets"}; a subset counts the rows that have all its modalities.
     Conversations, and whatever a language model answers, are each in one subset alone, that of all they have; turns of
-    those that are too long for the model are left out, the oldest first, and "shortened" is how many these are.
+    those that are too long for the model are left out, the oldest first, and "shortened" is how many these are. One of
+    which nothing is asked without what is withheld counts as skipped.
     With `options.details` there is also "details": see `mmhub.metrics.explain`; "withheld" is what was withheld.
 
     Raises:
@@ -139,21 +141,14 @@ def evaluate(
 
         model = load(model)
     rows = data if isinstance(data, Rows) else open_rows(data, columns=list(columns or model.columns.names) or None)
-    wanted = input_columns(model, rows, inputs)
     options = options or EvalOptions()
+    for name in ("document", "window", "stride"):
+        if getattr(options, name) and not model.task.reads_text:
+            raise UsageError(f"{name!r} is for language models, and this one is for {model.task.name}", "leave it out")
+    wanted, target = find_columns(model, rows, inputs, target)
     wanted = _not_withheld(model, wanted, options.withhold)
     if model.task.reads_text:
-        if target:
-            raise UsageError(f"a language model has no target column, and {target!r} was named", "name none")
         return _measure_language(model, rows, wanted["text"], options)
-    for name in ("document", "window", "stride"):
-        if getattr(options, name):
-            raise UsageError(f"{name!r} is for language models, and this one is for {model.task.name}", "leave it out")
-    target = target or ("" if "messages" in (inputs or {}) else model.columns.target)
-    talks = model.converses and (model.task.converses or "messages" in (inputs or {}))
-    if not target and not model.task.paired and not talks:
-        raise UsageError("no target column is known", "add --target-column NAME")
-    require_columns(rows, [target] if target else [], "name the column with --target-column")
     tallies, skipped, shortened = _run(model, rows, wanted, target, options)
     everything = tallies.pop(())
     if not everything.answers:
@@ -185,14 +180,43 @@ def _row_of(answer: tuple[int, Any, Any]) -> int:
     return answer[0]
 
 
+def find_columns(
+    model: Model, rows: Rows, inputs: Mapping[str, str] | None, target: str = ""
+) -> tuple[dict[str, str], str]:
+    """Decide which columns are read: those of the inputs, see `input_columns`, and the target's, "" where none is.
+
+    Raises:
+        UsageError: a column is missing, or not known.
+    """
+    wanted = input_columns(model, rows, inputs)
+    if model.task.reads_text:
+        if target:
+            raise UsageError(f"a language model has no target column, and {target!r} was named", "name none")
+        return wanted, ""
+    target = target or ("" if "messages" in (inputs or {}) else model.columns.target)
+    talks = model.converses and (model.task.converses or "messages" in (inputs or {}))
+    if not target and not model.task.paired and not talks:
+        raise UsageError("no target column is known", "add --target-column NAME")
+    if talks and not target:
+        if "text" not in wanted:
+            hint = "name it with --inputs messages=COL, or the column of the answers with --target-column"
+            raise UsageError("no column of conversations is known", hint)
+        talk_column(inputs or {}, wanted["text"])
+    require_columns(rows, [target] if target else [], "name the column with --target-column")
+    return wanted, target
+
+
 def input_columns(model: Model, rows: Rows, inputs: Mapping[str, str] | None) -> dict[str, str]:
     """Decide which column feeds which modality: `inputs` first, then what the model was trained with, then its name.
 
     A modality whose column the table lacks is missing in every row, as long as one is there. "messages" is the column
-    of conversations, which hold all of them.
+    of conversations, which hold all of them, and is taken by itself for chat where a model knows no columns.
     """
     given = dict(inputs or {})
+    if model.task.converses and not given and not model.columns.inputs and "messages" in rows.columns:
+        given = {"messages": "messages"}
     if model.converses and "messages" in given:
+        talk_column(given, "messages")
         given = dict.fromkeys(model.modalities, given["messages"])
     unknown = [name for name in given if name not in model.modalities]
     if unknown:
@@ -311,7 +335,7 @@ def _measure_all(
 ) -> list[str]:
     """Measure this process's batches; return why each row that was skipped was."""
     skipped: list[str] = []
-    latest = Batch(items={}, size=1)  # the latest stands in where there is none
+    latest = _nothing(model)  # the latest stands in where there is none
     for turn, part in enumerate(options.progress(parts, share.turns) if options.progress else parts):
         share.check(part.error, options.stop is not None and options.stop())
         own = turn < share.own
@@ -323,6 +347,15 @@ def _measure_all(
             unused = {subset: Tally() for subset in tallies}
             _measure_batch(model, latest, unused, options, share.several)
     return skipped
+
+
+def _nothing(model: Model) -> Batch:
+    """A row without any input; as a conversation it is one token, for a language model reads no less."""
+    if not model.converses:
+        return Batch(items={}, size=1)
+    script = Script(torch.zeros(1, dtype=torch.long), torch.zeros(1), prompt=1)
+    text, plan, prompts = pack_scripts([script], list(model.encoders))
+    return Batch(items={"text": text}, size=1, plan=plan, prompts=prompts).to(model.device)
 
 
 class _Share:

@@ -224,10 +224,17 @@ class Model(nn.Module):
             features: Features = encoder(items.data, items.mask)
             return features
 
+    def fused(self, batch: Batch) -> Bundle:
+        """Return what the decoder reads of a batch, its media where they stand."""
+        return self._fuse(self.encode(batch.items, batch.size, batch.features), batch.plan)
+
     def decode(self, bundle: Bundle, targets: Any = None, plan: Plan | None = None) -> Output:
-        fused = self.fusion(bundle) if plan is None else self.fusion(bundle, plan=plan)
-        output: Output = self.decoder(fused, targets)
+        output: Output = self.decoder(self._fuse(bundle, plan), targets)
         return output
+
+    def _fuse(self, bundle: Bundle, plan: Plan | None) -> Bundle:
+        fused: Bundle = self.fusion(bundle) if plan is None else self.fusion(bundle, plan=plan)
+        return fused
 
     def _by_item(self, name: str, items: Items | Encoded | None, size: int) -> Features:
         """The features of every item, with its row. Where there is none and gradients are kept, one that is fully
@@ -297,10 +304,14 @@ class Model(nn.Module):
         """Return the conversation that a sample holds as "messages", or that is made of it.
 
         Raises:
-            InputError: it is none; `row` is set.
+            InputError: it is none, or one of two; `row` is set.
         """
         try:
             if sample.get("messages") is not None:
+                beside = [name for name, raw in sample.items() if name != "messages" and not _is_missing(raw)]
+                if beside:
+                    what = f"the sample holds messages and {' and '.join(map(repr, beside))}"
+                    raise InputError(what, f"give messages or {'/'.join(self.modalities)}, not both")
                 return read_messages(sample["messages"], self.modalities)
             return compose(sample, self.processors)
         except InputError as error:
@@ -470,7 +481,7 @@ class Model(nn.Module):
         widths = {name: decoder.dim if decoder.paired else part.summary for name, part in self.fusion.outputs.items()}
         found = {name: [torch.zeros(0, width)] for name, width in widths.items()}
         for batch in self._batches(samples, batch_size, policy):
-            bundle = self.fusion(self.encode(batch.items, batch.size))
+            bundle = self.fused(batch)
             vectors = decoder.vectors(bundle) if decoder.paired else {}
             for name, parts in found.items():
                 parts.append((vectors[name] if decoder.paired else summary(bundle[name])).float().cpu())

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmhub.adapters import adapter_of, merge
-from mmhub.errors import PluginError, UsageError, did_you_mean
+from mmhub.errors import PluginError, TrustError, UsageError, did_you_mean
 from mmhub.interfaces import TextDecoder
 from mmhub.model import Model
 
 KINDS = ("int8", "int4")
 GROUP = 32  # weights that share a scale and a zero in 4 bits
 _FEW = 32  # rows up to which the kernel of 8 bits is faster than a product of fp32 with weights unpacked for it
+_LANES = 16  # what that kernel reads at once; it does not stop at the end of narrower rows
 
 
 def quantize(model: Model, kind: str) -> Model:
@@ -31,6 +32,7 @@ def quantize(model: Model, kind: str) -> Model:
 
     Raises:
         UsageError: `kind` is none, there is nothing to quantise, or the device cannot compute it.
+        TrustError: a weight is infinite or not a number.
         PluginError: torchao is not installed, for int4 on a GPU.
     """
     if kind not in KINDS:
@@ -82,6 +84,9 @@ class _Packed(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
+        low, high = weight.aminmax()
+        if not torch.isfinite(high - low):
+            raise TrustError("a weight to be quantised is infinite or not a number", "fetch or train the model again")
         self.out_features, self.in_features = weight.shape
         self.register_buffer("bias", None if bias is None else bias.detach())
 
@@ -117,7 +122,7 @@ class Int8Linear(_Packed):
 
     def product(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
-            if len(x) <= _FEW:
+            if len(x) <= _FEW and self.in_features % _LANES == 0:
                 return torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale)  # type: ignore[no-any-return]
             return (F.linear(x.float(), self.codes.float()) * self.scale.float()).to(x.dtype)
         return F.linear(x, self.codes.to(x.dtype)) * self.scale

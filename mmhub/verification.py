@@ -203,7 +203,7 @@ def _stream(model: Model, inputs: Mapping[str, str]) -> str:
 
 @torch.inference_mode()
 def _embed(model: Model, batch: Batch, stream: str) -> Tensor:
-    bundle = model.fusion(model.encode(batch.items, batch.size))
+    bundle = model.fused(batch)
     decoder: Any = model.decoder
     found: Tensor = decoder.vectors(bundle)[stream] if decoder.paired else summary(bundle[stream])
     return found.float().cpu()

@@ -62,6 +62,32 @@ def test_the_text_tells_use_results_training_and_limits(folder: Path) -> None:
         assert part in text, part
 
 
+def test_each_stage_names_its_own_data(folder: Path) -> None:
+    facts = json.loads((folder / "provenance.json").read_text())
+    hub = {"rows": 5, "id": "team/talks", "revision": "0123456789abcdef"}
+    table = {"rows": 9, "files": [{"name": "own.jsonl", "sha256": "f" * 64}]}
+    facts["stages"] = [
+        {"name": "still", "parts": ["fusion"], "steps": 2, "data": {"train": hub}},
+        {"name": "all", "parts": ["fusion", "decoder"], "steps": 4, "data": {"train": table}},
+    ]
+    (folder / "provenance.json").write_text(json.dumps(facts | {"steps": 6}))
+    data, text = read_card(card(folder))
+    assert "6 optimizer steps, seed 0, in " in text and "train.parquet" not in text
+    assert "Stage 1, still: 2 steps on fusion, over 5 rows of `team/talks` (0123456789ab)." in text
+    assert "Stage 2, all: 4 steps on fusion, decoder, over 9 rows of `own.jsonl` (ffffffffffff)." in text
+    assert data["datasets"] == ["team/talks"]
+
+
+@pytest.mark.parametrize(("rows", "label"), [({"text": 2, "image+text": 3}, "all rows"), ({"text": 5, "image": 3}, "")])
+def test_all_rows_are_no_rows_with_all_inputs_where_each_is_in_one_subset(
+    folder: Path, rows: dict[str, int], label: str
+) -> None:
+    subsets = {name: {"exact_match": 0.5, "rows": count} for name, count in rows.items()}
+    result = {"task": "visual-question-answering", "rows": 5, "metrics": {"exact_match": 0.5}, "subsets": subsets}
+    (folder / "eval" / "classification.json").write_text(json.dumps(result))
+    assert f"| {label or 'all inputs given'} | 0.5000 |" in card(folder)
+
+
 def test_generating_a_card_twice_changes_nothing(folder: Path) -> None:
     once = card(folder, metadata={"license": "mit"})
     assert card(folder, old=once) == once

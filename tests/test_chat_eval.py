@@ -10,6 +10,7 @@ import pytest
 
 import mmhub.evaluation as evaluation
 from mmhub.engine import train
+from mmhub.engine.ranks import Ranks
 from mmhub.errors import InputError, UsageError
 from mmhub.evaluation import Answered, EvalOptions, evaluate
 from mmhub.generate.write import Written
@@ -41,7 +42,7 @@ KINDS = ["text", "image+text", "audio+text", "image+audio+text"]
 def always(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every answer be this text."""
 
-    def write(decoder: Any, bundle: Any, **options: Any) -> list[list[Written]]:
+    def write(decoder: Any, bundle: Any, *settings: Any, **options: Any) -> list[list[Written]]:
         return [[Written((), answer, 0.0, "end")] for _ in range(len(bundle["fused"].mask))]
 
     monkeypatch.setattr(evaluation, "write_texts", write)
@@ -69,6 +70,8 @@ def test_a_picture_that_is_withheld_is_in_no_row(run: Path, model: Model) -> Non
     assert without["metrics"] != evaluate(model, run / "train.jsonl", options=EvalOptions(write=False))["metrics"]
     silent = evaluate(model, run / "train.jsonl", options=EvalOptions(withhold=("text",), write=False))
     assert set(silent["subsets"]) == {"image", "audio", "image+audio"}
+    assert sum(subset["rows"] for subset in silent["subsets"].values()) == silent["rows"] == 12
+    assert silent["skipped"] == 4, "nothing is left of text alone"
 
 
 def _bare(talk: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -156,6 +159,57 @@ def test_a_page_shows_the_worst_answers_with_their_media(run: Path, model: Model
     page = write_report(tmp_path / "report", model, found, kept[0], "train.jsonl")
     text = Path(page).read_text()
     assert "Worst answers" in text and "data:image/jpeg" in text and "data:audio" in text
+    assert '<p class="said">user: ‹image› which picture</p>' in text  # noqa: RUF001
+    numbers = (Path(page).parent / "report.json").read_text()
+    assert "PosixPath" not in text + numbers and run.name not in text + numbers
+    earlier = sum(one["row"] % 4 == 3 for one in json.loads(numbers)["mistakes"])  # of two turns, one to be answered
+    assert text.count('<p class="said">assistant: ') == earlier > 0
+
+
+def test_conversations_need_a_column_or_a_target(run: Path, model: Model) -> None:
+    rows = [{"image": f"{run}/media/1.png", "q": "which picture", "a": "one"}]
+    with pytest.raises(UsageError, match="no column of conversations is known") as told:
+        evaluate(model, rows, inputs={"image": "image"})
+    assert "--inputs messages=COL" in str(told.value.hint) and "--target-column" in str(told.value.hint)
+    with pytest.raises(UsageError, match="image is in column 'image'") as told:
+        evaluate(model, rows, inputs={"image": "image", "text": "q"})
+    assert "target column" in str(told.value.hint)
+
+
+class OneOfTwo(Ranks):
+    """One of two processes, without the other."""
+
+    def sum(self, *values: float) -> list[float]:
+        return list(values)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_a_process_that_has_not_read_any_row_yet_keeps_in_step(
+    run: Path, model: Model, write: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused, fuse = [], model.fusion.forward
+
+    def forward(*args: Any, **named: Any) -> Any:
+        fused.append(1)
+        return fuse(*args, **named)
+
+    monkeypatch.setattr(model.fusion, "forward", forward)
+    gone = {"messages": [said("user", "say", "gone.png"), said("assistant", "one")]}
+    read, calls = [], []
+    for rank in range(2):
+        ranks = OneOfTwo(rank=rank, world=2)
+        options = EvalOptions(batch_size=1, skip=True, write=write, ranks=ranks)
+        fused.clear()
+        rows = _placed([gone, {"messages": conversation(0)}, gone, gone], run)  # the longest row goes to the first
+        try:
+            read.append(evaluate(model, rows, options=options)["rows"])
+        except InputError:
+            read.append(0)
+        calls.append(len(fused))
+    assert read == [1, 0] and calls[0] == calls[1] == (4 if write else 2)
 
 
 @pytest.mark.slow
@@ -178,6 +232,6 @@ def test_train_and_eval_in_processes_of_their_own(cli: Cli, tmp_path: Path) -> N
     )
     done = cli("train", "recipe.toml", "--out", "run", "--json")
     assert done.returncode == 0, done.stderr
-    done = cli("eval", "run/model", "--data", "train.jsonl", "--json", "--withhold", "image")
+    done = cli("eval", "./run/model", "--data", "train.jsonl", "--json", "--withhold", "image")
     found = json.loads(done.stdout)
     assert found["withheld"] == ["image"] and set(found["subsets"]) == {"text", "audio+text"}

@@ -26,7 +26,7 @@ def test_a_model_is_trained_in_stages_published_and_talked_with_by_name(cli: Cli
     }
     (tmp_path / "recipe.toml").write_text(dump_recipe(check_recipe(table)))
     shown = cli("data", "show", "recipe.toml", "--loss", "--rows", 2)
-    assert shown.returncode == 0 and "[[" in shown.stdout and "‹image" in shown.stdout, shown.stderr
+    assert shown.returncode == 0 and "[[" in shown.stdout and "\u2039image" in shown.stdout, shown.stderr
     done = cli("train", "recipe.toml", "--out", "run", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["metrics"]["exact_match"] > 0.6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,19 @@ import torch
 
 from mmhub.batch import Encoded, Features
 from mmhub.build import compose
+from mmhub.checkpoint import DataRecord
+from mmhub.config import check_recipe, read_recipe
 from mmhub.data.lengths import measure_talks
 from mmhub.data.loader import Collate, Loaded
 from mmhub.data.sources import open_rows
 from mmhub.data.talks import TalkReader
 from mmhub.engine import train
-from mmhub.errors import InputError, Interrupted
-from mmhub.interfaces import Policy
+from mmhub.engine.data import TrainingData, with_base_columns
+from mmhub.engine.ranks import Ranks
+from mmhub.engine.setup import Setup
+from mmhub.errors import InputError, Interrupted, UsageError
+from mmhub.evaluation import evaluate
+from mmhub.interfaces import Policy, find_task
 from mmhub.model import Model
 from tests.talk_tables import AUDIO, IMAGE, WORDS, chat_recipe, conversation, said, write_talks
 from tests.test_distributed import curve, on_ranks
@@ -127,8 +134,19 @@ def test_long_rows_are_said_once_and_stop_a_run_that_does_not_skip(talks: Path, 
     told = capsys.readouterr().err
     assert told.count("of 16 conversations are longer than 12 tokens: the last turns of ") == 1
     assert "with a single turn are skipped" in told
-    with pytest.raises(InputError, match=r"train.jsonl row \d+, column 'messages': the .*that are read at once"):
+    with pytest.raises(InputError, match=r"train.jsonl row \d+, column 'messages': the .*read at once") as caught:
         train(chat_recipe(talks, {"block_size": 12}), tmp_path / "b")
+    assert caught.value.shared, "all processes find it, and one says it"  # type: ignore[attr-defined]
+
+
+def test_turns_of_a_stream_that_are_left_out_are_said_when_they_first_are_and_counted(
+    talks: Path, tmp_path: Path, capsys: Any
+) -> None:
+    table = chat_recipe(talks, {"block_size": 26, "max_steps": 8, "epochs": 2}, stream=True)
+    train(table, tmp_path / "run", quiet=False)  # twice over 16 rows, every fourth of which has two turns
+    told = capsys.readouterr().err
+    assert told.count("some conversations are longer than what is read at once: their last turns are left out") == 1
+    assert "8 times the last turns of a conversation were left out" in told
 
 
 # -- what tables hold -------------------------------------------------------------------------------------------------
@@ -204,11 +222,42 @@ def test_a_chat_model_goes_on_learning_from_another_column(talks: Path, tmp_path
         "task": "chat",
         "model": {"base": str(base.model)},
         "data": {"train": str(tmp_path / "other.jsonl"), "inputs": {"messages": "talk"}},
-        "train": {"max_steps": 2, "batch_size": 4},
+        "train": {"max_steps": 1, "batch_size": 4, "stages": [{"parts": ["fusion"]}, {"parts": ["decoder"]}]},
     }
     run = train(table, tmp_path / "run")
     assert dict(run.load().columns.inputs) == {"image": "talk", "audio": "talk", "text": "talk"}
+    stored = read_recipe(run.out / "recipe.toml")
+    assert with_base_columns(stored, tmp_path / "again", None, resume=False) == stored
+    shutil.rmtree(run.out / "stages/2-decoder")
+    shutil.rmtree(base.out)  # a stage that has not begun needs it no more, only the model of the one before
     assert train(table, tmp_path / "run", resume=True).steps == 2, "the recipe is still the same"
+
+
+def test_rows_of_a_later_stage_that_are_no_conversations_are_told_before_the_first(talks: Path, tmp_path: Path) -> None:
+    (tmp_path / "later.jsonl").write_text(json.dumps({"messages": [said("user", "say one")]}) + "\n")
+    later = {"parts": ["decoder"], "data": {"train": str(tmp_path / "later.jsonl")}}
+    table = chat_recipe(talks, {"stages": [{"parts": ["fusion"]}, later]})
+    with pytest.raises(InputError, match=r"later\.jsonl row 1, column 'messages': the conversation does not end with"):
+        train(table, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("named", "column"), [({}, "messages"), ({"text": "talk"}, "talk"), ({"messages": "a"}, "a")])
+def test_media_that_stand_beside_conversations_are_refused(
+    talks: Path, model: Model, named: dict[str, str], column: str
+) -> None:
+    recipe = check_recipe(chat_recipe(talks, inputs=named | {"image": "picture"}))
+    problem = f"image is in column 'picture', and conversations, with the media in them, are in column '{column}'"
+    with pytest.raises(UsageError, match=problem):
+        TrainingData(recipe, find_task("chat"), None)
+    recipe.model.base = "./base"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmhub.engine.data._of_base", lambda name: (DataRecord(), ["image", "audio"]))
+        with pytest.raises(UsageError, match=problem):
+            with_base_columns(recipe, talks / "none", None, resume=False)
+    rows = open_rows([{"picture": b"", column: conversation(0)}])
+    with pytest.raises(UsageError, match=problem):
+        evaluate(model, rows, inputs=(named or {"text": column}) | {"image": "picture"})
 
 
 # -- results that must not differ -------------------------------------------------------------------------------------
@@ -304,6 +353,9 @@ def assert_alike(cases: dict[str, dict[str, Any]], folder: Path) -> None:
 def test_two_processes_train_on_mixed_rows_as_one_does(talks: Path, tmp_path: Path) -> None:
     plain = chat_recipe(talks, {"max_steps": 6})
     few = chat_recipe(talks, {"max_steps": 6}) | {"data": {"train": str(lacking(talks))}}
+    lines = [json.dumps({"messages": conversation(number % 2)}) for number in range(12)]
+    (talks / "silent.jsonl").write_text("\n".join(lines) + "\n")
+    silent = chat_recipe(talks, {"max_steps": 6}) | {"data": {"train": str(talks / "silent.jsonl")}}
     cases = {
         "mixed": plain,
         "mixed-fsdp": plain | {"train": plain["train"] | {"parallel": "fsdp"}},
@@ -312,6 +364,8 @@ def test_two_processes_train_on_mixed_rows_as_one_does(talks: Path, tmp_path: Pa
         "accumulated": few | {"train": few["train"] | {"accumulate": 2, "batch_size": 2}},
         "tokens": plain | {"train": plain["train"] | {"batch_tokens": 120}},
         "questions": questions(talks),
+        "silent": silent,
+        "silent-fsdp": silent | {"train": silent["train"] | {"parallel": "fsdp"}},
         "kept": frozen(chat_recipe(talks, {"max_steps": 6})),
     }
     assert_alike(cases, tmp_path)
@@ -331,6 +385,34 @@ def test_all_that_learns_takes_part_in_every_step(talks: Path, tmp_path: Path, m
     monkeypatch.setattr(Stepper, "_gradients", watched)
     train(chat_recipe(talks, {"max_steps": 4, "batch_size": 1}), tmp_path / "run")
     assert not left_out
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_what_no_row_has_stands_still_on_several_processes_and_is_not_looked_for_in_all_of_a_stream(
+    talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, several: bool
+) -> None:
+    """The encoder of it has no gradient on any rank, for which others would wait."""
+    lines = [json.dumps({"messages": conversation(0)}), json.dumps({"messages": conversation(1)})]
+    (talks / "silent.jsonl").write_text("\n".join(lines) + "\n")
+    table = chat_recipe(talks) | {"data": {"train": str(talks / "silent.jsonl"), "stream": True}}
+    setup = Setup(check_recipe(table), tmp_path / "run", None, Ranks(), resume=False, quiet=False)
+    assert list(setup.model.stand_ins) == ["image"] and not setup.model.frozen
+    monkeypatch.setattr("mmhub.engine.setup._LOOKED_AT", 1)
+    if several:
+        setup._stand_in()
+        assert list(setup.model.stand_ins) == ["image"] and setup.model.frozen == {"audio"}
+        assert "no training row has any audio: its encoder is frozen" in capsys.readouterr().err
+    else:
+        setup._take_part()
+        assert not setup.model.stand_ins and not setup.model.frozen
+
+
+def test_a_base_of_several_encoders_goes_on_with_some_of_them(talks: Path, model: Model, tmp_path: Path) -> None:
+    model.save(tmp_path / "base")
+    table = questions(talks) | {"task": "chat", "model": {"base": str(tmp_path / "base")}}
+    table["data"] |= {"inputs": {"image": "image", "text": "question"}, "target": "answer"}
+    result = train(table | {"train": {"max_steps": 1, "batch_size": 4}}, tmp_path / "run")
+    assert dict(result.load().columns.inputs) == {"image": "image", "text": "question"}
 
 
 def test_a_batch_without_media_moves_no_projector_and_misses_none(model: Model) -> None:

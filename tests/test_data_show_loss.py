@@ -16,6 +16,7 @@ from PIL import Image
 from mmhub.build import compose
 from mmhub.cli.main import main
 from mmhub.config import check_recipe, dump_recipe
+from mmhub.model import Columns
 
 Run = Callable[..., tuple[int, str, str]]
 IMAGE = {"use": "timm", "config": {"architecture": "test_resnet", "image_size": 32}}
@@ -150,6 +151,26 @@ def test_a_model_tells_what_it_would_learn_from_other_data(run: Run, tmp_path: P
     assert "Assistant:[[ yes </s>]]" in out
 
 
+def test_columns_are_found_and_missed_as_in_an_evaluation(run: Run, tmp_path: Path) -> None:
+    parts: Any = {"encoders": {"image": IMAGE}, "decoder": WRITER, "tokenizer": {"kind": "word"}, "texts": ["say yes"]}
+    asked = compose("visual-question-answering", **parts)
+    asked.columns = Columns({"image": "image", "text": "question"}, "answer")
+    asked.save(tmp_path / "vqa")
+    (tmp_path / "more.jsonl").write_text(json.dumps({"talk": TALKS[1]}))
+    code, out, err = run("more.jsonl", "--loss", "--model", "./vqa", "--inputs", "messages=talk")
+    assert code == 0 and "Assistant:[[" in out, err
+    compose("chat", **parts).save(tmp_path / "chat")
+    (tmp_path / "q.jsonl").write_text(json.dumps({"image": "cat.png", "question": "say", "answer": "yes"}))
+    args = ["q.jsonl", "--loss", "--model", "./chat", "--inputs"]
+    code, _, err = run(*args, "image=image")
+    assert code == 2 and "no column of conversations is known" in err
+    assert "--inputs messages=COL" in err and "--target-column" in err
+    code, _, err = run(*args, "image=image,text=question")
+    assert code == 2 and "target column" in err
+    code, out, err = run(*args, "image=image,text=question", "--target-column", "answer")
+    assert code == 0 and "[[" in out, err
+
+
 def test_what_does_not_fit_is_said(run: Run, tmp_path: Path) -> None:
     path = talks(tmp_path)
     code, out, err = run(path, "--loss", "--rows", 1, "--set", "train.block_size=24")
@@ -180,6 +201,39 @@ def test_a_table_is_shown_as_it_is(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("a.csv", "--rows", 1)
     assert code == 0 and out.splitlines()[0] == "2 rows" and "…" in out and "y" not in out.split("x")[-1]
     _, out, _ = run("a.csv", "--json")
-    assert json.loads(out)["first"][1] == {"where": "a.csv row 2", "text": "b", "label": "y"}
+    assert json.loads(out)["first"][1] == {"where": "a.csv row 2", "values": {"text": "b", "label": "y"}}
     code, _, err = run("a.csv", "--loss")
-    assert code == 2 and "--loss needs one or a model" in err
+    assert code == 2 and "--loss needs a recipe, or a model" in err
+    code, _, err = run("a.csv", "--model", "./model", "--loss", "--set", "seed=1")
+    assert code == 2 and "--set is about a recipe, and with --model no recipe is read" in err
+
+
+def staged(folder: Path, task: str = "chat") -> Path:
+    """A recipe whose data stands in its stages alone; only both together say a word twice, and so it is known."""
+    for number, word in enumerate(("yes", ", yes"), 1):
+        talk = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": word}]
+        (folder / f"{number}.jsonl").write_text(json.dumps({"messages": talk, "text": f"say it {word}"}))
+    stages = [{"parts": ["decoder"], "data": {"train": f"{number}.jsonl"}} for number in (1, 2)]
+    table = {"task": task, "model": {"tokenizer": {"kind": "word", "min_frequency": 2}, "decoder": WRITER}}
+    (folder / "recipe.toml").write_text(dump_recipe(check_recipe(table | {"train": {"stages": stages}})))
+    return folder / "recipe.toml"
+
+
+def test_of_stages_the_first_is_shown_or_another_by_a_model_that_knows_the_words_of_all(
+    run: Run, tmp_path: Path
+) -> None:
+    path = staged(tmp_path)
+    code, out, err = run(path, "--loss", "--set", "train.block_size=64")
+    assert code == 0 and "1.jsonl row 1" in out and "Assistant:[[ yes </s>]]" in out, err
+    code, out, err = run(path, "--loss", "--stage", 2)
+    assert code == 0 and "2.jsonl row 1" in out and " yes </s>]]" in out, err
+    code, out, err = run(path, "--stage", 2, "--json")
+    assert code == 0 and json.loads(out)["first"][0]["where"] == "2.jsonl row 1", err
+    code, _, err = run(path, "--stage", 3)
+    assert code == 2 and "there is no stage 3: the recipe has 2 stages" in err
+
+
+@pytest.mark.parametrize("task", ["chat", "language-modelling"])
+def test_a_block_that_the_model_cannot_read_is_told_as_in_training(run: Run, tmp_path: Path, task: str) -> None:
+    code, _, err = run(staged(tmp_path, task), "--loss", "--set", "train.block_size=99999")
+    assert code == 2 and "train.block_size is 99999, and the model has a context of" in err

@@ -229,9 +229,9 @@ def chat_model(use: str) -> Model:
     )
 
 
-def asked(*kinds: str) -> dict[str, Any]:
+def asked(*kinds: str, seconds: float = 0.5) -> dict[str, Any]:
     """A question about media, and its answer."""
-    media = [{"type": kind, kind: png(1) if kind == "image" else flac(1, 0.5)} for kind in kinds]
+    media = [{"type": kind, kind: png(1) if kind == "image" else flac(1, seconds)} for kind in kinds]
     question = {"role": "user", "content": [*media, {"type": "text", "text": "what is this now"}]}
     return {"messages": [question, {"role": "assistant", "content": "a cat or dog"}]}
 
@@ -294,6 +294,31 @@ def test_a_conversation_costs_what_pytorch_counts(use: str, stage: str) -> None:
     cost = TrainingCost(model)
     cost.measure(batch)
     assert cost.of(sizes_of(batch)) == pytest.approx(counted_by_torch(model, batch), rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("picture", "sound"),
+    [
+        ({"kind": "resampler", "queries": 12}, {"kind": "resampler", "queries": 64, "depth": 1}),
+        ({"kind": "mlp", "shuffle": 2}, {"stack": 4}),
+    ],
+)
+def test_projectors_that_make_fewer_tokens_cost_what_pytorch_counts(picture: Any, sound: Any) -> None:
+    model = compose(
+        task="chat",
+        encoders={
+            "image": {"use": "timm", "config": {"architecture": "test_resnet", "image_size": 64}},
+            "audio": {"use": "transformer", "config": {"sample_rate": 8000, "dim": 16, "depth": 1, "heads": 2}},
+        },
+        fusion={"use": "interleave", "config": {"projectors": {"image": picture, "audio": sound}}},
+        decoder={"use": "transformer-lm", "config": OWN},
+        tokenizer=WORDS,
+        texts=["what is this now a cat or dog"] * 3,
+    )
+    cost, _ = measured(model, asked("image"), asked("audio", seconds=8.0))
+    batch = model.collate([asked("image", "audio", seconds=2.0), asked("audio", "image", seconds=2.0)])
+    batch.targets = model.language_model.count_targets(batch.items["text"])
+    assert cost.of(sizes_of(batch)) == pytest.approx(counted_by_torch(model, batch), rel=0.02)
 
 
 def test_pictures_that_were_encoded_before_cost_their_projector_and_their_places() -> None:

@@ -228,6 +228,19 @@ def test_what_is_not_read_is_refused_by_its_config_alone(
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"model_type": ["llava"]}, {"vision_config": "x"}, {"text_config": [1]}, {"vision_feature_layer": "x"}],
+    ids=str,
+)
+def test_a_strange_configuration_is_an_error_of_mmhubs(changes: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    strange = renamed(folder, tmp_path / "strange", {})
+    (strange / "config.json").write_text(json.dumps(config_of(folder) | changes))
+    with pytest.raises(MmhubError) as caught:
+        load_foreign("it", strange)
+    assert "\n" not in caught.value.message
+
+
 def test_damaged_folders_are_errors_that_say_what_lacks(folder: Path, tmp_path: Path) -> None:
     names = {"multi_modal_projector.linear_1.": "multi_modal_projector.linear_9."}
     with pytest.raises(TrustError, match=r"the projector in '.*' has an unknown tensor 'linear_9"):
@@ -236,6 +249,12 @@ def test_damaged_folders_are_errors_that_say_what_lacks(folder: Path, tmp_path: 
         load_foreign("it", renamed(folder, tmp_path / "joint", {"multi_modal_projector.": "nothing."}))
     with pytest.raises(TrustError, match=r"lack 1 tensor\(s\), such as 'lm_head.weight'"):
         load_foreign("it", renamed(folder, tmp_path / "head", {"language_model.lm_head.": "nothing."}))
+    short = renamed(folder, tmp_path / "short", {})
+    table = config_of(folder)
+    table["text_config"]["num_hidden_layers"] = 0
+    (short / "config.json").write_text(json.dumps(table))
+    with pytest.raises(TrustError, match=r"no place for \d+ tensor\(s\) of its language model"):
+        load_foreign("it", short)
     silent = renamed(folder, tmp_path / "silent", {})
     (silent / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     with pytest.raises(UsageError, match=r"the chat template in '.*' never writes '<image>'"):

@@ -332,6 +332,25 @@ def test_under_autocast_products_are_bfloat16_and_gradients_have_their_tensors_t
     assert torch.allclose(weight.grad, want, atol=2e-2 * float(want.abs().max()))
 
 
+def test_under_autocast_a_weight_counts_the_same_in_the_gradient_as_in_the_loss() -> None:
+    torch.manual_seed(0)
+    size = torch.rand(512, 1) + 0.5
+    hidden, weight, bias = size.expand(-1, 2).clone(), torch.eye(2), torch.zeros(2)  # both classes are as probable
+    given = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    weights = torch.full((512,), 0.3)  # 0.3008 in bfloat16
+    weights[0] = 1.0  # else the mean takes it out
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = chunked_cross_entropy(
+            hidden, weight, torch.zeros(512, dtype=torch.long), bias, weights=weights, chunk=2 * 4
+        )
+    (loss * weights.sum()).backward()
+    right = torch.tensor([-0.5, 0.5])
+    wanted = [weights[:, None] * right, (weights[:, None] * size).sum() * right[:, None].expand(2, 2)]
+    for tensor, want in zip(given, [*wanted, weights.sum() * right], strict=True):
+        assert tensor.grad is not None
+        torch.testing.assert_close(tensor.grad, want, rtol=5e-4, atol=0)
+
+
 def test_the_gradient_of_a_confident_answer_survives_half_precision() -> None:
     hidden = torch.tensor([[1.0, 0.0]], requires_grad=True)
     weight = torch.tensor([[8.0, 0.0], [0.0, 0.0]])  # p = 0.9997 of the right class

@@ -20,8 +20,10 @@ from mmhub.errors import InputError
 from mmhub.generate import Conversation, write
 from mmhub.generate.media import Media
 from mmhub.generate.talks import Layout
+from mmhub.index.vectors import vectors_of
 from mmhub.interfaces import Generation, Policy, own_stream
 from mmhub.model import Model
+from mmhub.verification import _embed
 
 TINY_IMAGES = {"use": "timm", "config": {"architecture": "resnet10t", "image_size": 32}}
 TINY_SOUNDS = {"use": "cnn", "config": {"sample_rate": 8000, "channels": [8, 8], "dim": 32, "dropout": 0.0}}
@@ -119,6 +121,24 @@ def test_what_is_encoded_once_is_what_collate_packs(model: Model) -> None:
     assert fused.ids is not None
     assert torch.equal(stream.ids, fused.ids)
     torch.testing.assert_close(stream.tokens, fused.tokens, rtol=0, atol=1e-5)
+
+
+def test_a_batch_is_fused_with_its_media_where_they_stand_for_embeddings_too(transformer: Model) -> None:
+    before: list[Any] = [said(picture(1), "what is it?")]
+    after: list[Any] = [said("what is it?", picture(1))]
+    batch = transformer.collate([{"messages": before}, {"messages": after}], POLICY)
+    seen: list[Tensor] = []
+    hook = transformer.fusion.register_forward_hook(lambda *args: seen.append(own_stream(args[-1]).ids))  # type: ignore
+    with torch.inference_mode():
+        first, second = own_stream(transformer.fused(batch)).tokens
+        transformer.embed([{"messages": before}, {"messages": after}])
+        vectors_of(transformer, batch, "text")
+        _embed(transformer, batch, "fused")
+    hook.remove()
+    assert not torch.allclose(first, second, atol=1e-3)
+    assert len(seen) == 4
+    assert not torch.equal(seen[0][0], seen[0][1])
+    assert all(torch.equal(seen[0], ids) for ids in seen)
 
 
 def test_writing_with_a_cache_is_writing_without(model: Model) -> None:
@@ -299,6 +319,63 @@ def test_a_file_that_has_changed_is_seen_anew(transformer: Model, tmp_path: Path
     assert seen["image"] == [1, 1]
 
 
+def test_what_was_changed_in_place_is_seen_anew(transformer: Model) -> None:
+    drawn, buffer, clip = picture(1), np.array(picture(1)), sound(1)
+    tensor, pair = torch.tensor(buffer).permute(2, 0, 1), (clip["array"].copy(), 8000)
+    changes: list[tuple[Any, Any]] = [
+        (drawn, lambda: drawn.paste(picture(2))),
+        (buffer, lambda: buffer.fill(0)),
+        (tensor, tensor.zero_),
+        (clip, lambda: clip["array"].fill(0)),
+        (pair, lambda: pair[0].fill(0)),
+    ]
+    for raw, change in changes:
+        kind = "audio" if isinstance(raw, (dict, tuple)) else "image"
+        question = [{"type": kind, kind: raw}]
+        talk = Conversation(transformer, settings=Generation(max_new_tokens=3))
+        with watched(transformer) as seen:
+            talk.ask(question)
+            talk.ask("same?")
+            assert seen[kind] == [1]
+            change()
+            talk.ask(question)
+        assert seen[kind] == [1, 1]
+    wanted = transformer.chat(talk.messages[:-1], Generation(max_new_tokens=3), truncate=True)
+    assert talk.messages[-1]["content"] == wanted
+
+
+def test_a_new_object_at_the_place_of_a_forgotten_one_has_its_own_number_of_tokens(transformer: Model) -> None:
+    talk = Conversation(transformer, settings=SETTINGS)
+    media = talk._memory.media
+    clip = sound(1, 0.3)
+    talk.ask([*said(clip)["content"]])
+    talk.reset()
+    clip["array"] = sound(1, 0.9)["array"]  # as if the memory were used again
+    asked = transformer.messages_of({"audio": clip})
+    assert media.size(asked) == Media(transformer, POLICY).size(asked)
+
+
+def test_equal_content_is_encoded_once_and_another_rate_is_other_content(transformer: Model) -> None:
+    media, clip = Media(transformer, POLICY), sound(1)
+    same = clip | {"array": clip["array"].copy()}
+    with watched(transformer) as seen:
+        media.read([transformer.messages_of({"messages": [said(clip, same, picture(1), picture(1))]})])
+        media.read([transformer.messages_of({"audio": clip | {"sampling_rate": 4000}})])
+    assert (seen["image"], seen["audio"]) == ([1], [1, 1])
+
+
+def test_features_of_turns_that_were_left_out_are_not_kept(transformer: Model) -> None:
+    talk = Conversation(transformer, settings=SETTINGS)
+    for number in range(5):
+        found = talk.ask([*said(picture(number), "x" * 30)["content"]])
+    media = talk._memory.media
+    assert len(media._items) == 5 - found["truncated"] < 5
+    assert len(media._sizes) == 5  # else all of them were encoded in each turn
+    with watched(transformer) as seen:
+        talk.ask("y")
+    assert not seen["image"]
+
+
 def test_only_what_stands_in_a_conversation_is_kept(transformer: Model) -> None:
     talk = Conversation(transformer, settings=SETTINGS)
     talk.ask([*said(picture(1), "a")["content"]])
@@ -308,6 +385,8 @@ def test_only_what_stands_in_a_conversation_is_kept(transformer: Model) -> None:
     assert [key[0] for key in kept] == ["audio"]
     talk.reset()
     assert not talk._memory.media._items
+    assert not talk._memory.media._sizes
+    assert not talk._memory.media._looked
     assert talk._memory._asked is None
 
 
@@ -319,12 +398,17 @@ def test_samples_become_questions_and_answers_at_the_end_of_a_conversation_are_l
     assert answers[0]["text"] == answers[1]["text"]
     answered = {"messages": [*MIXED[1], said("a bird", role="assistant")]}
     assert transformer.predict(answered)[0]["text"] == transformer.predict({"messages": MIXED[1]})[0]["text"]
+    with pytest.raises(InputError, match="holds messages and 'image'; give messages or image/audio/text") as caught:
+        transformer.predict([one[1], {"messages": MIXED[1], "image": picture(1), "audio": None}])
+    assert caught.value.row == 1
     with pytest.raises(InputError, match="holds no message of the user") as caught:
         transformer.generate([one[0], {"messages": [said("a", role="assistant")]}], SETTINGS)
     assert caught.value.row == 1
     with pytest.raises(InputError, match=r"no file 'b\.png'") as caught:
         transformer.generate([one[0], {"text": "a", "image": ["b.png"]}], SETTINGS)
     assert (caught.value.row, caught.value.modality) == (1, "image")
+    with pytest.raises(InputError, match=r"no file '~nosuch/b\.png'"):
+        transformer.chat([{"role": "user", "content": [{"type": "image", "image": "~nosuch/b.png"}]}])
 
 
 def test_several_texts_and_beams_are_written_about_media_too(transformer: Model) -> None:
@@ -385,6 +469,7 @@ def test_a_model_says_what_it_cannot_take() -> None:
         blind.chat([said("a"), said(sound(1), role="assistant"), said("b")])
 
 
+@pytest.mark.slow
 def test_what_was_heard_is_transcribed_and_then_asked_about() -> None:
     """Two recordings are learned by heart, each with a transcript and an answer in the turn after it."""
     torch.manual_seed(0)

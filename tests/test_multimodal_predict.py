@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,7 @@ def test_the_last_question_of_each_conversation_of_a_table_is_answered(run: Run,
     there = [{"type": "image", "image": str(table.parent / "bird.png")}, {"type": "text", "text": "what?"}]
     wanted = model.chat([{"role": "user", "content": there}], max_new_tokens=6)
     assert found == [wanted, wanted, model.chat(rows[2], max_new_tokens=6)]
+    assert texts(run("predict", "m", "--data", str(table), *SHORT, "--json")) == found, "the column needs no naming"
     assert run("predict", "m", "--data", str(table), *how, "--out", "out.jsonl").stdout == ""
     assert [json.loads(line)["text"] for line in (folder / "out.jsonl").read_text().splitlines()] == found
     table.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "image", "image": "no.png"}]}]}))
@@ -129,17 +131,20 @@ def test_wrong_files_are_named_before_anything_is_asked(run: Run, folder: Path) 
 
 
 class Talk:
-    """Remembers what it is asked; the first question fails if it is to."""
+    """Remembers what it is asked; the first question fails if it is to, or is answered so and not remembered."""
 
-    def __init__(self, fails: bool = False) -> None:
+    def __init__(self, fails: bool = False, first: dict[str, Any] | None = None) -> None:
         self.asked: list[Any] = []
         self.messages: list[dict[str, Any]] = []
-        self._fails = fails
+        self._fails, self._first = fails, first
 
     def ask(self, content: Any, stream: Any) -> dict[str, Any]:
         if self._fails:
             self._fails = False
             raise InputError("the conversation is too long")
+        if self._first is not None:
+            found, self._first = self._first, None
+            return found
         self.asked.append(content)
         self.messages.append({"role": "user", "content": content})
         return {"text": "ok", "finish": "end"}
@@ -221,6 +226,72 @@ def test_nothing_is_lost_by_a_mistake(type_in: Any, folder: Path, capsys: Any) -
     assert "notes.txt' is nothing that this model takes" in shown
     assert "did you mean '/image'" in shown
     assert "the conversation is too long" in shown
+
+
+@pytest.mark.parametrize(
+    "talk",
+    [
+        {"first": {"text": "", "finish": "interrupted"}},
+        {"first": {"refused": "no", "guard": "g"}},
+        {"fails": True},
+    ],
+)
+@pytest.mark.parametrize("lines", [("/image cat.png", "what?"), ("cat.png what?",)])
+def test_what_is_attached_stays_until_a_question_is_remembered(
+    type_in: Any, folder: Path, capsys: Any, talk: dict[str, Any], lines: tuple[str, ...]
+) -> None:
+    found = type_in(*lines, "again?", "more?", talk=Talk(**talk))
+    assert found.asked == [[part("image", "cat.png"), part("text", "again?")], "more?"]
+    assert ("still attached: (image: cat.png); /drop" in capsys.readouterr().err) != ("fails" in talk)
+
+
+def test_no_path_ends_the_program(type_in: Any, folder: Path, capsys: Any) -> None:
+    long = "/tmp/" + "x" * 300
+    lines = ("/image ~nosuch/x.png", f"/save {long}", f"{long} what?", f"/image {long}")
+    talk = type_in("/save ~nosuch/x.json", *lines, "hi")
+    assert talk.asked == ["hi"]
+    shown = capsys.readouterr().err
+    assert "no file '~nosuch/x.png'" in shown
+    assert shown.count(f"no file '{long}'") == 2
+    assert (folder / "~nosuch" / "x.json").exists()  # as a shell writes it
+
+
+def test_a_folder_that_is_dropped_is_said_to_be_one(model: Model, folder: Path) -> None:
+    for line in (str(folder), f"'{folder}'", f"{folder} what?"):
+        with pytest.raises(UsageError, match="is a folder") as caught:
+            Attachments(model, Policy()).dropped(line)
+        assert caught.value.hint == "drop the files that are in it"
+
+
+def test_a_column_beside_the_conversations_is_not_left_out_in_silence(run: Run, folder: Path) -> None:
+    talk = [{"role": "user", "content": "what?"}]
+    table = folder / "talks.jsonl"
+    how = ("predict", "m", "--data", str(table), "--inputs", "text=messages,image=image", *SHORT)
+    table.write_text(json.dumps({"messages": talk, "image": "no.png"}) + "\n")
+    error = run(*how).exception
+    assert isinstance(error, InputError)
+    assert "row 1" in error.message and "the sample holds messages and 'image'" in error.message
+    table.write_text(json.dumps({"messages": talk, "image": ""}) + "\n")
+    assert len(texts(run(*how, "--json"))) == 1
+
+
+def test_a_column_of_all_inputs_is_read_as_conversations_whatever_it_holds(
+    run: Run, model: Model, folder: Path
+) -> None:
+    asked = [{"role": "user", "content": [part("image", "bird.png"), part("text", "what?")]}]
+    columns = ["--inputs", "text=m,image=m,audio=m", *SHORT, "--json"]
+    table = folder / "tables" / "talks.csv"
+    table.parent.mkdir()
+    picture(4).save(table.parent / "bird.png")
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([["m"], [json.dumps(asked)]])
+    there = [{"role": "user", "content": [part("image", "tables/bird.png"), part("text", "what?")]}]
+    assert texts(run("predict", "m", "--data", str(table), *columns)) == [model.chat(there, max_new_tokens=6)]
+    Path("talks.jsonl").write_text(json.dumps({"m": asked}) + '\n{"m": "hi"}\n')
+    error = run("predict", "m", "--data", "talks.jsonl", *columns).exception
+    assert isinstance(error, InputError)
+    assert "talks.jsonl row 2" in error.message
+    assert "a conversation is a list of messages, got 'hi'" in error.message
 
 
 def test_help_lists_what_the_model_takes(type_in: Any, folder: Path, capsys: Any) -> None:

@@ -131,6 +131,8 @@ def test_tokens_that_are_no_square_grid_are_not_shuffled() -> None:
         ({"kind": "resampler", "heads": 3}, "a resampler of 3 heads does not divide the language model's width, 8"),
         ({"kind": "mpl"}, "mlp"),
         ({"stack": 0}, "stack"),
+        ({"shuffle": 65}, "shuffle of a projector is 65, and at most 64"),
+        ({"kind": "resampler", "queries": 10**9}, "at most 4096"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(table: dict[str, Any], error: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from mmhub.adapters import apply_lora
 from mmhub.build import compose
 from mmhub.config import LoraRecipe
-from mmhub.errors import PluginError, UsageError
+from mmhub.errors import PluginError, TrustError, UsageError
 from mmhub.hub import load
 from mmhub.model import Model
 from mmhub.quantize import Int4Linear, Int8Linear, _TorchaoInt4, quantize, weight_bytes
@@ -63,6 +64,31 @@ def test_rows_have_the_same_products_few_or_many_at_a_time() -> None:
     packed = Int8Linear(torch.randn(48, 96), None)
     x = torch.randn(64, 96)
     assert distance(torch.cat([packed(part) for part in x.split(8)]), packed(x)) < 2e-3
+
+
+ODD_WIDTHS = """
+import torch
+from mmhub.quantize import Int8Linear
+for width in (100, 300, 341):
+    for rows in (1, 2, 3, 5):
+        packed, x = Int8Linear(torch.randn(width, width), None), torch.randn(rows, width)
+        want = x @ (packed.codes.float() * packed.scale.float()[:, None]).T
+        assert (packed(x) - want).norm() < 0.01 * want.norm(), (width, rows)
+"""
+
+
+def test_widths_that_the_kernel_reads_beyond_are_multiplied_without_it() -> None:
+    done = subprocess.run([sys.executable, "-c", ODD_WIDTHS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr  # in a process of its own, for reading on ended it
+
+
+@pytest.mark.parametrize("make", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 3e38])
+def test_weights_that_are_no_numbers_are_not_quantised(make: Any, value: float) -> None:
+    weight = torch.randn(32, 64)
+    weight[3, 5], weight[3, 6] = value, -value
+    with pytest.raises(TrustError, match="infinite or not a number"):
+        make(weight, None)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -335,6 +335,15 @@ def test_a_report_says_no_folders_of_the_data(tmp_path: Path) -> None:
     assert numbers["unreadable"] == ["test.csv row 3, column 'image': no file 'c.png'; check the path", errors[1]]
 
 
+def test_a_conversation_is_shown_by_message_and_without_its_answer(tmp_path: Path) -> None:
+    content = [{"type": "text", "text": "what is it?"}, {"type": "image", "image": str(tmp_path / "cat.png")}]
+    talk = [{"role": "user", "content": content}, {"role": "assistant", "content": "the right one"}]
+    for value in (talk, json.dumps(talk)):
+        shelf = Shelf(open_rows([{"messages": value}]), {"text": "messages"}, Policy())
+        (shown,) = shelf.inputs_of(0)
+        assert shown.text == "user: what is it? ‹image›"  # noqa: RUF001
+
+
 def test_answers_that_are_no_numbers_are_the_worst(tmp_path: Path) -> None:
     predictions = [{"value": value} for value in (1.0, 9.0, float("nan"))]
     rows = [{"text": "x"}] * 3

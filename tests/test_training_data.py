@@ -38,6 +38,7 @@ def on_base(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, **data: Any) -> Rec
     recipe.model.base = "./base"
     known = SimpleNamespace(**({"inputs": {}, "target": "", "columns": [], "document": "row"} | data))
     monkeypatch.setattr(mmhub.engine.data, "pull", lambda name: name)
+    monkeypatch.setattr(mmhub.engine.data, "is_checkpoint", lambda path: True)
     monkeypatch.setattr(mmhub.engine.data, "read_config", lambda path: SimpleNamespace(data=known, components=[]))
     return with_base_columns(recipe, Path("none"), None, resume=False)
 

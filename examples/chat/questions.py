@@ -4,7 +4,8 @@ PICTURES holds train.parquet and valid.parquet with the columns image {bytes, pa
 audio {bytes, path} and digit. OUT gets train.jsonl and valid.jsonl with the column messages, and the media they name.
 
 A conversation has a picture, a recording, both in either order, or neither, and one to three questions about them in
-any order. What is shown and said in those of valid.jsonl is in none of train.jsonl.
+any order. What is shown and said in those of valid.jsonl is in none of train.jsonl. digits.jsonl and pictures.jsonl ask
+one question each of the same held-out media, "Which digit is spoken?" and "What is in the picture?".
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ def main() -> None:
             for _ in range(rows):
                 file.write(json.dumps({"messages": conversation(pictures, digits, rng)}) + "\n")
         print(f"{args.out / split}.jsonl: {rows} conversations, {len(pictures)} pictures, {len(digits)} recordings")
+    for kind, name in (("image", "pictures"), ("audio", "digits")):
+        with (args.out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for _ in range(ROWS["valid"]):
+                file.write(json.dumps({"messages": one_question(kind, pictures, digits, rng)}) + "\n")
 
 
 def save(table: Path, kind: str, label: str, out: Path, split: str, ending: str) -> list[tuple[str, str]]:
@@ -68,6 +73,20 @@ def conversation(pictures: list[Any], digits: list[Any], rng: random.Random) -> 
         parts = rng.choice([[*media, text], [text, *media]]) if number == 0 else [text]
         messages += [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
     return messages
+
+
+def one_question(kind: str, pictures: list[Any], digits: list[Any], rng: random.Random) -> list[dict[str, Any]]:
+    """The first question about a picture or a recording, with or without the other, in any order."""
+    kinds = rng.choice([("image", "audio"), ("audio", "image"), (kind,)])
+    media = []
+    for one in kinds:
+        path, label = rng.choice(pictures if one == "image" else digits)
+        media.append({"type": one, one: path})
+        if one == kind:
+            question, answer = (about_picture(label) if kind == "image" else about_digit(int(label)))[0]
+    text = {"type": "text", "text": question}
+    parts = rng.choice([[*media, text], [text, *media]])
+    return [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
 
 
 def about_picture(label: str) -> list[Question]:

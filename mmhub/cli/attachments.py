@@ -62,18 +62,22 @@ class Attachments:
         from the root on, or in quotes.
 
         Raises:
-            UsageError, NotFoundError, InputError: the whole line is files, and one is not of use.
+            UsageError, NotFoundError, InputError: the whole line is files, and one is not of use, or the line begins
+                with a folder.
         """
         words = list(_WORD.finditer(line))
         files = [_file(word[0]) for word in words]
         if line.startswith(("/", "'/", '"/', "file:")) and None in files[:1] and "/" in words[0][0].strip("'\"/"):
-            check_files((_plain(words[0][0]),))
+            path = _plain(words[0][0])
+            check_files((path,))
+            if os.path.isdir(path):
+                raise UsageError(f"'{path}' is a folder", "drop the files that are in it")
         alone = None not in files
         found, text, begun = [], 0, False
-        for word, path in zip(words, files, strict=True):
-            kind = self._kind(path, sure=alone) if path and (not begun or _is_dropped(word[0])) else ""
-            if kind and path:
-                found += [*_text(line[text : word.start()]), {"type": kind, kind: path}]
+        for word, file in zip(words, files, strict=True):
+            kind = self._kind(file, sure=alone) if file and (not begun or _is_dropped(word[0])) else ""
+            if kind and file:
+                found += [*_text(line[text : word.start()]), {"type": kind, kind: file}]
                 text = word.end()
             else:
                 begun = True

@@ -192,21 +192,25 @@ class _Terminal:
 
     def _take(self, parts: list[Part]) -> None:
         """Attach files that were dropped, and ask what stands beside them."""
-        for part in parts:
-            if part["type"] != "text":
-                note(attached(part), self._quiet)
-        if any(part["type"] == "text" for part in parts):
-            self._ask([*self._attachments.parts, *parts])
-        else:
-            self._attachments.parts += parts
+        files = [part for part in parts if part["type"] != "text"]
+        for part in files:
+            note(attached(part), self._quiet)
+        content = [*self._attachments.parts, *parts]
+        self._attachments.parts += files  # before the question, which may fail
+        if len(files) < len(parts):
+            self._ask(content)
 
     def _ask(self, content: Any) -> None:
+        before = len(self._talk.messages)
         found = self._talk.ask(content, show)
-        self._attachments.parts = []
         print(flush=True)
         if found.get("finish") == "interrupted":
             note("(interrupted)")
         _explain(found, self._quiet)
+        if len(self._talk.messages) > before:
+            self._attachments.parts = []
+        elif self._attachments.parts:
+            note(f"still attached: {' '.join(map(attached, self._attachments.parts))}; /drop forgets it", self._quiet)
 
     def _help(self, rest: str) -> None:
         print("\n".join(f"{name}  {text}" for name, text in self._texts.items()))
@@ -235,8 +239,8 @@ class _Terminal:
     def _save(self, rest: str) -> None:
         if not rest:
             raise UsageError("a file is missing", "/save FILE")
-        path = Path(rest).expanduser()
-        if path.exists():
+        path = Path(os.path.expanduser(rest))
+        if os.path.exists(path):
             raise UsageError(f"'{path}' exists", "name another file")
         from mmhub.files import disk_errors, write_file
 

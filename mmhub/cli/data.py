@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from mmhub.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from mmhub.cli.spans import Shown, Teller
+    from mmhub.config import Recipe
 
 _OPEN, _CLOSE = "\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}", "\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}"
 _WIDTH = 60  # characters of a value that are shown
@@ -34,6 +35,7 @@ def data() -> None:
 @click.option("--model", "name", metavar="NAME", help="The model that reads the data, where SOURCE is no recipe.")
 @click.option("--rows", "count", type=click.IntRange(min=1), default=3, show_default=True, help="How many rows.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe.")
+@click.option("--stage", type=click.IntRange(min=1), help="Whose data is shown, of a recipe with stages. Default: 1.")
 @columns_options
 @click.option("--target-column", metavar="COL", help="The column that holds the truth.")
 @quiet_option
@@ -44,6 +46,7 @@ def show(
     name: str | None,
     count: int,
     overrides: tuple[str, ...],
+    stage: int | None,
     inputs: str | None,
     columns: str | None,
     target_column: str | None,
@@ -53,18 +56,25 @@ def show(
     """Show the first rows of SOURCE: a table, a folder, a Hub data set, or a recipe, whose training data it is then.
 
     With --loss, texts are shown as the model reads them. What counts in the loss is green, or stands in [[ ]]; what a
-    message counts other than 1 is said behind it. A recipe's tokenizer is made as training makes it; nothing is
-    trained.
+    message counts other than 1 is said behind it. A recipe's tokenizer is made as training makes it, of the data of all
+    its stages; nothing is trained.
     """
     recipe = name is None and source.endswith(".toml") and Path(source).is_file()
-    if not recipe and (overrides or (loss and name is None)):
-        raise UsageError("--set changes a recipe, and --loss needs one or a model", "name a recipe, or give --model")
+    for option, value in (("--set", overrides), ("--stage", stage)):
+        if value and not recipe:
+            what = "with --model no recipe is read" if name is not None else f"'{source}' is no recipe"
+            raise UsageError(f"{option} is about a recipe, and {what}", "name a recipe alone, or leave it out")
+    if loss and name is None and not recipe:
+        raise UsageError("--loss needs a recipe, or a model that reads the data", "name a recipe, or give --model")
     if not loss:
-        rows, wanted = _open(source, overrides, parse_names(columns)) if recipe else _table(source, columns)
+        rows, wanted = _open(source, overrides, stage or 1) if recipe else _table(source, columns)
         _show_rows(rows, wanted, count, as_json)
         return
     given = parse_mapping(inputs, "--inputs")
-    sample = _of_recipe(source, overrides) if recipe else _of_model(name or "", source, given, columns, target_column)
+    if recipe:
+        sample = _of_recipe(source, overrides, stage or 1)
+    else:
+        sample = _of_model(name or "", source, given, columns, target_column or "")
     skipped: list[str] = []
     shown = list(islice(sample.rows(skipped), count))
     for text in skipped:
@@ -101,48 +111,77 @@ class _Sample:
                 skipped.append(problem)
 
 
-def _of_recipe(path: str, overrides: tuple[str, ...]) -> _Sample:
+def _of_recipe(path: str, overrides: tuple[str, ...], stage: int) -> _Sample:
+    """What a recipe trains in a stage, by the model as it is built: of what all of them read."""
     from mmhub.build import build_model
     from mmhub.cli.spans import Teller
-    from mmhub.config import read_recipe
-    from mmhub.engine.data import TrainingData, with_base_columns
+    from mmhub.engine.data import TrainingData
+    from mmhub.engine.language_feed import block_size
     from mmhub.interfaces import Policy, find_task
 
     folder = Path(path).resolve().parent
-    recipe = with_base_columns(read_recipe(Path(path), overrides), folder, folder, resume=False)
-    task = find_task(recipe.task)
-    given = TrainingData(recipe, task, folder)
-    model = build_model(task, recipe.model, given.values, columns=given.columns, folder=folder, seed=recipe.seed)
-    limit = recipe.train.block_size or getattr(model.decoder, "context", 0) or 0
+    recipes = _recipes(path, overrides, stage)
+    recipe, task = recipes[stage - 1], find_task(recipes[0].task)
+    known: list[Any] = []
+    parts: list[TrainingData] = []
+    for one in recipes:
+        if one.data not in known:
+            known.append(one.data)
+            parts.append(TrainingData(one, task, folder))
+    given = parts[known.index(recipe.data)]
+
+    def values(name: str) -> Iterable[Any]:
+        return chain(*(data.values(name) for data in parts))
+
+    joined = values if len(parts) > 1 else given.values
+    model = build_model(task, recipe.model, joined, columns=parts[0].columns, folder=folder, seed=recipe.seed)
+    decoder: Any = model.decoder
+    limit = int(getattr(decoder, "context", 0) or 0)
+    if recipe.train.block_size and decoder.reads_text:
+        limit = block_size(recipe.train.block_size, decoder)
     policy = Policy(urls=recipe.data.allow_urls)
-    teller = Teller(model, given.rows, dict(model.columns.inputs), given.target, policy, int(limit))
+    teller = Teller(model, given.rows, dict(model.columns.inputs), given.target, policy, limit)
     return _Sample(teller, given.rows, given.document if task.reads_text else "", recipe.data.on_error == "skip")
 
 
-def _of_model(name: str, source: str, inputs: dict[str, str], columns: str | None, target: str | None) -> _Sample:
+def _recipes(path: str, overrides: tuple[str, ...], stage: int) -> list[Recipe]:
+    """The recipes of all stages, or the recipe alone where it has none; there is one of that number."""
+    from mmhub.config import read_recipe, stage_recipe
+    from mmhub.engine.data import with_base_columns
+    from mmhub.engine.stages import whole_recipe
+
+    folder = Path(path).resolve().parent
+    recipe = read_recipe(Path(path), overrides)
+    count = len(recipe.train.stages)
+    if stage > max(count, 1):
+        raise UsageError(f"there is no stage {stage}: the recipe has {count or 'no'} stages", "leave --stage out")
+    if not count:
+        return [with_base_columns(recipe, folder, folder, resume=False)]
+    recipe = whole_recipe(recipe, folder, folder, resume=False)
+    return [stage_recipe(recipe, number) for number in range(1, count + 1)]
+
+
+def _of_model(name: str, source: str, inputs: dict[str, str], columns: str | None, target: str) -> _Sample:
     from mmhub.cli.spans import Teller
-    from mmhub.data.sources import open_rows, require_columns
-    from mmhub.evaluation import input_columns
+    from mmhub.data.sources import open_rows
+    from mmhub.evaluation import find_columns
     from mmhub.hub import load
 
     model = load(name, device="cpu")
     rows = open_rows(source, columns=parse_names(columns) or list(model.columns.names) or None)
-    wanted = target or model.columns.target
-    require_columns(rows, [wanted] if wanted else [], "name the column with --target-column")
+    wanted, target = find_columns(model, rows, inputs, target)
     limit = int(getattr(model.decoder, "context", 0) or 0)
-    teller = Teller(model, rows, input_columns(model, rows, inputs), wanted, limit=limit)
+    teller = Teller(model, rows, wanted, target, limit=limit)
     return _Sample(teller, rows, (model.columns.document or "row") if model.task.reads_text else "")
 
 
-def _open(path: str, overrides: tuple[str, ...], names: list[str]) -> tuple[Any, list[str]]:
+def _open(path: str, overrides: tuple[str, ...], stage: int) -> tuple[Any, list[str]]:
     """The training rows of a recipe, and the columns that are read."""
-    from mmhub.config import read_recipe
-    from mmhub.engine.data import TrainingData, with_base_columns
+    from mmhub.engine.data import TrainingData
     from mmhub.interfaces import find_task
 
-    folder = Path(path).resolve().parent
-    recipe = with_base_columns(read_recipe(Path(path), overrides), folder, folder, resume=False)
-    given = TrainingData(recipe, find_task(recipe.task), folder)
+    recipe = _recipes(path, overrides, stage)[stage - 1]
+    given = TrainingData(recipe, find_task(recipe.task), Path(path).resolve().parent)
     return given.rows, list(dict.fromkeys([*given.inputs.values(), *([given.target] if given.target else [])]))
 
 
@@ -160,7 +199,7 @@ def _show_rows(rows: Any, wanted: list[str], count: int, as_json: bool) -> None:
     numbered = rows.numbered() if isinstance(rows, Stream) else enumerate(rows)
     first = [(rows.where(number), row) for number, row in islice(numbered, count)]
     total = rows.rows if isinstance(rows, Stream) else len(rows)
-    found = [{"where": where, **{name: _plain(cell(row, name)) for name in wanted}} for where, row in first]
+    found = [{"where": where, "values": {name: _plain(cell(row, name)) for name in wanted}} for where, row in first]
     text = table(["row", *wanted], [[where, *(_short(cell(row, name)) for name in wanted)] for where, row in first])
     known = "" if total is None else f"{total} rows\n"
     emit({"rows": total, "columns": wanted, "first": found}, as_json, known + text)

@@ -215,7 +215,8 @@ def _text(report: dict[str, Any]) -> str:
     text += f"\n{more} more numbers by label: see --json or --report" if more else ""
     text += f"\nwithheld from all rows: {', '.join(report['withheld'])}" if report.get("withheld") else ""
     text += f"\n{report['shortened']} conversations lost their oldest turns" if report.get("shortened") else ""
-    return text + (f"\n{report['skipped']} unreadable rows were skipped" if report["skipped"] else "")
+    why = "unreadable rows" if not report.get("withheld") else "rows, unreadable or with nothing left to answer,"
+    return text + (f"\n{report['skipped']} {why} were skipped" if report["skipped"] else "")
 
 
 def _few(names: list[str]) -> tuple[list[str], int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +153,12 @@ def _check_folder(out: Path) -> None:
 def check_files(files: tuple[str, ...]) -> None:
     """Report a wrong path before a model is loaded for it."""
     for text in files:
-        path = Path(text).expanduser()
-        if not text.startswith(("http://", "https://")) and not path.exists():
-            near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise NotFoundError(f"no file '{text}'", did_you_mean(path.name, near) or "check the path")
+        path = os.path.expanduser(text)  # pathlib raises for an unknown user, and for a name that is too long
+        if not text.startswith(("http://", "https://")) and not os.path.exists(path):
+            near: list[str] = []
+            with suppress(OSError, ValueError):
+                near = os.listdir(os.path.dirname(path) or ".")
+            raise NotFoundError(f"no file '{text}'", did_you_mean(os.path.basename(path), near) or "check the path")
 
 
 def _pair(part: str) -> tuple[str, str]:
@@ -189,8 +193,6 @@ def _one(given: dict[str, list[Any]]) -> dict[str, Any]:
 def _predict_table(
     model: Any, answer: Answer, data: str, inputs: str | None, columns: str | None, batch_size: int
 ) -> list[dict[str, Any]]:
-    from mmhub.data.cells import cell
-    from mmhub.data.loader import usable
     from mmhub.data.sources import open_rows
     from mmhub.evaluation import input_columns
 
@@ -199,10 +201,7 @@ def _predict_table(
     answers: list[dict[str, Any]] = []
     for start in range(0, len(rows), batch_size):
         stop = min(start + batch_size, len(rows))
-        samples = [
-            _sample({m: usable(m, cell(rows[i], c), rows.folder(i), len(wanted) == 1) for m, c in wanted.items()})
-            for i in range(start, stop)
-        ]
+        samples = [_sample(model, rows[i], wanted, rows.folder(i)) for i in range(start, stop)]
         try:
             answers += answer(samples, start)
         except InputError as error:
@@ -212,11 +211,20 @@ def _predict_table(
     return answers
 
 
-def _sample(found: dict[str, Any]) -> dict[str, Any]:
+def _sample(model: Any, row: Mapping[str, Any], columns: Mapping[str, str], folder: Path | None) -> dict[str, Any]:
     """A row's inputs as a sample; the column of the text may hold a conversation, which has the media in it."""
-    from mmhub.data.loader import is_conversation
+    from mmhub.conversation import of_json
+    from mmhub.data.cells import cell
+    from mmhub.data.loader import is_conversation, usable
 
-    return {"messages": found["text"]} if is_conversation(found.get("text")) else found
+    found = {m: usable(m, cell(row, column), folder, len(columns) == 1) for m, column in columns.items()}
+    talk = cell(row, columns["text"]) if "text" in columns else None
+    talk = of_json(talk) if model.converses else talk
+    only = model.converses and len(columns) > 1 and len(set(columns.values())) == 1  # what it holds is a conversation
+    if not only and not is_conversation(talk):
+        return found
+    beside = {m: raw for m, raw in found.items() if raw is not None and columns[m] != columns["text"]}
+    return {"messages": usable("text", talk, folder)} | beside
 
 
 def _write(out: Path, predictions: list[dict[str, Any]]) -> None:

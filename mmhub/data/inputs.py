@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmhub.conversation import Message, media_of, read_messages
+from mmhub.conversation import Message, media_of, of_json, read_messages
 from mmhub.errors import InputError
 
 
@@ -17,8 +17,10 @@ def usable(modality: str, value: Any, folder: Path | None = None, alone: bool = 
 
     The empty text is a text where text is the only input (`alone`), and a missing one beside others. A list of raw
     inputs loses those that are missing; a list that holds numbers is data, and its gaps are part of it. A conversation
-    is itself for text, and its inputs of that modality for any other.
+    is itself for text, and its inputs of that modality for any other, which may be written as JSON, too.
     """
+    if modality != "text" and is_conversation(talk := of_json(value)):
+        value = talk
     if is_conversation(value):
         return _of_talk(value, modality, folder)
     if modality == "text" and isinstance(value, Mapping):  # a pair of texts

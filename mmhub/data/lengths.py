@@ -117,8 +117,8 @@ def measure_talks(
         try:
             talk = reader.read(row, start(number))
             sizes = reader.positions(talk.messages) | {"text": [len(talk.script.ids)]}
-        except LongTalk:
-            store.add_long()
+        except LongTalk as error:
+            store.add_long(error)
             continue
         except InputError:
             store.add(None)

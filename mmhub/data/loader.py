@@ -25,7 +25,7 @@ from mmhub.conversation import media_of, pack_scripts
 from mmhub.data.cells import cell
 from mmhub.data.inputs import is_conversation as is_conversation
 from mmhub.data.inputs import usable as usable
-from mmhub.data.talks import EmptyRow, ReadTalks, Talk, TalkReader
+from mmhub.data.talks import EmptyRow, NothingLeft, ReadTalks, Talk, TalkReader
 from mmhub.data.talks import read_talk as read_talk
 from mmhub.errors import InputError, MmhubError
 from mmhub.interfaces import Decoder, Policy
@@ -140,9 +140,9 @@ class Collate:
             try:
                 return Loaded(self._batch(kept), skipped=skipped)
             except InputError as error:
-                if error.row is None or not self.skip:
-                    return Loaded(error=self._explain(error, kept), skipped=skipped)
-                skipped.append(str(self._explain(error, kept)))
+                if error.row is None or not (self.skip or isinstance(error, NothingLeft)):
+                    return Loaded(error=self.explain(error, kept), skipped=skipped)
+                skipped.append(str(self.explain(error, kept)))
                 del kept[error.row]
         return Loaded(skipped=skipped)
 
@@ -187,6 +187,7 @@ class Collate:
             except InputError as error:
                 error.row = position
                 raise
+        batch.shortened = sum(talk.left_out > 0 for talk in talks)
         batch.raw_targets = [talk.references for talk in talks]
         batch.raw = [{"text": talk.asks} for talk in talks]  # for subsets: what is laid out always holds some text
         seeds = None if self.seed is None else [row_seed(self.seed, i) for i, _ in samples]
@@ -228,7 +229,8 @@ class Collate:
         known = self.read.get(modality)
         return None if known is None else [known.row(number) for number in numbers]
 
-    def _explain(self, error: InputError, samples: Sequence[tuple[int, Any]]) -> InputError:
+    def explain(self, error: InputError, samples: Sequence[tuple[int, Any]]) -> InputError:
+        """Say where the row of an error is, and what can be done; `error.row` is its position in `samples`."""
         if error.row is None:
             return error
         column = "" if isinstance(error, EmptyRow) else self.inputs.get(error.modality or "", self.target)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mmhub.conversation import Message, compose, fit_talk, media_of, read_script, text_of
 from mmhub.data.cells import cell
 from mmhub.data.inputs import placed_messages, usable
-from mmhub.errors import InputError
+from mmhub.errors import InputError, UsageError
 from mmhub.interfaces import Policy, Script, describe_raw
 
 
@@ -26,6 +26,10 @@ class EmptyRow(InputError):
     def __init__(self, message: str, row: int | None = None) -> None:
         super().__init__(message)
         self.row = row
+
+
+class NothingLeft(EmptyRow):
+    """A row that holds nothing but what is withheld: no mistake in the data."""
 
 
 class LongTalk(InputError):
@@ -81,6 +85,22 @@ def read_talk(
     return talk, text_of(talk[-1])
 
 
+def talk_column(inputs: Mapping[str, str], usual: str) -> str:
+    """Return the column of conversations, the `usual` one where `inputs` (modality -> column) name none.
+
+    Raises:
+        UsageError: they name another column beside it, which nothing would read.
+    """
+    column = inputs.get("messages") or inputs.get("text") or usual
+    for name, other in inputs.items():
+        if other != column:
+            raise UsageError(
+                f"{name} is in column {other!r}, and conversations, with the media in them, are in column {column!r}",
+                "name the column of messages alone, or a target column where each input has a column of its own",
+            )
+    return column
+
+
 def target_texts(answer: Any) -> list[str]:
     """Return the texts of a target, one or several.
 
@@ -128,6 +148,7 @@ class TalkReader:
 
         Raises:
             InputError: it holds none, or none that can be laid out. LongTalk: its only turn is too long.
+            NothingLeft: all that is asked is withheld.
         """
         messages, references = read_talk(row, self.inputs, self.target, self.processors, folder)
         if self.target and not any(message["content"] for message in messages[:-1]):
@@ -138,6 +159,8 @@ class TalkReader:
             return self._talk(kept, known.script, references, messages)
         script = read_script(self.processors["text"], messages, self.policy)
         kept, script = self._fitted(messages, script) if self.limit else (messages, script)
+        if self.withhold and not any(message["content"] for message in kept if message["role"] != "assistant"):
+            raise NothingLeft(f"without {' and '.join(self.withhold)} nothing is left to answer")
         return self._talk(kept, script, references, messages)
 
     def positions(self, messages: Sequence[Message]) -> dict[str, list[int]]:
@@ -237,7 +260,8 @@ class ReadTalks:
     """What was made of the rows of a table, so that none is laid out twice; flat, to be shared by workers.
 
     Of row i, `ends[i]` is where its ids and weights end, and `place_ends[i]` where its places do. `shortened` rows have
-    left some of their turns out, and those in `too_long` are so with a single one.
+    left some of their turns out, and those in `too_long` are so with a single one: `problem` is the first one's message
+    and hint.
     """
 
     ids: NDArray[np.int32]
@@ -252,6 +276,7 @@ class ReadTalks:
     names: tuple[str, ...]
     shortened: int = 0
     too_long: tuple[int, ...] = ()
+    problem: tuple[str, str | None] = ("", None)
 
     def row(self, number: int) -> ReadTalk | None:
         """Return what was made of a row, None if it is not known."""
@@ -279,6 +304,7 @@ class TalkStore:
         self._ends, self._place_ends = array("q"), array("q")
         self._prompts, self._left_out, self._known = array("i"), array("i"), array("b")
         self._shortened, self._too_long = 0, list[int]()
+        self._problem: tuple[str, str | None] | None = None
 
     def add(self, talk: Talk | None) -> None:
         """Keep the next row, None for one that cannot be read."""
@@ -298,8 +324,9 @@ class TalkStore:
         self._left_out.append(left_out)
         self._known.append(fits)
 
-    def add_long(self) -> None:
+    def add_long(self, error: LongTalk) -> None:
         """Note that the next row is too long."""
+        self._problem = self._problem or (error.message, error.hint)
         self._too_long.append(len(self._ends))
         self.add(None)
 
@@ -320,4 +347,5 @@ class TalkStore:
             names=self.names,
             shortened=self._shortened,
             too_long=tuple(self._too_long),
+            problem=self._problem or ("", None),
         )

@@ -22,7 +22,7 @@ from mmhub.data.inputs import Anything, usable
 from mmhub.data.loader import epoch_order
 from mmhub.data.sources import Rows, open_rows, require_columns
 from mmhub.data.stream import Stream, open_stream, wants_stream
-from mmhub.data.talks import read_talk, target_texts
+from mmhub.data.talks import read_talk, talk_column, target_texts
 from mmhub.errors import InputError, UsageError
 from mmhub.hub.pull import load, pull
 from mmhub.interfaces import Task, find_task
@@ -87,10 +87,29 @@ class TrainingData:
     def _talks(self) -> Iterator[list[dict[str, Any]]]:
         """Yield the rows as conversations with their answers; of those that are none training will say so."""
         numbered = self.rows.numbered() if isinstance(self.rows, Stream) else enumerate(self.rows)
-        inputs = {name: column for name, column in self.inputs.items() if name == "text" or not self.target}
         for number, row in numbered:
             with suppress(InputError):
-                yield read_talk(row, inputs, self.target, Anything(inputs), self.rows.folder(number))[0]
+                yield self._talk(self.rows, number, row)
+
+    def _talk(self, rows: Rows | Stream, number: int, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        inputs = {name: column for name, column in self.inputs.items() if name == "text" or not self.target}
+        return read_talk(row, inputs, self.target, Anything(inputs), rows.folder(number))[0]
+
+    def check_talks(self) -> None:
+        """Try the first rows as conversations; a table of anything else is better known before the first stage.
+
+        Raises:
+            InputError: one is none, unless such rows are skipped.
+        """
+        if not self.task.converses or self.recipe.data.on_error == "skip":
+            return
+        for rows in (rows for rows in (self.rows, self.valid) if isinstance(rows, Rows)):
+            for number in range(min(len(rows), 8)):
+                try:
+                    self._talk(rows, number, rows[number])
+                except InputError as error:
+                    place = f"{rows.where(number)}, column '{self.inputs.get(error.modality or '', self.target)}'"
+                    raise InputError(f"{place}: {error.message}", error.hint) from None
 
     def check_targets(self, model: Model) -> None:
         """Try the targets now: a label unseen in training must not end a run after its first epoch."""
@@ -185,8 +204,9 @@ def _inputs(recipe: Recipe, task: Task) -> dict[str, str]:
     """Modality to column; a modality named like a column, or as the task usually names it, needs no entry."""
     given = dict(recipe.data.inputs)
     if task.converses and not recipe.data.target:
-        column = given.pop("messages", given.pop("text", "messages"))
-        return dict.fromkeys([*(given if recipe.model.base else recipe.model.encoders), "text"], column)
+        column = talk_column(given, "messages")
+        media = [m for m in given if m != "messages"] if recipe.model.base else recipe.model.encoders
+        return dict.fromkeys([*media, "text"], column)
     if recipe.model.base:  # its encoders' tables only say what to freeze
         return given if "text" in given or not task.reads_text else given | {"text": "text"}
     usual = {m: c if isinstance(c, str) else "+".join(c) for m, c in task.inputs.items()}
@@ -222,13 +242,14 @@ def with_base_columns(recipe: Recipe, out: Path, folder: Path | None, *, resume:
     if resume and stored.exists():
         known = read_recipe(stored).data
         inputs = known.inputs
+        encoders = [m for m in inputs if m not in ("messages", "text")]
     else:
         known, encoders = _of_base(local_name(recipe.model.base, folder))
         inputs = dict(known.inputs) or {m: m for m in encoders}
-        if talks:
-            column = data.inputs.get("messages") or (known.inputs.get("text") if not known.target else "") or "messages"
-            inputs, known = dict.fromkeys([*encoders, "text"], column), replace(known, {"target": ""})
-    data = replace(data, {"inputs": {}}) if talks else data
+    if talks:
+        column = talk_column(data.inputs, (not known.target and known.inputs.get("text")) or "messages")
+        inputs, known = dict.fromkeys([*encoders, "text"], column), replace(known, {"target": ""})
+        data = replace(data, {"inputs": {}})
     names = known.columns if not (data.inputs or data.target or data.columns) else data.columns
     changes = {"inputs": data.inputs or inputs, "target": data.target or known.target, "columns": names}
     if reads_text:

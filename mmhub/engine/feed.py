@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +20,7 @@ from mmhub.data.loader import Collate, Loaded, load_batches, on_device, row_seed
 from mmhub.data.plan import plan_epoch, plan_window
 from mmhub.data.sources import Rows
 from mmhub.data.stream import Stream
-from mmhub.engine.ranks import Ranks
+from mmhub.engine.ranks import Ranks, shared
 from mmhub.engine.state import Position
 from mmhub.errors import InputError, MmhubError, UsageError
 
@@ -181,26 +182,29 @@ def stand_in(collate: Collate, rows: Rows | Stream) -> Batch:
     for numbered in rows.numbered() if isinstance(rows, Stream) else enumerate(rows):
         if (loaded := single([numbered])).batch is not None:
             return loaded.batch
-    raise InputError("none of the training rows could be read", "check the data")
+    raise shared(InputError("none of the training rows could be read", "check the data"))
 
 
-def stand_in_items(collate: Collate, rows: Rows | Stream) -> dict[str, Items]:
+def stand_in_items(collate: Collate, rows: Rows | Stream, most: int | None = None) -> dict[str, Items]:
     """Return one item of every modality, with which ranks run an encoder for which they have none.
 
+    Of conversations, what is in none of the first `most` rows (None: of all) is left out.
+
     Raises:
-        InputError: a modality is in no row.
+        InputError: a modality is in no row, and rows are no conversations.
     """
     found = {}
     for name, column in collate.inputs.items():
         if collate.talks is not None and name == "text":
             continue  # every conversation has one
         cells = rows.cells(column) if isinstance(rows, Stream) else enumerate(rows.column(column))
-        items = (_items_of(collate, name, column, number, value) for number, value in cells)
+        items = (_items_of(collate, name, column, number, value) for number, value in islice(cells, most))
         item = next((one for one in items if one is not None and len(one)), None)
-        if item is None:
+        if item is not None:
+            found[name] = item
+        elif collate.talks is None:
             hint = "leave its encoder out, or train in one process"
-            raise InputError(f"no training row has a readable {name} in column '{column}'", hint)
-        found[name] = item
+            raise shared(InputError(f"no training row has a readable {name} in column '{column}'", hint))
     return found
 
 

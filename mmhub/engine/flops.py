@@ -7,6 +7,7 @@ docs/watching.md has the formulas.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import sys
@@ -78,7 +79,7 @@ class TrainingCost:
         self._encoders: dict[str, _Quadratic] = {}  # FLOPs by item length
         self._tokens: dict[str, _Quadratic] = {}  # output tokens by item length
         self._streams: dict[str, Features] = {}  # one row of each stream that was seen
-        self._projected: dict[str, tuple[float, float]] = {}  # FLOPs and tokens that become of one of an encoder's
+        self._projected: dict[str, tuple[_Quadratic, _Quadratic]] = {}  # FLOPs and tokens by an item's encoded tokens
         self._targets: Any = None
         self._mix: tuple[list[str], _Quadratic] | None = None  # fusion and decoder, by tokens of the named streams
 
@@ -104,23 +105,25 @@ class TrainingCost:
     def of(self, sizes: Sizes) -> float:
         """Return the FLOPs of one training step on a batch of these sizes; what was never measured counts nothing."""
         total, tokens = 0.0, {}
+        encoded = {name: (counts.double().cpu(), rows) for name, (counts, rows) in sizes.features.items()}
         for name, (lengths, rows) in sizes.items.items():
             if name in self._encoders:
                 points = lengths.double().cpu()[:, None]
                 total += float(self._encoders[name](points).sum())
-                tokens[name] = _by_row(self._tokens[name](points), rows, sizes.size)
+                encoded[name] = self._tokens[name](points), rows
             elif name not in self._model.encoders:
                 # texts in one row never see each other: without encoders each is counted by itself
                 alone, found = not len(self._model.encoders), lengths.double().cpu()
                 tokens[name] = found if alone else _by_row(found, rows, sizes.size)
-        tokens |= {name: _by_row(counts.double(), rows, sizes.size) for name, (counts, rows) in sizes.features.items()}
+        absent = torch.zeros(sizes.size, dtype=torch.double)
+        for name, (counts, rows) in encoded.items():
+            tokens[name] = _by_row(counts, rows, sizes.size)
+            if name in self._projected:
+                flops, becomes = (found(counts[:, None]) * (counts > 0) for found in self._projected[name])
+                total += float(flops.sum())
+                tokens["media"] = tokens.get("media", absent) + _by_row(becomes, rows, sizes.size)
         if self._mix is not None:
             names, cost = self._mix
-            absent = torch.zeros(sizes.size, dtype=torch.double)
-            for name in self._projected.keys() & tokens.keys():
-                flops, share = self._projected[name]
-                total += flops * float(tokens[name].sum())
-                tokens["media"] = tokens.get("media", absent) + share * tokens[name]
             points = torch.stack([tokens.get(name, absent) for name in names] or [absent], 1)
             total += float(cost(points[:, : len(names)]).sum())
         return total
@@ -131,7 +134,7 @@ class TrainingCost:
         lengths = sorted({max(1, longest * third // 3) for third in (1, 2, 3)})
         costs, counts = [], []
         for length in lengths:
-            with _counting() as counter:
+            with _counting(self._model) as counter:
                 features = self._model.encode_items(name, _crop_item(item, length))
             costs.append(_with_backward(counter, (encoder,), flowing=False))
             counts.append(float(features.mask.sum()))
@@ -140,15 +143,19 @@ class TrainingCost:
         return replace(features, marks=item.marks)
 
     def _measure_projector(self, name: str, item: Features) -> Features:
-        """What a fusion that reads media item by item makes of one: its cost and its tokens, in proportion to those of
-        the encoder. It is measured whole, for some grids of tokens cannot be cut."""
+        """What a fusion that reads media item by item makes of one: its cost and its tokens, by those of the encoder.
+        A square grid of tokens is cut to smaller squares, for not every fusion takes others."""
         model, nobody = self._model, torch.zeros(1, dtype=torch.long, device=item.mask.device)
-        bundle = model.encode({}, 1) | {name: replace(item, marks=None, pooled=None, rows=nobody)}
-        with _counting() as counter:
-            read = model.fusion(bundle)["fused"]
-        cost = _with_backward(counter, (model.fusion,), any(p.requires_grad for p in model.encoders[name].parameters()))
-        before = max(float(item.mask.sum()), 1.0)
-        self._projected[name] = cost / before, float(read.mask.sum()) / before
+        item, everyone = replace(item, marks=None, pooled=None, rows=nobody), model.encode({}, 1)
+        flowing = any(p.requires_grad for p in model.encoders[name].parameters())
+        lengths, costs, counts = _thirds(max(1, int(item.mask.sum()))), [], []
+        for length in lengths:
+            with _counting(model) as counter:
+                read = model.fusion(everyone | {name: _crop(item, length)})["fused"]
+            costs.append(_with_backward(counter, (model.fusion,), flowing))
+            counts.append(float(read.mask.sum()))
+        points = torch.tensor(lengths, dtype=torch.double)[:, None]
+        self._projected[name] = _Quadratic(points, costs), _Quadratic(points, counts)
         return Features(read.tokens[read.mask][None], read.mask[read.mask][None])
 
     def _measure_mix(self) -> None:
@@ -162,7 +169,7 @@ class TrainingCost:
         for steps in combinations_with_replacement(range(len(names) + 1), 2):
             point = [full[name] - full[name] // 3 * (2 - steps.count(i)) for i, name in enumerate(names)]
             cropped = {name: _crop(bundle[name], count) for name, count in zip(names, point, strict=True)}
-            with _counting() as counter:
+            with _counting(model) as counter:
                 self._join(bundle | cropped)
             points.append(point)
             costs.append(_with_backward(counter, (model.fusion, model.decoder), flowing))
@@ -229,6 +236,13 @@ def _longest_item(items: Items) -> Items:
     return Items(items.data[one], items.mask[one], torch.zeros_like(items.rows[:1]), 1, marks)
 
 
+def _thirds(length: int) -> list[int]:
+    """A third, two thirds and the whole of a sequence, or the squares of those of the side of a square grid."""
+    side = math.isqrt(length)
+    whole, power = (side, 2) if side**2 == length else (length, 1)
+    return sorted({max(1, whole * third // 3) ** power for third in (1, 2, 3)})
+
+
 def _crop_item(items: Items, length: int) -> Items:
     along = items.data.ndim > 1 and items.data.shape[1] == items.mask.shape[1]  # pixels (N, C, H, W) have a mask (N, 1)
     data = items.data[:, :length] if along else items.data
@@ -289,10 +303,20 @@ def _untouched(model: Model, precision: torch.dtype) -> Iterator[None]:
                 module.training = training
 
 
-def _counting() -> FlopCounterMode:
+@contextmanager
+def _counting(model: nn.Module) -> Iterator[FlopCounterMode]:
+    """Count what runs inside, with nothing to be trained: PyTorch's counter looks for the gradient function of what a
+    module is given, and a view of a trained parameter has none here."""
     from torch.utils.flop_counter import FlopCounterMode  # takes a third of a second, and only GPUs want it
 
-    return FlopCounterMode(display=False, custom_mapping=_missing_formulas())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        with FlopCounterMode(display=False, custom_mapping=_missing_formulas()) as counter:
+            yield counter
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:

@@ -234,9 +234,10 @@ class _Run:
         turns = self.feed.turns(self.position)
         while not self._done():
             turn = self._next(turns)
-            own = sum(batch.weight for batch in turn.batches if batch) if turn else 0.0
+            batches = [batch for batch in turn.batches if batch] if turn else []
+            own, short = sum(batch.weight for batch in batches), sum(batch.shortened for batch in batches)
             facts = (turn is not None, bool(turn and turn.error), len(turn.skipped) if turn else 0, bool(self.stop))
-            total, going, failed, skipped, stopped = self.ranks.sum(own, *facts)
+            total, shortened, going, failed, skipped, stopped = self.ranks.sum(own, short, *facts)
             if failed:
                 raise self._shared_error(turn)
             if stopped:
@@ -245,6 +246,8 @@ class _Run:
                 return
             if skipped:
                 self._tell_skipped(turn)
+            if shortened and isinstance(self.rows, Stream):  # of other rows it is known, and told, from the start
+                self._tell_shortened(int(shortened))
             if total:
                 self._step(turn or Turn(), total)
             self._advance(turn)
@@ -285,6 +288,11 @@ class _Run:
             for text in texts:
                 self.position.skipped += 1
                 self.reporter.say(f"skipped: {text}")
+
+    def _tell_shortened(self, count: int) -> None:
+        if not self.position.shortened:
+            self.reporter.say("some conversations are longer than what is read at once: their last turns are left out")
+        self.position.shortened += count
 
     def _step(self, turn: Turn, total: float) -> None:
         rate = self.stepper.rate(self.position.step)
@@ -479,6 +487,8 @@ class _Run:
         self.reporter.say(f"done in {seconds:.0f} s, best at step {position.best_step or position.step}: {folder}")
         if position.skipped:
             self.reporter.say(f"{position.skipped} unreadable rows were skipped")
+        if position.shortened:
+            self.reporter.say(f"{position.shortened} times the last turns of a conversation were left out")
         (skipped,) = self.ranks.sum(self.rows.skipped if isinstance(self.rows, Stream) else 0)
         if skipped:
             self.reporter.say(f"{skipped:.0f} unreadable shards or rows of the stream were skipped")

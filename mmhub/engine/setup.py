@@ -6,7 +6,6 @@ import hashlib
 import math
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -21,7 +20,7 @@ from mmhub.data.lengths import Lengths, measure_rows, measure_talks
 from mmhub.data.loader import Collate
 from mmhub.data.sources import Rows
 from mmhub.data.stream import Stream
-from mmhub.data.talks import TalkReader
+from mmhub.data.talks import LongTalk, TalkReader
 from mmhub.device import find_precision
 from mmhub.engine.averages import Averages
 from mmhub.engine.compute import prepare_model
@@ -35,7 +34,7 @@ from mmhub.engine.mixing import make_mixer
 from mmhub.engine.optimizer import make_optimizer
 from mmhub.engine.parallel import Parallel
 from mmhub.engine.ranks import Ranks, shared
-from mmhub.engine.stages import Stage
+from mmhub.engine.stages import Stage, same_begun
 from mmhub.engine.state import Checkpoints, Position
 from mmhub.errors import InputError, MmhubError, UsageError
 from mmhub.interfaces import Policy, find_task
@@ -46,6 +45,9 @@ from mmhub.weights import copy_parameters
 _FREE = {
     "checkpoint_every": 1, "keep": 1, "log_every": 1, "device": "", "parallel": "auto", "cache_gb": 1.0, "profile": 0
 }  # fmt: skip
+
+
+_LOOKED_AT = 1000  # rows of a stream that are looked at for an item of a modality
 
 
 class Setup:
@@ -71,13 +73,15 @@ class Setup:
         stage: Stage | None = None,
     ) -> None:
         self.stage = stage
-        self.recipe, self.folder = with_base_columns(recipe, out, folder, resume=resume), folder
+        self.recipe = with_base_columns(recipe, out, folder, resume=resume) if stage is None else recipe
+        self.folder = folder
         self.resolved = resolved(self.recipe, folder)
         if (noise := self.resolved.data.noise) and not Path(noise).is_dir():
             raise UsageError(f"data.noise: no folder '{noise}'", "name one relative to the recipe")
         self.ranks, self.device, self._quiet = ranks, ranks.device, quiet
         self.task, self.options = find_task(recipe.task), recipe.train
-        if self.options.batch_size == "auto" and (ranks.several or self.task.reads_text):
+        sizes = [one.train.batch_size for one in (stage.recipes if stage is not None else [recipe])]
+        if "auto" in sizes and (ranks.several or self.task.reads_text):
             what = "one process" if ranks.several else "rows of their own, not for blocks of text"
             raise UsageError(f'train.batch_size = "auto" is for {what}', "give a number of rows")
         self.precision = find_precision(recipe.train.precision, self.device)
@@ -180,8 +184,9 @@ class Setup:
         assert lengths.talks is not None
         shortened, too_long = lengths.talks.shortened, lengths.talks.too_long
         if too_long and self.recipe.data.on_error == "stop":
-            collate = replace(self._collate(), rows=rows, talks=reader)
-            raise collate([(too_long[0], rows[too_long[0]])]).error or AssertionError
+            number, error = too_long[0], LongTalk(*lengths.talks.problem)
+            error.row, error.modality = 0, "text"
+            raise shared(replace(self._collate(), rows=rows).explain(error, [(number, {})]))
         if shortened or too_long:
             what = f"{shortened + len(too_long)} of {len(rows)} conversations are longer than {reader.limit} tokens"
             left = f"the {'last' if reader.newest else 'first'} turns of {shortened} are left out"
@@ -195,6 +200,7 @@ class Setup:
             model = load(self.stage.start)
             model.parents = self.stage.parents
             copy_parameters(model)
+            self.stage.check(model)  # what has not begun may have been changed
             self.data.check_targets(model)
         else:
             model = self._built()
@@ -210,6 +216,9 @@ class Setup:
     def _built(self) -> Model:
         """The model as it is before any training; what stages have data of their own is read for all of them."""
         others = self.stage.other_data(self.task, self.folder) if self.stage is not None else []
+
+        for data in others:
+            data.check_talks()
 
         def joined(name: str) -> Iterable[Any]:
             return chain(*(data.values(name) for data in (self.data, *others)))
@@ -328,6 +337,10 @@ class Setup:
         if self.task.reads_text:
             return stand_in_text().to(self.device)
         examples = stand_in_items(self._collate(), self.rows)
+        if self.model.converses:
+            for name in (name for name in self.model.encoders if name not in {*examples, *self.model.frozen}):
+                self.model.freeze(name)
+                self._say(f"no training row has any {name}: its encoder is frozen")
         known = {name: items.to(self.device) for name, items in examples.items()}
         self.model.stand_ins = {name: items for name, items in known.items() if name not in self._features}
         batch = stand_in(replace(self._collate(), features=self._features), self.rows)
@@ -337,10 +350,10 @@ class Setup:
     def _take_part(self) -> None:
         """Let encoders run in every step, as on several ranks: momentum moves weights that have no gradient."""
         collate = self._collate()
-        for name in (name for name in self.model.encoders if name not in self.model.frozen):
-            alone = replace(collate, inputs={name: collate.inputs.get(name, "")})
-            with suppress(InputError):  # no row has any
-                self.model.stand_ins |= {n: x.to(self.device) for n, x in stand_in_items(alone, self.rows).items()}
+        learning = {m: c for m, c in collate.inputs.items() if m in self.model.encoders and m not in self.model.frozen}
+        most = _LOOKED_AT if isinstance(self.rows, Stream) else None
+        examples = stand_in_items(replace(collate, inputs=learning), self.rows, most)
+        self.model.stand_ins = {name: items.to(self.device) for name, items in examples.items()}
 
     def _say(self, text: str) -> None:
         if not self._quiet:
@@ -366,11 +379,13 @@ def check_out(out: Path, recipe: Recipe, *, resume: bool) -> None:
 
 
 def _check_same(stored: Recipe, recipe: Recipe, out: Path) -> None:
-    """A resumed run must be the same run: only what changes no result may differ."""
+    """A resumed run must be the same run: only what changes no result may differ, and stages that have not begun."""
     for part in ("task", "seed", "model", "data", "train"):
         old, new = getattr(stored, part), getattr(recipe, part)
         if part == "train":
             old, new = (with_values(x, _FREE) for x in (old, new))
+            if same_begun(old.stages, new.stages, out):
+                new = with_values(new, {"stages": old.stages})
         if part == "data":
             old, new = (with_values(x, {"workers": 0}) for x in (old, new))
         if old != new:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from mmhub.config import Recipe, check_parts, dump_recipe, stage_name, stage_recipe
+from mmhub.config import Recipe, StageRecipe, check_parts, dump_recipe, stage_name, stage_recipe
 from mmhub.engine.data import TrainingData, resolved, with_base_columns
 from mmhub.engine.data import replace as with_values
 from mmhub.engine.mixing import make_mixer
@@ -242,6 +242,17 @@ def whole_recipe(recipe: Recipe, out: Path, folder: Path | None, *, resume: bool
             stage = with_values(stage, {"data": with_values(stage.data, own)})
         stages.append(stage)
     return resolved(with_values(recipe, {"train": with_values(recipe.train, {"stages": stages})}), folder)
+
+
+def same_begun(old: Sequence[StageRecipe], new: Sequence[StageRecipe], out: Path) -> bool:
+    """Say whether the stages that have begun in a run folder are the same; others may be changed, added and left out.
+
+    The last stage stays the last once it has begun, and no other becomes it, for its model has another place.
+    """
+    folders = [out / "stages" / f"{number}-{stage_name(stage)}" for number, stage in enumerate(old, 1)]
+    begun = sum(folder.exists() for folder in folders)
+    last = begun in (len(old), len(new))
+    return 0 < begun <= len(new) and old[:begun] == new[:begun] and (not last or len(old) == len(new))
 
 
 def _finished(stage: Stage, ranks: Ranks) -> Finished | None:

@@ -68,6 +68,7 @@ class Position(msgspec.Struct):
     best_step: int = 0
     evaluations_without_gain: int = 0
     skipped: int = 0
+    shortened: int = 0  # conversations of a stream of which turns were left out, in all epochs
     seconds: float = 0.0
     loss_sum: float = 0.0  # since the last line in metrics.jsonl
     loss_steps: int = 0

@@ -68,6 +68,7 @@ def answer(
     if talk[-1]["role"] != "user":
         raise InputError("the conversation does not end with a message of the user", "add the one to be answered")
     lay, memory = Layout(model, policy), memory or Memory(model, policy)
+    memory.media.look_again()
     lead = Lead(stream) if stream is not None else None
     guarded = model.has_guards
 

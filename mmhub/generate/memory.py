@@ -42,11 +42,12 @@ class Memory:
         self._written: list[int] = []  # what was read of the answer since
         self._latest: tuple[int, Any] | None = None  # how much of that, and the state after it
         self._next: tuple[Any, ...] = ()
+        self._shown: Sequence[Message] = ()  # what was laid out last
 
     def bundle(self, talk: Sequence[Message], script: Script) -> Bundle:
         """Return what `begin` is given for a conversation that ends where the answer begins."""
         bundle = self.media.bundle([talk], [script])
-        self._next = self.media.atoms(talk, script)
+        self._next, self._shown = self.media.atoms(talk, script), talk
         return bundle
 
     def begin(self, bundle: Bundle) -> tuple[Tensor, Any]:
@@ -76,12 +77,12 @@ class Memory:
         with suppress(MmhubError):  # a template may refuse what does not end with a question
             atoms = self.media.atoms(talk, lay(talk))
         self._asked, self._written, self._latest = self._begun_with(atoms) or self._asked, [], None
-        self.media.keep(talk)
+        self.media.keep(self._shown, talk)
 
     def forget(self) -> None:
         """Keep nothing."""
-        self._asked, self._written, self._latest = None, [], None
-        self.media.keep(())
+        self._asked, self._written, self._latest, self._shown = None, [], None, ()
+        self.media.keep((), ())
 
     def _begun_with(self, atoms: tuple[Any, ...]) -> _Mark | None:
         """What was read and is the longest beginning of something, but not all of it."""

@@ -69,8 +69,7 @@ def generate(
             if isinstance(decoder, LanguageModel):
                 return _prompt_bundle(model, decoder, taken, settings, policy, truncate)
             batch, lost = _cut(model, taken, policy) if truncate else (model.collate(taken, policy), [0] * len(rows))
-            batch = batch.to(model.device)
-            return model.fusion(model.encode(batch.items, batch.size)), lost
+            return model.fused(batch.to(model.device)), lost
 
         sizes = [len(text) if isinstance(text := _text(sample), str) else 0 for sample in part]
         rows = [numbers[id(sample)] for sample in part]

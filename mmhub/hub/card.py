@@ -110,7 +110,8 @@ def _origins(facts: Mapping[str, Any], known: Mapping[str, Any], adapted: Sequen
         found["base_model"] = _joined(known.get("base_model"), bases)
         relation = "adapter" if adapted else "finetune"
         found["base_model_relation"] = known.get("base_model_relation") or relation
-    parts = (facts.get("data") or {}).values()
+    runs = facts.get("stages") or [facts]
+    parts = [part for run in runs for part in (run.get("data") or {}).values()]
     ids = [part["id"] for part in parts if part.get("id") and not part.get("readers")]  # a plugin's source is no Hub's
     names = [_dataset(one) for one in ids]
     return found | ({"datasets": _joined(known.get("datasets"), names)} if names else {})
@@ -234,8 +235,17 @@ def _own_use(config: CheckpointConfig, task: Task, name: str, modalities: Sequen
     flags = {"text": "--text TEXT", "image": "--image FILE", "audio": "--audio FILE"}
     options = " ".join(flags.get(m, f"--input {m}=VALUE") for m in modalities)
     call = f'generate {name} "TEXT"' if modalities == ("text",) and task.writes else f"predict {name} {options}"
+    if task.converses:
+        call = " ".join(["chat", name, *(flags[m] for m in modalities if m in ("image", "audio"))])
     lines = ["```sh", f"pip install {needs}", f"mmhub {call}", "```", ""]
-    if len(modalities) > 1:
+    if task.converses:
+        others = ", ".join(m for m in modalities if m != "text")
+        lines += (
+            [f"Items ({others}) may stand anywhere in a conversation, any number of them or none.", ""]
+            if others
+            else []
+        )
+    elif len(modalities) > 1:
         lines += ["Any subset of the inputs works; what is missing is left out of the command.", ""]
     return lines
 
@@ -253,7 +263,9 @@ def _library_use(library: str, architecture: str, name: str) -> list[str]:
 
 
 def _table(result: Mapping[str, Any]) -> list[str]:
-    whole = "all rows" if result.get("task") == "chat" else "all inputs given"  # of conversations each has its own
+    subsets = result.get("subsets", {})
+    apart = sum(values.get("rows", 0) for values in subsets.values()) == result["rows"]  # each row is in one of them
+    whole = "all rows" if apart or result.get("task") == "chat" else "all inputs given"
     rows = {whole: result["metrics"], **{f"{k} only": v for k, v in result.get("subsets", {}).items()}}
     keys = [name for _, name, _ in _numbers(result["metrics"])]
     lines = ["| inputs | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
@@ -268,18 +280,14 @@ def _training(facts: Mapping[str, Any]) -> list[str]:
     origins = [f"The {parent['part']} started from {_pinned(parent)}." for parent in facts.get("parents") or ()]
     if "steps" not in facts:
         return [*origins, "Not trained by mmhub." if origins else "Not recorded."]
-    data = facts.get("data", {}).get("train", {})
-    source = ", ".join(f"`{file['name']}` ({file['sha256'][:12]})" for file in data.get("files", []))
-    if data.get("readers"):
-        source = f"{source or '`' + data['id'] + '`'} (read by {', '.join(data['readers'])})"
-    elif data.get("id"):
-        source = f"`{data['id']}` ({str(data.get('revision', '?'))[:12]})"
-    what = f"{data.get('rows', '?')} rows of {source or 'unrecorded data'}"
     how = f"seed {facts.get('seed', '?')}, in {facts.get('seconds', '?')} s on {facts.get('hardware', '?')}"
-    lines = [f"{facts.get('steps', '?')} optimizer steps over {what}, {how}."]
-    for number, stage in enumerate(facts.get("stages") or (), 1):
+    stages = facts.get("stages") or ()
+    what = "" if stages else f" over {_rows_of(facts)}"
+    lines = [f"{facts.get('steps', '?')} optimizer steps{what}, {how}."]
+    for number, stage in enumerate(stages, 1):
         parts = ", ".join(stage.get("parts", ()))
-        lines.append(f"Stage {number}, {stage.get('name', '?')}: {stage.get('steps', '?')} steps on {parts}.")
+        steps = f"{stage.get('steps', '?')} steps on {parts}, over {_rows_of(stage)}"
+        lines.append(f"Stage {number}, {stage.get('name', '?')}: {steps}.")
     lines += origins
     code = facts.get("code")
     if code:
@@ -289,3 +297,14 @@ def _training(facts: Mapping[str, Any]) -> list[str]:
     if versions:
         lines.append("Versions: " + ", ".join(f"{key} {value}" for key, value in versions.items()) + ".")
     return lines
+
+
+def _rows_of(facts: Mapping[str, Any]) -> str:
+    """What a run, or a stage of it, was trained on."""
+    data = facts.get("data", {}).get("train", {})
+    source = ", ".join(f"`{file['name']}` ({file['sha256'][:12]})" for file in data.get("files", []))
+    if data.get("readers"):
+        source = f"{source or '`' + data['id'] + '`'} (read by {', '.join(data['readers'])})"
+    elif data.get("id"):
+        source = f"`{data['id']}` ({str(data.get('revision', '?'))[:12]})"
+    return f"{data.get('rows', '?')} rows of {source or 'unrecorded data'}"

@@ -117,12 +117,11 @@ def load_foreign(name: str, folder: Path) -> Model:
     for path in sorted(folder.rglob("*.safetensors")):
         check_header(path)
     try:
-        parts = reader.read(folder)
+        return join(reader.read(folder), name)
     except (MmhubError, KeyboardInterrupt):
         raise
     except BaseException as error:
         raise PluginError(f"'{name}' cannot be read as a {reader.library} model: {cause(error)}") from error
-    return join(parts, name)
 
 
 def join(parts: ForeignParts, name: str) -> Model:
@@ -176,6 +175,8 @@ def _senses(parts: ForeignParts) -> dict[str, Encoder]:
 
 def _reader_parts(parts: ForeignParts, encoders: Mapping[str, Encoder]) -> tuple[Fusion, Decoder, dict[str, str]]:
     """A decoder that reads text itself, and the fusion that passes it on, among the tokens of other modalities."""
+    import torch
+
     from mmhub.fusion.interleave import Interleave
     from mmhub.interfaces import Stream, decode_config
 
@@ -184,9 +185,10 @@ def _reader_parts(parts: ForeignParts, encoders: Mapping[str, Encoder]) -> tuple
         raise PluginError("a plugin read a model without an encoder and without a decoder that reads text")
     streams = {modality: encoder.stream for modality, encoder in encoders.items()} | {"text": Stream(decoder.dim)}
     config = decode_config(Interleave.Config, {"projectors": dict(parts.projectors)}, "mmhub/interleave")
-    fusion = Interleave(config, streams)
+    with torch.device("meta"):  # a stranger's numbers take no memory before they are compared
+        fusion = Interleave(config, streams)
     try:
-        fusion.load_state_dict(dict(parts.weights))
+        fusion.load_state_dict(dict(parts.weights), assign=True)
     except RuntimeError as error:
         raise TrustError(f"what joins its parts does not fit them: {cause(error)}") from None
     return fusion, decoder, {"fusion": "mmhub/interleave", "decoder": parts.decoder_id}

@@ -47,7 +47,7 @@ def check_query(model: Model, query: Mapping[str, Any], modality: str) -> None:
 @torch.inference_mode()
 def vectors_of(model: Model, batch: Batch, modality: str) -> Vectors:
     """Return a vector of length 1 for each row of a batch on the model's device, (B, D), zero where it has none."""
-    bundle = model.fusion(model.encode(batch.items, batch.size))
+    bundle = model.fused(batch)
     decoder: Any = model.decoder
     if decoder.paired:
         found: Tensor = decoder.vectors(bundle)[modality]

@@ -69,8 +69,8 @@ class Script:
         ids: of its text, (S,) long. weights: what predicting each of them counts in training, (S,) float.
         places: of each picture, sound and so on, in order, its modality and its place among ids and items together.
         prompt: how many ids stand before the last answer, all of them where there is none yet.
-        turns: how many ids and items, together, each message takes up; they add up to all. What stands before the first
-            message and after the last is part of these.
+        turns: of a conversation with its answer, how many ids and items, together, each message takes up; they add up
+            to all. What stands before the first message and after the last is part of these.
     """
 
     ids: Tensor
@@ -122,7 +122,8 @@ class LanguageProcessor(Processor):
 
         A message is {"role", "content"[, "weight"]}; its content is a text or a list of parts, {"type": "text", "text"}
         or {"type": modality, ...}. What the assistant wrote is trained, with the weight of its message, the token that
-        ends it included. A conversation that ends with a message of the user is laid out up to where the answer begins.
+        ends it included. A conversation that ends with a message of the user is laid out up to where the answer begins,
+        and nothing of it is trained.
 
         Raises:
             UsageError: there is no chat template. InputError: the conversation does not fit it.

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 from mmhub.errors import InputError
 
+_BYTES = (bytes, bytearray, memoryview)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
@@ -35,11 +37,14 @@ def describe_raw(raw: Any) -> str:
     if isinstance(raw, Mapping):
         if not raw.get("path") and raw.get("array") is not None:
             return "the array"
-        return f"'{raw['path']}'" if raw.get("path") else f"{len(raw.get('bytes') or b'')} embedded bytes"
+        if raw.get("path"):
+            return f"'{raw['path']}'"
+        content = raw.get("bytes", b"")
+        return f"{len(content)} embedded bytes" if isinstance(content, _BYTES) else "a struct"
     if isinstance(raw, (str, os.PathLike)):
         text = os.fspath(raw)
         return f"'{text if len(text) <= 200 else text[:200] + '...'}'"
-    if isinstance(raw, (bytes, bytearray, memoryview)):
+    if isinstance(raw, _BYTES):
         return f"{len(raw)} bytes"
     return f"a {type(raw).__name__}"
 
@@ -53,11 +58,13 @@ def raw_bytes(raw: Any, policy: Policy) -> bytes | None:
     if isinstance(raw, Mapping):
         content = raw.get("bytes")
         if content is not None:
+            if not isinstance(content, _BYTES):
+                raise InputError(f"a struct holds as its bytes {describe_raw(content)}", "give bytes, or a path")
             return _bounded(bytes(content), raw, policy)
         if raw.get("path"):
             return raw_bytes(raw["path"], policy)
-        raise InputError(f"a struct with keys {sorted(raw)} holds neither bytes nor a path")
-    if isinstance(raw, (bytes, bytearray, memoryview)):
+        raise InputError(f"a struct with keys {sorted(map(str, raw))} holds neither bytes nor a path")
+    if isinstance(raw, _BYTES):
         return _bounded(bytes(raw), raw, policy)
     if isinstance(raw, (str, os.PathLike)):
         text = os.fspath(raw)
@@ -96,7 +103,16 @@ def local_path(raw: Any, policy: Policy) -> Path | None:
     text = os.fspath(raw)
     if not isinstance(text, str) or text.startswith(("http://", "https://")):
         return None
-    return Path(policy.root, text).expanduser()
+    return _home(policy, text)
+
+
+def _home(policy: Policy, text: str) -> Path:
+    """A path from the policy's folder on; `Path.expanduser` would raise for a user that does not exist."""
+    path = Path(policy.root, text)
+    try:
+        return Path(os.path.expanduser(path))
+    except ValueError:  # no name of a user; reading it will say what is wrong
+        return path
 
 
 def _bounded(content: bytes, raw: Any, policy: Policy) -> bytes:
@@ -112,7 +128,7 @@ def _read_file(text: str, policy: Policy) -> bytes:
         raise InputError(
             f"{describe_raw(text)} is a path, and local files may not be read here", "send the bytes instead"
         )
-    path = Path(policy.root, text).expanduser()
+    path = _home(policy, text)
     with _readable(path):
         if path.is_file() and path.stat().st_size > policy.max_bytes:
             raise InputError(f"'{path}' has {path.stat().st_size} bytes, more than the limit of {policy.max_bytes}")

@@ -83,7 +83,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 loss, gradient = _loss_and_gradient(F.linear(h, matrix, shift), targets[part], real[part], smoothing)
                 total += (loss if weights is None else loss * weights[part]).sum()
                 if any(wanted):
-                    _collect(grads, part, gradient, h, matrix, share[part, None].to(product))
+                    counts = share[part, None].to(product if weights is None else exact)
+                    _collect(grads, part, gradient, h, matrix, counts)
         count = share.sum()
         count = torch.where(count > 0, count, 1)
         ctx.save_for_backward(count, *grads)
@@ -125,11 +126,15 @@ def _collect(
 ) -> None:
     """Add one chunk's share to the gradients of the hidden states, the weight and the bias that are wanted.
 
-    `share` (rows, 1) is what a row counts, 0 where it is ignored; the gradients are those of the sum, not of the mean.
+    `share` (rows, 1) is what a row counts, 0 where it is ignored, in full precision: 0.3 is 0.3008 in bfloat16. The
+    gradients are those of the sum, not of the mean.
     """
     if grads[0] is not None:
         grads[0][part] = (gradient @ weight) * share
     if grads[1] is not None:
-        grads[1] += gradient.T @ (hidden * share)
+        grads[1] += gradient.T @ (hidden * share).to(hidden.dtype)
     if grads[2] is not None:
-        grads[2] += (gradient.T @ share)[:, 0]
+        rounded = share.to(gradient.dtype)
+        grads[2] += (gradient.T @ rounded)[:, 0]
+        if share.dtype != rounded.dtype:  # a copy of the gradient in full precision would be as large as the logits
+            grads[2] += (gradient.T @ (share - rounded).to(gradient.dtype))[:, 0]

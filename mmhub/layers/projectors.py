@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from mmhub.errors import UsageError
 from mmhub.interfaces import ComponentConfig, Width
 
+_MOST = {"hidden": 65_536, "queries": 4096, "depth": 64, "stack": 64, "shuffle": 64}
+
 
 class ProjectorConfig(ComponentConfig, frozen=True):
     """How the items of one modality become tokens of a language model.
@@ -35,6 +37,9 @@ class ProjectorConfig(ComponentConfig, frozen=True):
     norm: bool = False
 
     def __post_init__(self) -> None:
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} of a projector is {getattr(self, name)}, and at most {most}")
         if self.stack > 1 and self.shuffle > 1:
             raise ValueError("stack is for sequences and shuffle for square grids: one of them has to be 1")
         if self.hidden and self.kind != "mlp":

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from mmhub.conversation import of_json, read_messages
 from mmhub.data.cells import cell
-from mmhub.data.loader import usable
+from mmhub.data.inputs import Anything, is_conversation, usable
 from mmhub.data.sources import Rows
 from mmhub.errors import InputError
 from mmhub.interfaces import Policy, raw_bytes
@@ -27,9 +28,11 @@ SECONDS, RATE = 6.0, 16000  # of a sound that is cut
 MAX_SOUND = 150_000  # bytes up to which a sound file stays as it is
 MAX_TEXT = 600  # characters
 MAX_ITEMS = 4  # pictures or sounds of one row
+MAX_MESSAGES = 8  # of a conversation, the last ones
 BUDGET = 4_500_000  # bytes of pictures and sounds in a page
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # that are decoded: those mmhub-image reads
 
+_OPEN, _CLOSE = "\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}", "\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}"
 _NAMED = re.compile(r"(?<!\w)(?<!label )'(?=\S)(?:[^'\n]|(?<=\w)'(?=\w))*[/\\]([^/\\\n]+?)(?<=\S)'(?!\w)")
 
 
@@ -78,6 +81,8 @@ class Shelf:
     def _show(self, name: str, value: Any) -> list[Shown]:
         if value is None:
             return [Shown(name, "note", f"no {name}")]
+        if is_conversation(talk := of_json(value)):
+            return [Shown(name, "text", text) for text in said_in(talk)]
         if name not in ("image", "audio"):
             return [Shown(name, "text", text) for text in texts_of(value)]
         alone = not isinstance(value, (list, tuple)) or (name == "audio" and _samples(value) is not None)
@@ -110,6 +115,30 @@ def texts_of(value: Any) -> list[str]:
     else:
         parts = [str(value)]
     return [shorten(part) for part in parts]
+
+
+def said_in(talk: Any) -> list[str]:
+    """Return the messages of a conversation as texts, without the last answer: the truth is shown beside it.
+
+    >>> said_in([{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a cat"}])
+    ['user: what?']
+    """
+    try:
+        messages = read_messages(talk, Anything())
+    except InputError as error:
+        return [f"no conversation: {error.message}"]
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    texts = [
+        shorten(f"{message['role']}: {' '.join(_part(part) for part in message['content'])}")
+        for message in asked[-MAX_MESSAGES:]
+    ]
+    more = len(asked) - MAX_MESSAGES
+    return ([f"{more} more messages"] if more > 0 else []) + texts
+
+
+def _part(part: Mapping[str, Any]) -> str:
+    """A part of a message; of media their kind, for they are shown beside it."""
+    return str(part["text"]) if part["type"] == "text" else f"{_OPEN}{part['type']}{_CLOSE}"
 
 
 def shorten(text: str, most: int = MAX_TEXT) -> str:

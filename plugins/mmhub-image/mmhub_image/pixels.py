@@ -5,14 +5,15 @@ Pixels stay uint8, a quarter of the bytes that workers hand over and a GPU is se
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from mmhub.errors import InputError, TrustError, UsageError
+from mmhub.errors import InputError, PluginError, TrustError, UsageError
 from mmhub.interfaces import Policy, Processor, describe_raw
 from mmhub_image.decode import open_image
 from mmhub_image.library import library, quiet, reason
@@ -24,7 +25,8 @@ KINDS = (
 )
 # A picture is one item here: what cuts it into several tiles is switched off.
 _WHOLE = {"do_image_splitting": False, "crop_to_patches": False}
-_SWITCHES = {"return_row_col_info", "image_processor_type", "processor_class", "data_format", "device"}
+MAX_SIDE = 4096  # pixels of a side: a model's folder may not ask for more memory than pictures may
+_SIDES = {"height", "width", "shortest_edge", "longest_edge"}
 _RAW = {"do_rescale": False, "do_normalize": False}
 
 
@@ -37,10 +39,15 @@ class VisionProcessor(Processor):
     def __init__(self, kind: str, settings: Mapping[str, Any]) -> None:
         if kind not in KINDS:
             raise UsageError(f"the image processor {kind!r} of transformers is not used here", _known())
-        whole = {key: value for key, value in _WHOLE.items() if key in settings}
-        self.kind, self.settings = kind, dict(settings) | whole
-        with quiet():
-            self._library: Any = getattr(library(), kind)(**self.settings)
+        known = _checked(settings)
+        self.kind, self.settings = kind, known | {key: value for key, value in _WHOLE.items() if key in known}
+        try:
+            with quiet():
+                self._library: Any = getattr(library(), kind)(**self.settings)
+        except PluginError:
+            raise
+        except Exception as error:  # whatever the library makes of settings that do not fit each other
+            raise TrustError(f"{kind} does not accept these settings: {reason(error)}") from None
 
     @classmethod
     def of_folder(cls, folder: Path) -> Self:
@@ -56,9 +63,8 @@ class VisionProcessor(Processor):
                 )
         except Exception as error:  # whatever the library makes of damaged files
             raise TrustError(f"'{folder}' does not say how pictures are prepared: {reason(error)}") from None
-        settings = {key: _plain(value) for key, value in found.to_dict().items() if key not in _SWITCHES}
         kind = type(found).__name__.removesuffix("Fast").removesuffix("Pil")
-        return cls(kind, {key: value for key, value in settings.items() if value is not None})
+        return cls(kind, _plain(found.to_dict()))
 
     @classmethod
     def of_size(cls, size: int) -> Self:
@@ -104,6 +110,53 @@ class VisionProcessor(Processor):
         if short and short**2 * max(size) / min(size) > policy.max_pixels:
             what = f"{size[0]}x{size[1]} pixels"
             raise InputError(f"{describe_raw(raw)} is too narrow ({what})", "crop it first")
+
+
+def _checked(settings: Any) -> dict[str, Any]:
+    """The settings that are used here, of whatever a stranger's file has under their names.
+
+    Raises:
+        TrustError: one is not possible, or would make pictures that fill the memory.
+    """
+    if not isinstance(settings, Mapping):
+        raise TrustError(f"the settings of an image processor are a table, not {str(settings)[:80]!r}")
+    known = {key: value for key, value in settings.items() if key in _SETTINGS and value is not None}
+    for key, value in known.items():
+        if not _SETTINGS[key](value):
+            what = f"no image processor has {key} = {str(value)[:80]}"
+            raise TrustError(what, f"sides go from 1 to {MAX_SIDE} pixels; the model may be damaged")
+    return known
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        key in _SIDES and type(side) is int and 1 <= side <= MAX_SIDE for key, side in value.items()
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_three(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_number, value))
+
+
+_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(
+        ("do_resize", "do_center_crop", "do_pad", "do_convert_rgb", "do_rescale", "do_normalize"), _is_switch
+    ),
+    **dict.fromkeys((*_WHOLE, "default_to_square"), _is_switch),
+    **dict.fromkeys(("size", "crop_size", "pad_size", "max_image_size"), _is_size),
+    "resample": lambda value: type(value) is int and 0 <= value <= 5,
+    "rescale_factor": lambda value: _is_number(value) and value > 0,
+    "image_mean": _are_three,
+    "image_std": lambda value: _are_three(value) and min(value) > 0,
+}
 
 
 def _known() -> str:

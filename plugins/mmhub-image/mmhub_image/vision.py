@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from mmhub.batch import Features
 from mmhub.errors import TrustError, UsageError, did_you_mean
+from mmhub.hub.integrity import read_index
 from mmhub.interfaces import ComponentConfig, Encoder, Policy
 from mmhub_image.library import library, quiet, reason
-from mmhub_image.pixels import VisionProcessor
+from mmhub_image.pixels import MAX_SIDE, VisionProcessor
 
 # Each type with the class it is built as; `AutoModel` would take other types, too.
 TOWERS = {
@@ -99,8 +101,16 @@ class VisionTower(Encoder):
         """
         table = _read_description(Path(path)) | dict(config.config)
         processor = VisionProcessor.of_folder(Path(path))
-        encoder = cls(msgspec.structs.replace(config, config=table), processor)
-        encoder.tower = _load(_describe(table), encoder.layers, Path(path))
+        described, shapes = _describe(table), _own_shapes(Path(path))
+        if int(described.num_hidden_layers) > len(shapes):
+            raise _no_fit(Path(path), f"{described.num_hidden_layers} layers of {len(shapes)} tensors")
+        with torch.device("meta"):  # what a stranger's config.json asks for takes no memory before it is compared
+            encoder = cls(msgspec.structs.replace(config, config=table), processor)
+        wanted, stored = sum(p.numel() for p in encoder.tower.parameters()), sum(map(math.prod, shapes.values()))
+        if wanted > 2 * stored:
+            raise _no_fit(Path(path), f"a tower of {wanted:,} numbers, of which they hold {stored:,}")
+        encoder.tower = _load(described, encoder.layers, Path(path))
+        encoder.mean, encoder.std = processor.scale()
         return encoder
 
     def token_count(self, positions: int) -> int:
@@ -108,8 +118,14 @@ class VisionTower(Encoder):
         if self._tokens_each is None:
             size = self.processor.read(torch.zeros(3, 64, 64, dtype=torch.uint8), Policy()).shape
             weight = next(self.tower.parameters())
-            with torch.no_grad():
-                self._tokens_each = self._tokens(weight.new_zeros(1, *size)).shape[1]
+            training = [module for module in self.tower.modules() if module.training]
+            self.tower.eval()  # dropout would change the random state
+            try:
+                with torch.no_grad():
+                    self._tokens_each = self._tokens(weight.new_zeros(1, *size)).shape[1]
+            finally:
+                for module in training:
+                    module.training = True
         return positions * self._tokens_each
 
     def forward(self, data: Tensor, mask: Tensor) -> Features:
@@ -138,7 +154,7 @@ def _describe(table: Mapping[str, Any]) -> Any:
         UsageError: the type or a key is unknown (near matches are suggested), or a value is not possible.
     """
     kind = table.get("model_type")
-    if kind not in TOWERS:
+    if not isinstance(kind, str) or kind not in TOWERS:
         hint = did_you_mean(str(kind), TOWERS) or f"there are {', '.join(TOWERS)}"
         what = f"no vision tower of model_type {kind!r} is known" if kind else "transformers needs to know the model"
         raise UsageError(what, hint if kind else 'give `init`, or config = {model_type = "clip_vision_model", ...}')
@@ -147,6 +163,10 @@ def _describe(table: Mapping[str, Any]) -> Any:
     for key in values:
         if key not in known:
             raise UsageError(f"model_type {kind!r} has no setting {key!r}", did_you_mean(key, known))
+    size = values.get("image_size")
+    for side in size if isinstance(size, (list, tuple)) else [size]:
+        if isinstance(side, (int, float)) and not 1 <= side <= MAX_SIDE:
+            raise UsageError(f"image_size is {side}, and pictures have sides of 1 to {MAX_SIDE} pixels here")
     try:
         return library().AutoConfig.for_model(kind, **values)
     except Exception as error:  # whatever the configuration class makes of a bad value
@@ -219,10 +239,11 @@ def _read_description(folder: Path) -> dict[str, Any]:
     try:
         table = json.loads((folder / "config.json").read_bytes())
         part = table.get("vision_config")
-    except (OSError, ValueError, AttributeError) as error:
-        raise TrustError(f"'{folder / 'config.json'}' is not a configuration of transformers: {error}") from None
-    kind = (part or table).get("model_type") or _WHOLE.get(table.get("model_type"))
-    if kind not in TOWERS:
+        kind = (part or table).get("model_type") or _WHOLE.get(table.get("model_type"))
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        what = f"'{folder / 'config.json'}' is not a configuration of transformers: {reason(error)}"
+        raise TrustError(what) from None
+    if not isinstance(kind, str) or kind not in TOWERS:
         raise UsageError(
             f"'{folder}' holds no vision tower that is known, but a {kind!r}", f"known: {', '.join(TOWERS)}"
         )
@@ -235,15 +256,34 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of the tower, wherever they stand in the folder's files, as fp32."""
-    places = _places(folder)
-    prefix = next(one for one in _PREFIXES if any(name.startswith(one) for name in places))
-    own = [name for name in places if name.startswith(prefix)]
+    prefix, places = _own(folder)
     found: dict[str, Tensor] = {}
-    for file in sorted({places[name] for name in own}):
+    for file in sorted(set(places.values())):
         with safe_open(file, framework="pt") as stored:
-            names = [name for name in own if places[name] == file]
+            names = [name for name in places if places[name] == file]
             found |= {name[len(prefix) :]: stored.get_tensor(name).float() for name in names}
     return found
+
+
+def _own_shapes(folder: Path) -> dict[str, list[int]]:
+    """The shapes of the tower's tensors, by the headers of the files."""
+    _, places = _own(folder)
+    found: dict[str, list[int]] = {}
+    for file in set(places.values()):
+        with safe_open(file, framework="pt") as stored:
+            found |= {name: stored.get_slice(name).get_shape() for name in places if places[name] == file}
+    return found
+
+
+def _own(folder: Path) -> tuple[str, dict[str, Path]]:
+    """What the names of the tower's tensors begin with in the folder, and the file of each."""
+    places = _places(folder)
+    prefix = next(one for one in _PREFIXES if any(name.startswith(one) for name in places))
+    return prefix, {name: file for name, file in places.items() if name.startswith(prefix)}
+
+
+def _no_fit(folder: Path, why: str) -> TrustError:
+    return TrustError(f"the weights in '{folder}' do not fit its config.json: {why}")
 
 
 def _load(described: Any, layers: list[int], folder: Path) -> Any:
@@ -259,7 +299,7 @@ def _load(described: Any, layers: list[int], folder: Path) -> Any:
                 output_loading_info=True,
             )
     except Exception as error:  # other shapes
-        raise TrustError(f"the weights in '{folder}' do not fit its config.json: {reason(error)}") from None
+        raise _no_fit(folder, reason(error)) from None
     _trim(tower, described.model_type, layers)
     missing = sorted(set(report["missing_keys"]) & tower.state_dict().keys())
     if missing:
@@ -272,12 +312,15 @@ def _load(described: Any, layers: list[int], folder: Path) -> Any:
 def _places(folder: Path) -> dict[str, Path]:
     """Which file of the folder holds each tensor."""
     found: dict[str, Path] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
+    names = set(read_index(folder).values()) or {"model.safetensors"}
+    if not any((folder / name).is_file() for name in names):
+        raise TrustError(f"'{folder}' holds no model.safetensors", "convert the weights to safetensors")
+    for file in sorted(folder / name for name in names):
         try:
             with safe_open(file, framework="pt") as stored:
                 found |= dict.fromkeys(stored.keys(), file)
         except (OSError, SafetensorError) as error:
             raise TrustError(f"'{file}' is not a valid safetensors file: {error}", "fetch it again") from None
     if not found:
-        raise TrustError(f"'{folder}' holds no model.safetensors", "convert the weights to safetensors")
+        raise TrustError(f"'{folder}' holds no tensors", "fetch it again")
     return found

@@ -146,6 +146,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         ({"config": {}}, "transformers needs to know the model"),
         ({"config": {"model_type": "clip_vision"}}, "no vision tower of model_type 'clip_vision' is known"),
         ({"config": kind | {"hidden_sise": 8}}, "model_type 'clip_vision_model' has no setting 'hidden_sise'"),
+        ({"config": kind | {"image_size": 10**6}}, "image_size is 1000000, and pictures have sides of 1 to 4096"),
         ({"config": kind, "layer": 13}, "layer 13 of 12 layers"),
         ({"config": kind, "layer": []}, "layer is an empty list"),
     ]
@@ -190,6 +191,86 @@ def test_strips_are_refused_before_they_fill_the_memory() -> None:
     processor = VisionProcessor("CLIPImageProcessor", CROP)
     with pytest.raises(InputError, match="too narrow"):
         processor.read(Image.new("RGB", (60_000, 2)), Policy(max_pixels=1_000_000))
+
+
+STRANGE = [
+    '{"vision_config": "x"}', '{"vision_config": [1]}', '{"model_type": ["vit"]}', "[1]", "[" * 100_000,
+    '{"vision_config": {"model_type": {}}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", STRANGE, ids=lambda text: text[:20])
+def test_a_strange_configuration_is_an_error_of_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises((TrustError, UsageError)) as caught:
+        VisionTower.from_library(VisionTower.Config(), tmp_path)
+    assert "config.json" in caught.value.message or "no vision tower" in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 16_384, "intermediate_size": 65_536}, "of which they hold"),
+        ({"num_hidden_layers": 10**9}, "layers"),
+    ],
+)
+def test_sizes_of_a_configuration_take_no_memory_that_the_weights_do_not(
+    changes: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    saved(tmp_path, "clip_vision_model")
+    table = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(table | changes))
+    with pytest.raises(TrustError, match=f"do not fit its config.json: .*{message}"):
+        VisionTower.from_library(VisionTower.Config(), tmp_path)
+
+
+def test_weights_are_read_from_the_files_that_the_index_names(tmp_path: Path) -> None:
+    model = saved(tmp_path, "clip_vision_model")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")
+    save_file({key: torch.zeros_like(value) for key, value in tensors.items()}, tmp_path / "model-2.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    tower = VisionTower.from_library(VisionTower.Config(), tmp_path)
+    found, want = dict(tower.tower.named_parameters()), dict(model.named_parameters())
+    assert found and all(torch.equal(found[name], want[name]) for name in found)
+
+
+def test_tokens_are_counted_without_a_change_of_state() -> None:
+    config = VisionTower.Config(config={"model_type": "vit", **SIZES, "image_size": 16, "patch_size": 8})
+    config = decode_config(VisionTower.Config, {"config": config.config | {"hidden_dropout_prob": 0.5}}, "here")
+    tower = VisionTower(config, VisionTower.make_processor(config)).train()
+    before = torch.get_rng_state()
+    assert tower.token_count(1) == 5 and torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in tower.modules())
+
+
+IMPOSSIBLE = [
+    {"size": {"height": 100_000, "width": 100_000}}, {"size": {"shortest_edge": 5_000}}, {"crop_size": "x"},
+    {"max_image_size": {"longest_edge": 10**9}}, {"size": {"height": -1, "width": 8}}, {"size": {"height": True}},
+    {"image_mean": "x"}, {"image_mean": [0.5]}, {"image_std": [0, 0, 0]}, {"image_std": [1, 1, float("nan")]},
+    {"resample": 9}, {"rescale_factor": 0}, {"do_resize": "yes"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", IMPOSSIBLE, ids=str)
+def test_settings_that_no_processor_has_are_refused_from_folders_and_checkpoints(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(TrustError, match=f"has {next(iter(settings))} = "):
+        VisionProcessor.from_state({"kind": "CLIPImageProcessor", "settings": CROP | settings}, {})
+    table = {"image_processor_type": "CLIPImageProcessor", **CROP, **settings}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(table))
+    with pytest.raises(TrustError):
+        VisionProcessor.of_folder(tmp_path)
+
+
+def test_other_settings_of_a_checkpoint_never_reach_the_library() -> None:
+    state = {"kind": "CLIPImageProcessor", "settings": CROP | {"device": "meta", "_processor_class": "x", "fetch": 1}}
+    assert VisionProcessor.from_state(state, {}).settings == CROP
 
 
 def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ def read_description(folder: Path, changes: Mapping[str, Any], family: Family | 
     table = read_table(folder / "config.json")
     if not table:
         raise NotFoundError(f"'{folder}' holds no config.json", "give `init` a transformers folder")
-    if table.get("model_type") in family.inside:
+    if str(table.get("model_type")) in family.inside:
         table = language_part(table, folder)
     kind = _model_type(table, family)
     if changes.get("model_type", kind) != kind:
@@ -197,7 +197,7 @@ def load_inside(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: P
     for name, tensor in read_part(folder, _LANGUAGE).items():
         inner = name.removeprefix(base)
         tensors[inner if inner.startswith("lm_head.") else base + inner] = tensor
-    return _load(kind, None, folder, config=config, state_dict=tensors)
+    return _load(kind, None, folder, all_taken=True, config=config, state_dict=tensors)
 
 
 # What the language model's tensors begin with in a larger model; its head may stand beside it.
@@ -236,7 +236,10 @@ def _check_weights(folder: Path) -> None:
     read_index(folder)  # the library itself would follow it to a pickle, or out of the folder
 
 
-def _load(kind: type[PreTrainedModel], source: Path | None, folder: Path, **options: Any) -> PreTrainedModel:
+def _load(
+    kind: type[PreTrainedModel], source: Path | None, folder: Path, all_taken: bool = False, **options: Any
+) -> PreTrainedModel:
+    """Build a model; `all_taken`: refuse tensors that it has no place for."""
     options |= {"dtype": torch.float32, "output_loading_info": True}
     try:
         with quiet():
@@ -245,6 +248,10 @@ def _load(kind: type[PreTrainedModel], source: Path | None, folder: Path, **opti
         raise TrustError(f"the weights in '{folder}' cannot be loaded: {one_line(error)}") from None
     if missing := sorted(set(report["missing_keys"]) - _computed(model)):
         raise TrustError(f"the weights in '{folder}' lack {len(missing)} tensor(s), such as {missing[0]!r}")
+    spare = sorted(name for name in report["unexpected_keys"] if not name.endswith("inv_freq"))
+    if all_taken and spare:
+        what = f"its config.json has no place for {len(spare)} tensor(s) of its language model, such as {spare[0]!r}"
+        raise TrustError(f"the weights in '{folder}' do not fit: {what}")
     loaded: PreTrainedModel = model
     return loaded
 
@@ -367,10 +374,10 @@ def _model_type(table: Mapping[str, Any], family: Family) -> str:
     kind, known = table.get("model_type"), family.types
     if not kind:
         raise UsageError("transformers needs to know the model", 'give `init`, or config = {model_type = "bert", ...}')
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         own = "it needs code of its own, which mmhub never runs" if table.get("auto_map") else None
         raise UsageError(f"transformers has no model_type {kind!r}", own or did_you_mean(str(kind), known))
-    return str(kind)
+    return kind
 
 
 def hyperparameters(kind: type[PreTrainedConfig]) -> set[str]:
@@ -433,7 +440,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TrustError(f"'{path}' is not readable JSON: {one_line(error)}") from None
 
 

@@ -101,7 +101,9 @@ def multimodal_reader(config: Mapping[str, Any]) -> list[ForeignReader]:
     """Offer to read a language model that sees, or to say why not; [] for any other model, such as CLIP."""
     names, parts = config.get("architectures"), ("vision_config", "audio_config")
     writes = isinstance(names, list) and bool(names) and str(names[0]).endswith("ForConditionalGeneration")
-    if config.get("model_type") in JOINTS or (writes and any(isinstance(config.get(key), Mapping) for key in parts)):
+    if str(config.get("model_type")) in JOINTS or (
+        writes and any(isinstance(config.get(key), Mapping) for key in parts)
+    ):
         return [_reader(config)]
     return []
 
@@ -116,7 +118,7 @@ def _reader(config: Mapping[str, Any]) -> ForeignReader:
 
 
 def _refusal(table: Mapping[str, Any]) -> MmhubError | None:
-    kind = table.get("model_type")
+    kind = str(table.get("model_type"))
     if kind not in JOINTS:
         what = f"a multimodal model of model_type {kind!r} is not read here"
         return UsageError(what, f"there are {', '.join(sorted(JOINTS))}")
@@ -137,7 +139,11 @@ def _refusal(table: Mapping[str, Any]) -> MmhubError | None:
 def _described(table: Mapping[str, Any]) -> Any:
     try:
         with quiet():
-            return CONFIG_MAPPING[table["model_type"]].from_dict(dict(table))
+            config = CONFIG_MAPPING[table["model_type"]].from_dict(dict(table))
+            for part in (config.vision_config, config.text_config):
+                if not isinstance(part, PreTrainedConfig):
+                    raise TypeError(f"vision_config and text_config are tables, not {str(part)[:40]!r}")
+            return config
     except Exception as error:  # whatever the configuration class makes of it
         raise TrustError(f"its config.json is not usable: {' '.join(str(error).split())[:300]}") from None
 

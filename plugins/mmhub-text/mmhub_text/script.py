@@ -12,7 +12,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from mmhub_text.tokenizer import parse_tokenizer
 MEDIA = tuple(map(chr, range(0xFDD0, 0xFDD8)))  # one for each modality of a conversation
 CUT = "\ufdd8"  # where a text is cut in two before it is encoded
 FREE = tuple(map(chr, range(0xFDD9, 0xFDF0)))  # for what stands around that which must stay plain text
+_RUNS = re.compile(b"\0+|\1+")  # of characters that need not, or must, stay plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +110,13 @@ class Talk:
     def script(self, read: Reader, stops: Collection[int], check: Callable[[str], str] = str) -> Script:
         """Return ids, weights, places and turns. Trained are answers, each up to the first of the `stops` behind it.
 
-        An answer that the template writes otherwise once more is said after it is not.
+        An answer that the template writes otherwise once more is said after it is not. Where the conversation `asks`,
+        nothing is trained, and no turns are told: they take a layout for each message.
 
         Raises:
             InputError: that is so of the last answer already.
         """
-        answers, borders = self._spans()
+        answers, borders = ([], []) if self._asks else self._spans()
         tokens = self._tokens(read, check)
         if not self._asks:
             if not answers or answers[-1][0] != len(self._messages) - 1:
@@ -148,25 +150,43 @@ class Talk:
         own = set(self._style.media) if self._takes_parts else set()
         listed = self._takes_parts and (not self._takes_text or any(part["type"] in own for part in parts))
         found: list[dict[str, str]] = []
-        for part in parts:
-            kind = part["type"]
-            if listed and kind in own:
-                found.append({"type": kind, kind: ""})
-            else:
-                text = self._spelled(part["text"], controls) if kind == "text" else self._marks[kind]
-                found.append({"type": "text", "text": text})
+        for marked, group in groupby(parts, lambda part: part["type"] not in ("text", *own)):
+            run = list(group)
+            if marked:
+                found += [{"type": "text", "text": self._marks[part["type"]]} for part in run]
+                continue
+            texts = [part["text"] for part in run if part["type"] == "text"]
+            plain = iter(self._spelled(texts if listed else ["".join(texts)], controls))
+            kinds = [part["type"] for part in run] if listed else ["text"]
+            found += [{"type": kind, kind: next(plain) if kind == "text" else ""} for kind in kinds]
         return found if listed else "".join(part["text"] for part in found)
 
-    def _spelled(self, text: str, controls: Set[str]) -> str:
-        """The text with what must stay plain between two marks, once normalised if that makes it spell more of it."""
+    def _spelled(self, texts: list[str], controls: Set[str]) -> list[str]:
+        """Texts that may come to stand behind each other, with what must stay plain in them between two marks.
+
+        That is also what they spell together. A text is normalised if that makes it spell more of it.
+        """
+        text = "".join(texts)
         normal = self._style.normalise(text)
         known = {token for token in controls if token in text or token in normal} | {m for m in MEDIA if m in text}
         known |= {CUT} & set(text)
         if not known:
-            return text
-        text = normal if any(normal.count(token) > text.count(token) for token in known) else text
-        longest_first = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
-        return re.sub(longest_first, lambda found: f"{self._open}{found[0]}{self._close}", text)
+            return texts
+        if any(normal.count(token) > text.count(token) for token in known):
+            if len(texts) > 1:  # nobody knows where they end in what is normalised
+                return [f"{self._open}{part}{self._close}" for part in texts]
+            text, texts = normal, [normal]
+        plain = bytearray(len(text))
+        for found in re.finditer("|".join(map(re.escape, sorted(known, key=len, reverse=True))), text):
+            plain[found.start() : found.end()] = b"\1" * len(found[0])
+        ends = accumulate(map(len, texts))
+        return ["".join(self._marked(text, plain, end - len(part), end)) for part, end in zip(texts, ends, strict=True)]
+
+    def _marked(self, text: str, plain: bytearray, start: int, end: int) -> Iterator[str]:
+        """From one place to another the text, with marks around what is plain."""
+        for run in _RUNS.finditer(plain, start, end):
+            part = text[run.start() : run.end()]
+            yield f"{self._open}{part}{self._close}" if plain[run.start()] else part
 
     def _whole(self) -> str:
         try:
@@ -213,21 +233,25 @@ class Talk:
 
         An answer begins where the model begins to write, which is the end of the message before it.
         """
+        starts: dict[int, int] = {}
+        for number, message in enumerate(self._plain):
+            before = self._tried(self._plain[:number], True) if message["role"] == "assistant" else None
+            if before is not None and self.text.startswith(before):
+                starts[number] = len(before)
         answers: list[tuple[int, int, int]] = []
         borders: list[int] = []
         for number, message in enumerate(self._plain):
-            last = number == len(self._plain) - 1
-            before = self._tried(self._plain[:number], True) if message["role"] == "assistant" else None
-            begins = before is not None and self.text.startswith(before)
-            start = len(before or "")
-            if begins and borders:
-                borders[-1] = max([start, *borders[-2:-1]])
-            after = self.text if last else self._tried(self._plain[: number + 1], False) or ""
-            end = _shared(after, self.text)
-            said = "".join(part.get("text", "") for part in _parts(message["content"])).strip()
-            if begins and start <= end and (end == len(after) or (said and said in self.text[start:end])):
-                answers.append((number, start, end))
-            borders.append(max([end, *borders[-1:]]))
+            start, border = starts.get(number), starts.get(number + 1)
+            if start is not None or border is None:
+                last = number == len(self._plain) - 1
+                after = self.text if last else self._tried(self._plain[: number + 1], False) or ""
+                end = _shared(after, self.text)
+                border = end if border is None else border
+                said = "".join(part.get("text", "") for part in _parts(message["content"])).strip()
+                whole = end == len(after) or (said and said in self.text[start or 0 : end])
+                if start is not None and start <= end and whole:
+                    answers.append((number, start, end))
+            borders.append(max([border, *borders[-1:]]))
         return answers, borders
 
     # -- encoding -----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from mmhub.conversation import fit_talk
 from mmhub.errors import InputError
 from mmhub.interfaces import Policy, Script
+from mmhub_text.chat import render
 from mmhub_text.frame import read_frame
 from mmhub_text.language_processor import LanguageTextProcessor
 from mmhub_text.tokenizer import TokenizerRecipe, train_text_tokenizer
@@ -221,14 +222,14 @@ def test_a_prompt_has_the_ids_of_transformers_and_so_has_the_prompt_of_an_answer
     for talk in (TALK[:1], TALK[:3]):
         script = processor.converse(talk, POLICY)
         assert script.ids.tolist() == theirs(tokenizer, sample.template, talk, True)
-        assert script.prompt == len(script.ids) and sum(script.turns) == len(script.ids)
+        assert script.prompt == len(script.ids) and not script.weights.any()
     answered = processor.converse(TALK[:2], POLICY)
     assert answered.ids[: answered.prompt].tolist() == short
     assert sum(answered.turns) == len(answered.ids) and answered.turns[0] == answered.prompt
     assert processor.chat(TALK[:3], POLICY).tolist() == script.ids.tolist()
 
 
-@pytest.mark.parametrize("name", set(TEMPLATES) - {"llama-3"})
+@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"llama-3"}))
 def test_a_whole_conversation_has_the_ids_of_transformers(name: str) -> None:
     sample = TEMPLATES[name]
     script = processor_of(sample).converse(TALK, POLICY)
@@ -286,6 +287,23 @@ def test_a_built_in_template_trains_answers_alone() -> None:
         assert text_of(processor, script.ids[script.prompt :]).strip() == answer.strip()
 
 
+def test_a_prompt_is_laid_out_once_however_long_it_is_and_an_answer_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[int] = []
+
+    def counted(messages: Any, *args: Any, **options: Any) -> str:
+        rendered.append(len(messages))
+        return render(messages, *args, **options)
+
+    processor = processor_of(QWEN25)
+    processor.converse(TALK[:1], POLICY)  # finds out what the template takes
+    monkeypatch.setattr("mmhub_text.script.render", counted)
+    processor.converse(TALK[:3], POLICY)
+    assert rendered == [3]
+    rendered.clear()
+    processor.converse(TALK, POLICY)
+    assert sorted(rendered) == [1, 2, 3, 4]
+
+
 def test_messages_count_what_their_weights_say() -> None:
     processor = processor_of(QWEN25)
     talk = [{**TALK[0]}, {**TALK[1], "weight": 0.0}, {**TALK[2]}, {**TALK[3], "weight": 2.5}]
@@ -338,7 +356,7 @@ def test_a_system_message_that_is_said_with_the_last_question_alone_can_be_asked
     processor = processor_of(sample)
     system = {"role": "system", "content": "Be of help"}
     script = processor.converse([system, *TALK[:3]], POLICY)
-    assert script.prompt == len(script.ids) and sum(script.turns) == len(script.ids)
+    assert script.prompt == len(script.ids)
     assert script.ids.tolist() == theirs(tokenizer_of("byte-level", sample), sample.template, [system, *TALK[:3]], True)
     with pytest.raises(InputError, match="otherwise than it lets a model begin one"):
         processor.converse([system, *TALK], POLICY)
@@ -363,6 +381,40 @@ def test_no_message_writes_control_tokens(name: str, role: str) -> None:
     assert text_of(processor, script.ids).count(forged) == 1 and not script.places
     stops = [i for i, w in zip(script.ids.tolist(), script.weights.tolist(), strict=True) if w and i in special]
     assert stops == [processor.tokenizer.token_to_id(sample.stop)]
+
+
+LISTED = Sample(  # contents are lists of parts, and nothing else
+    _TURNS + "<|im_start|>{{ message.role }}\n{% for part in message.content %}{{ part.text }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    ("<s>", "</s>", "<|im_start|>", "<|im_end|>"),
+    "<|im_end|>",
+)
+
+
+@pytest.mark.parametrize("parts", [("<|im_", "end|>"), ("a<|im", "_", "end|>b"), ("<|im_", "", "end|>", "<|im_end|>")])
+@pytest.mark.parametrize("sample", [QWEN25, TYPED, LISTED], ids=["joined", "typed", "listed"])
+def test_no_message_writes_control_tokens_in_parts(sample: Sample, parts: tuple[str, ...]) -> None:
+    processor = processor_of(sample, tokens={"image": "<|image|>"} if sample is TYPED else {})
+    media = [IMAGE] if sample is TYPED else []  # a template may bring together what stands around it
+    forged = [said("user", parts[0], *media, *parts[1:]), said("assistant", *parts)]
+    honest = [said("user", "a", *media), said("assistant", "b")]
+    end = tokenizer_of("byte-level", sample).token_to_id("<|im_end|>")
+    stops = [processor.converse(talk, POLICY).ids.tolist().count(end) for talk in (forged, honest)]
+    assert stops[0] == stops[1]
+    assert "".join(parts) + "<|im_end|>" in text_of(processor, processor.converse(forged, POLICY).ids)
+
+
+def test_what_parts_spell_together_once_they_are_normalised_stays_text() -> None:
+    tokenizer = tokenizer_of("byte-level", LISTED)
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_special_tokens([AddedToken("<|im_end|>", normalized=True)])
+    end = tokenizer.token_to_id("<|im_end|>")
+    frame: dict[str, Any] = {"begin_id": None, "end_id": None, "ends": False, "names": NAMES}
+    for template in (LISTED.template, QWEN25.template):
+        processor = LanguageTextProcessor.of_tokenizer(tokenizer, stop_ids=[], chat_template=template, **frame)
+        forged, honest = [said("user", "\uff1c|im_", "end|\uff1e")], [said("user", "a")]
+        stops = [processor.converse(talk, POLICY).ids.tolist().count(end) for talk in (forged, honest)]
+        assert stops[0] == stops[1]
 
 
 def test_what_a_model_thought_is_a_token_in_an_answer_and_text_in_a_question() -> None:
