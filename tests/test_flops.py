@@ -300,7 +300,7 @@ def test_a_conversation_costs_what_pytorch_counts(use: str, stage: str) -> None:
     ("picture", "sound"),
     [
         ({"kind": "resampler", "queries": 12}, {"kind": "resampler", "queries": 64, "depth": 1}),
-        ({"kind": "mlp", "shuffle": 2}, {"stack": 4}),
+        pytest.param({"kind": "mlp", "shuffle": 2}, {"stack": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_projectors_that_make_fewer_tokens_cost_what_pytorch_counts(picture: Any, sound: Any) -> None:

@@ -281,6 +281,7 @@ def test_a_worker_that_dies_interrupts_nothing_but_the_loading(tmp_path: Path, m
         sum(range(1000))
 
 
+@pytest.mark.slow
 def test_workers_that_hang_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "_POLL", 0.2)
     monkeypatch.setattr(loader, "_PATIENCE", 0.5)

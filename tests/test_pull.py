@@ -791,6 +791,7 @@ def test_a_refusal_shows_no_password(server: FaultyHub, monkeypatch: pytest.Monk
 # -- the command ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pull_prints_the_folder_or_one_json_document(server: FaultyHub, cli: Cli, tmp_path: Path) -> None:
     environment = {"HF_ENDPOINT": server.url, "NO_PROXY": "127.0.0.1"}
     done = cli("pull", REPO, "--json", **environment)

@@ -123,6 +123,7 @@ def test_twelve_planted_secrets_are_named_and_nothing_is_sent(hub: str, model: P
     assert not api(hub).repo_exists(REPO)
 
 
+@pytest.mark.slow
 def test_what_belongs_to_no_checkpoint_is_left_out_and_named(hub: str, model: Path, tmp_path: Path, cli: Cli) -> None:
     names = plant(model, tmp_path / "private.md")[:9]
     (model / "LICENSE").unlink()
@@ -161,6 +162,7 @@ def test_a_secret_in_the_commit_message_is_not_sent(hub: str, model: Path, dry_r
 # -- where it goes ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_proposal_is_a_pull_request_and_main_stays(hub: str, model: Path, cli: Cli) -> None:
     push(model, REPO, license="mit")
     main = pull(REPO).name
@@ -220,6 +222,7 @@ def test_a_repository_that_holds_no_model_yet_is_used(hub: str, model: Path) -> 
     assert "notes.txt" in api(hub).list_repo_files(REPO)
 
 
+@pytest.mark.slow
 def test_a_push_of_the_same_says_that_nothing_was_made(hub: str, model: Path, cli: Cli) -> None:
     first = push(model, REPO, license="mit")
     done = cli("push", "./model", REPO, "--revision", "pr")
@@ -332,6 +335,7 @@ def classifier(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_is_published_in_the_layout_of_its_library(
     hub: str, classifier: Path, tmp_path: Path, cli: Cli
 ) -> None:

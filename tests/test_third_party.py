@@ -182,6 +182,7 @@ def install_lines(text: str) -> list[str]:
 WILD = ["--input", f"timeseries={json.dumps(_wave(random.Random(9), 1, 1))}"]  # three periods, with a gap: c1
 
 
+@pytest.mark.slow
 def test_a_modality_and_a_fusion_from_wheels_train_and_predict(
     installed: Environment, data: Path, joined: Path, cli: Cli
 ) -> None:
