@@ -50,8 +50,8 @@ def use_fast_matmul(device: torch.device) -> None:
 def keep_memory(device: torch.device) -> bool:
     """Let glibc keep the memory that training on a CPU frees, and say whether it does.
 
-    By default it returns large blocks to the system, which clears them again for the next step: 43 % of the time of a
-    CNN's in benchmarks/results/allocator.md. The process keeps its peak in turn, for its whole life. Nothing is done
+    By default it returns large blocks to the system, which clears them again for the next step: a fifth of the time of
+    a CNN's in benchmarks/results/allocator.md. The process keeps its peak in turn, for its whole life. Nothing is done
     on other devices and systems, where the environment names an allocator or sets this one (`LD_PRELOAD`, `MALLOC_*`,
     `GLIBC_TUNABLES`), or with `MMHUB_MALLOC=0`.
     """

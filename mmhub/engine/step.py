@@ -106,7 +106,8 @@ class Stepper:
                 output = self.parallel.forward(batch)
             assert output.loss is not None
             part = output.loss * share
-            (part * self.parallel.scale).backward()
+            if part.requires_grad:  # else no row has anything that learns, as where one encoder does and all lack it
+                (part * self.parallel.scale).backward()
         return part.detach()
 
     def _pieces(self, turn: Turn, split: int) -> list[tuple[Batch, float]]:
