@@ -63,7 +63,7 @@ def save_model(
     image_id = words.convert_tokens_to_ids("<image>")
     sizes: dict[str, Any] = {"image_size": SIDE, "patch_size": PATCH}
     sizes = {key: [value, value] for key, value in sizes.items()} if kind == "internvl" else sizes
-    more = {"vision_feature_layer": [-2, 1]} | more if kind == "vipllava" else more
+    more = {"vision_feature_layers": [-2, 1]} | more if kind == "vipllava" else more
     vision = {"model_type": tower} | _VISION | sizes
     written = {"model_type": text, "vocab_size": len(words), "max_position_embeddings": 256, "pad_token_id": 2}
     settings = {"text_config": written | _TEXT, "vision_config": vision, "image_token_id": image_id} | more

@@ -50,7 +50,8 @@ class Joint:
 
 
 def _chosen_layer(config: Any) -> dict[str, Any]:
-    layer = config.vision_feature_layer
+    several = getattr(config, "vision_feature_layers", None)  # ViP-LLaVA's, as files and older versions call it
+    layer = config.vision_feature_layer if several is None else several
     strategy = getattr(config, "vision_feature_select_strategy", "default")
     return {"layer": layer if isinstance(layer, int) else list(layer), "drop_class": strategy == "default"}
 
