@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import torch
 
-from mmhub.checkpoint import load_decoder, load_encoder
+from mmhub.checkpoint import load_decoder, load_encoder, read_config
 from mmhub.config import ModelRecipe, PartRecipe
 from mmhub.errors import InputError, UsageError, did_you_mean
 from mmhub.hub.pull import find_pretrained, load, pull
@@ -79,18 +79,18 @@ def build_model(
     if recipe.base:
         return _from_base(task, recipe, values, columns, folder)
     parts = _encoder_parts(task, recipe)
-    if not parts and not reads_text_itself(task, recipe):
+    if not parts and not reads_text_itself(task, recipe, folder):
         raise UsageError("the recipe names no encoder", "add [model.encoders.text], .image or .audio")
     encoders: dict[str, Encoder] = {}
     sources: dict[str, Component] = {}
     parents: list[dict[str, str]] = []
-    words = find_component("decoder", (recipe.decoder or PartRecipe()).use or task.decoder).load().marks_words
+    words = _decoder_component(task, recipe, folder).load().marks_words
     for modality, part in parts.items():
         role, given = f"{modality}_encoder", _inputs_of(task, values)
         encoders[modality], sources[role], origin = _encoder(modality, part, recipe, given, folder, words)
         if origin is not None:
             parents.append(parent_of(resolve(local_name(part.init, folder)), origin, role))
-    known = {*encoders, *(("text",) if reads_text_itself(task, recipe) else ())}
+    known = {*encoders, *(("text",) if reads_text_itself(task, recipe, folder) else ())}
     missing = [m for m in task.required if m not in known]
     if missing:
         raise UsageError(f"{task.name} needs the modality {missing[0]!r}", f"add [model.encoders.{missing[0]}]")
@@ -113,13 +113,21 @@ def build_model(
     return model
 
 
-def reads_text_itself(task: Task, recipe: ModelRecipe) -> bool:
+def reads_text_itself(task: Task, recipe: ModelRecipe, folder: Path | None) -> bool:
     """Does the decoder read the text of a sample itself?"""
-    if recipe.decoder is not None and recipe.decoder.init and not recipe.decoder.use:
-        kind, path, _ = find_pretrained(recipe.decoder.init)
-        return kind == "mmhub" and path is not None and load_decoder(path, {})[0].reads_text
-    found: bool = find_component("decoder", (recipe.decoder or PartRecipe()).use or task.decoder).load().reads_text
+    found: bool = _decoder_component(task, recipe, folder).load().reads_text
     return found
+
+
+def _decoder_component(task: Task, recipe: ModelRecipe, folder: Path | None) -> Component:
+    """The decoder's component: the one that is named, or that of the checkpoint it starts from, or the task's."""
+    part = recipe.decoder or PartRecipe()
+    if part.init and not part.use:
+        kind, path, _ = find_pretrained(local_name(part.init, folder))
+        record = read_config(path).components.get("decoder") if kind == "mmhub" else None
+        if record is not None:
+            return find_component("decoder", record.use)
+    return find_component("decoder", part.use or task.decoder)
 
 
 def _encoder_parts(task: Task, recipe: ModelRecipe) -> dict[str, PartRecipe]:
@@ -149,7 +157,7 @@ def _fusion_and_decoder(
     sources: dict[str, Component],
 ) -> tuple[Any, Any, Path | None]:
     """Build both; a decoder that reads text comes first, for it is its embeddings that the fusion joins with others."""
-    component = find_component("decoder", (recipe.decoder or PartRecipe()).use or task.decoder)
+    component = _decoder_component(task, recipe, folder)
     if component.load().reads_text:
         if "text" in streams:
             raise UsageError(f"{component.id} reads the text itself", "remove [model.encoders.text]")
@@ -311,6 +319,8 @@ def _decoder(
         assert path is not None
         decoder, component = load_decoder(path, streams)
         _check_decoder(task, type(decoder), component)
+        if decoder.reads_text and not task.reads_text:
+            _with_template(decoder.processor)
         return decoder, component, path
     component = find_component("decoder", part.use or task.decoder)
     cls: Any = component.load()

@@ -16,7 +16,7 @@ import torch
 from mmhub.batch import Encoded, Features
 from mmhub.build import compose
 from mmhub.checkpoint import DataRecord
-from mmhub.config import check_recipe, read_recipe
+from mmhub.config import check_recipe, dump_recipe, read_recipe
 from mmhub.data.lengths import measure_talks
 from mmhub.data.loader import Collate, Loaded
 from mmhub.data.sources import open_rows
@@ -460,3 +460,27 @@ def test_kept_features_of_turns_that_are_left_out_are_left_out(
     batch = loaded(model, rows, [0, 1], reader, features={"image": Numbered([1, 2])}).batch
     assert batch is not None and batch.features["image"].rows.tolist() == [0, 1]
     assert batch.features["image"].features.tokens.flatten().tolist() == stays
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_chat_model_starts_from_a_language_model_of_ours_beside_its_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    write_talks(tmp_path / "train.jsonl")
+    (tmp_path / "text.txt").write_text("say zero\nwhich picture\nwhich sound\n" * 4)
+    decoder = chat_recipe(tmp_path)["model"]["decoder"]
+    words = {"decoder": decoder, "tokenizer": {"kind": "byte"}}
+    short = {"max_steps": 1, "batch_size": 2}
+    language = {"task": "language-modelling", "model": words, "data": {"train": str(tmp_path / "text.txt")}}
+    started = train(language | {"train": short}, tmp_path / "lm")
+    table = chat_recipe(tmp_path, train=short)
+    table["model"]["decoder"] = {"init": "./lm/model"} | ({"use": "transformer-lm"} if named else {})
+    del table["model"]["tokenizer"]
+    (tmp_path / "chat.toml").write_text(dump_recipe(check_recipe(table)))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    model = train(tmp_path / "chat.toml", tmp_path / "chat").load()
+    assert model.processors["text"].chat_template
+    assert started.load().task.name == "language-modelling" and model.converses
+    assert isinstance(model.chat([{"role": "user", "content": "say zero"}], max_new_tokens=2), str)

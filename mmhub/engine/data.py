@@ -41,7 +41,7 @@ class TrainingData:
     def __init__(self, recipe: Recipe, task: Task, folder: Path | None) -> None:
         self.recipe, self.task = recipe, task
         self.target = "" if task.reads_text else recipe.data.target or task.target
-        self.inputs = _inputs(recipe, task)
+        self.inputs = _inputs(recipe, task, folder)
         if task.reads_text and recipe.data.target:
             raise UsageError(f"{task.name} has no target column", "remove data.target: the texts themselves are it")
         if not (task.reads_text or task.converses or task.paired or self.target or task.name == "embedding"):
@@ -200,7 +200,7 @@ def _check_texts(targets: list[Any]) -> None:
             raise
 
 
-def _inputs(recipe: Recipe, task: Task) -> dict[str, str]:
+def _inputs(recipe: Recipe, task: Task, folder: Path | None) -> dict[str, str]:
     """Modality to column; a modality named like a column, or as the task usually names it, needs no entry."""
     given = dict(recipe.data.inputs)
     if task.converses and not recipe.data.target:
@@ -211,7 +211,7 @@ def _inputs(recipe: Recipe, task: Task) -> dict[str, str]:
         return given if "text" in given or not task.reads_text else given | {"text": "text"}
     usual = {m: c if isinstance(c, str) else "+".join(c) for m, c in task.inputs.items()}
     modalities = list(recipe.model.encoders) or ([] if task.reads_text else list(given) or list(usual))
-    reads_text = task.reads_text or ("text" in {*given, *usual} and reads_text_itself(task, recipe.model))
+    reads_text = task.reads_text or ("text" in {*given, *usual} and reads_text_itself(task, recipe.model, folder))
     modalities += ["text"] if reads_text and "text" not in modalities else []
     extra = [m for m in given if m not in modalities]
     if extra:
