@@ -1,0 +1,1 @@
+"""mmhub models for other programs: `mmhub export`."""

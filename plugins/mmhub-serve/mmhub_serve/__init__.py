@@ -1,0 +1,1 @@
+"""HTTP inference for mmhub models: `mmhub serve`."""

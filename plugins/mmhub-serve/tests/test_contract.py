@@ -1,0 +1,10 @@
+"""The plugin keeps the contracts of `mmhub.testing`."""
+
+from __future__ import annotations
+
+from mmhub.testing import Check, parametrize_checks
+
+
+@parametrize_checks("mmhub-serve")
+def test_contract(check: Check) -> None:
+    check.run()

@@ -1,0 +1,1 @@
+"""A browser app for mmhub models: `mmhub ui`."""

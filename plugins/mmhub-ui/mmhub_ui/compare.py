@@ -1,0 +1,12 @@
+"""Two models side by side on the same input."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from mmhub_ui.context import Context
+
+
+def compare_tab(context: Context) -> None:
+    """Add the components of this tab to the one that is being built."""
+    gr.Markdown("")
