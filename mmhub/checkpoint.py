@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from packaging.version import Version
@@ -56,10 +56,11 @@ from mmhub.weights import (
     write_weights,
 )
 
-FORMAT = 1
+FORMAT = 2  # the newest that is read
+PLAIN = 1  # what is written where no weight is quantised: older versions read it, too
 
 ALLOWED = re.compile(
-    r"README\.md|config\.json|provenance\.json|eval/[\w.-]+\.json|LICENSE(\.txt|\.md)?"
+    r"README\.md|config\.json|provenance\.json|export\.json|eval/[\w.-]+\.json|LICENSE(\.txt|\.md)?"
     r"|model\.safetensors(\.index\.json)?|model-[A-Za-z0-9_-]+\.safetensors"
     r"|(tokenizer|tokenizer_config|preprocessor_config|processor_config|generation_config)(-[A-Za-z0-9_-]+)?\.json"
     r"|chat_template(-[A-Za-z0-9_-]+)?\.jinja|adapter_config(-[A-Za-z0-9_-]+)?\.json|adapter_model(-[A-Za-z0-9_-]+)?\.safetensors"
@@ -68,7 +69,7 @@ _PROCESSOR_FILE = re.compile(
     r"(tokenizer|tokenizer_config|preprocessor_config|processor_config)\.json|chat_template\.jinja"
 )
 _USERS = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")  # a new save keeps them, and whatever is not ours
-_UNHASHED = (*_USERS, "config.json", "provenance.json")
+_UNHASHED = (*_USERS, "config.json", "provenance.json", "export.json")
 
 
 class ProcessorRecord(msgspec.Struct):
@@ -117,13 +118,17 @@ class CheckpointConfig(msgspec.Struct):
     requires: list[dict[str, Any]] = []
     files: dict[str, FileRecord] = {}
     data: DataRecord = msgspec.field(default_factory=DataRecord)
+    quantized: str | msgspec.UnsetType = msgspec.UNSET  # "int8": see `mmhub.weights.quantized_state`
 
 
 # -- saving -----------------------------------------------------------------------------------------------------
 
 
-def save(model: Model, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
+def save(
+    model: Model, folder: Path, tensors: Mapping[str, Tensor] | None = None, *, quantized: Literal["", "int8"] = ""
+) -> Path:
     """Write `model` to `folder` as a checkpoint; `tensors` are its weights where it does not hold them itself, whole.
+    `quantized` says that they are those of `mmhub.weights.quantized_state`.
 
     A card, a licence and files of other kinds stay when an older checkpoint is replaced; measured results and
     provenance go, for they describe the old weights. What the model was loaded from is recorded.
@@ -137,7 +142,7 @@ def save(model: Model, folder: Path, tensors: Mapping[str, Tensor] | None = None
     if folder.exists() and folder.samefile(Path.cwd()):
         raise UsageError(f"'{folder}' is the current folder, which cannot be replaced", "name another folder")
     with disk_errors("the checkpoint", folder), new_folder(folder) as aside:
-        facts = _write_checkpoint(model, aside, tensors)
+        facts = _write_checkpoint(model, aside, tensors, quantized)
         if model.parents:
             write_file(aside / "provenance.json", json.dumps({"parents": model.parents}, indent=2) + "\n")
         _keep_others(folder, aside)
@@ -158,10 +163,14 @@ def _keep_others(old: Path, new: Path) -> None:
             shutil.copy2(path, new / path.name, follow_symlinks=False)
 
 
-def _write_checkpoint(model: Model, folder: Path, tensors: Mapping[str, Tensor] | None) -> dict[str, Facts]:
+def _write_checkpoint(
+    model: Model, folder: Path, tensors: Mapping[str, Tensor] | None, quantized: str
+) -> dict[str, Facts]:
     """Write all files, and return what is known of them."""
     state, tied = state_of(model.parts()) if tensors is None else (tensors, named_tensors(model.parts())[1])
     structure = structure_of(model, tied)
+    if quantized:
+        structure.config.mmhub_format, structure.config.quantized = FORMAT, quantized
     state, adapters = write_adapters(model.parts(), state, folder)
     for role, record in adapters.items():
         structure.config.components[role].adapter = record
@@ -185,7 +194,7 @@ def structure_of(model: Model, tied: Mapping[str, str]) -> Structure:
     """Describe a model, some of whose tensors are `tied` {alias: first}."""
     files: dict[str, bytes] = {}
     config = CheckpointConfig(
-        mmhub_format=FORMAT,
+        mmhub_format=PLAIN,
         task=model.task.name,
         components={
             role: msgspec.structs.replace(_record(model, role, part, files), adapter=adapter_of(part) or msgspec.UNSET)
@@ -332,6 +341,8 @@ def parse_config(content: bytes, where: str) -> CheckpointConfig:
 
 def _config_problem(config: CheckpointConfig) -> str | None:
     """Say what in a config.json of the right form makes no sense, or None."""
+    if config.quantized is not msgspec.UNSET and (config.mmhub_format < FORMAT or config.quantized != "int8"):
+        return f"says that its weights are quantised as {config.quantized!r}; format {FORMAT} knows 'int8' alone"
     forbidden = [name for name in config.files if not ALLOWED.fullmatch(name)]
     if forbidden:
         return f"lists the file {forbidden[0]!r}, which no checkpoint may hold"
@@ -582,7 +593,7 @@ def load_decoder(folder: Path, streams: Mapping[str, Any]) -> tuple[Any, Compone
 def stored_weights(folder: Path, config: CheckpointConfig) -> Stored:
     """Return where the folder keeps the weights of each part."""
     places = {role: record.weights for role, record in config.components.items()}
-    return Stored(folder, places, config.tied, config.files.keys())
+    return Stored(folder, places, config.tied, config.files.keys(), quantized=config.quantized == "int8")
 
 
 def _build_encoder(

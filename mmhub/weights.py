@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import math
 import mmap
 import os
 import shutil
@@ -79,6 +80,88 @@ def write_weights(state: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return dict.fromkeys(roles, "model.safetensors.index.json")
+
+
+# -- 8 bits -----------------------------------------------------------------------------------------------------
+
+SCALE = ":scale"  # ends the name of the scales of a tensor of codes; no tensor of a module has a colon in its name
+_LEVELS = 127
+_WORTHWHILE = 1024  # numbers from which on a parameter is quantised
+_SHORTEST = 32  # numbers that share a scale at least: what rounding does to fewer is not worth the bytes
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def quantized_state(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """As the tensors of `state_of`, but larger matrices and convolutions as codes of 8 bits and as `NAME:scale`.
+
+    weight = codes * scale, codes from -127 to 127. A scale belongs to an output channel of a convolution or of GPT-2's
+    turned layers, and to a row of anything else: an output of a linear layer, a word of an embedding. It has the
+    weight's type, and its number of dimensions. Vectors, buffers and what is small stay as they are.
+
+    Raises:
+        TrustError: a weight is infinite or not a number.
+    """
+    state, _ = state_of(parts)
+    shared = _shared_along(parts)
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        dims = shared.get(name, ())
+        count = math.prod(tensor.shape[dim] for dim in dims)
+        if tensor.numel() < _WORTHWHILE or count < _SHORTEST:
+            found[name] = tensor
+        else:
+            found[name], found[name + SCALE] = _codes(name, tensor, dims)
+    return found
+
+
+def _shared_along(parts: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Of each floating parameter with at least two dimensions, by full name, those along which a scale is shared."""
+    found: dict[str, tuple[int, ...]] = {}
+    for role, part in parts.items():
+        for prefix, module in part.named_modules(prefix=role):
+            for leaf, parameter in module._parameters.items():
+                if parameter is None or parameter.ndim < 2 or not parameter.is_floating_point():
+                    continue
+                whole = isinstance(module, _CONVOLUTIONS) or parameter.shape[-1] < 8
+                turned = type(module).__name__ == "Conv1D" and parameter.ndim == 2  # of GPT-2: (in, out)
+                found[f"{prefix}.{leaf}"] = tuple(range(1, parameter.ndim)) if whole else (0,) if turned else (-1,)
+    return found
+
+
+def _codes(name: str, weight: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    largest = weight.float().abs().amax(dims, keepdim=True)
+    if not torch.isfinite(largest).all():
+        raise TrustError(f"the weight {name} is infinite or not a number", "fetch or train the model again")
+    scale = (largest / _LEVELS).clamp(min=torch.finfo(weight.dtype).tiny).to(weight.dtype)
+    codes = (weight.float() / scale.float()).round().clamp(-_LEVELS, _LEVELS).to(torch.int8)
+    return codes, scale.contiguous()
+
+
+def _restore(found: dict[str, Tensor]) -> list[str]:
+    """Turn codes and scales back into weights, in place; return what does not fit together, which is left out."""
+    problems = []
+    for scale_name in [name for name in found if name.endswith(SCALE)]:
+        name, scale = scale_name.removesuffix(SCALE), found.pop(scale_name)
+        codes = found.pop(name, None)
+        problem = "has no codes" if codes is None else _unfit_scale(codes, scale)
+        if problem or codes is None:
+            problems.append(f"{scale_name} {problem}")
+        else:
+            found[name] = codes.to(scale.dtype).mul_(scale)
+    return problems
+
+
+def _unfit_scale(codes: Tensor, scale: Tensor) -> str | None:
+    """What is wrong with scales; codes times sound ones have the codes' shape and are finite."""
+    if codes.dtype != torch.int8:
+        return f"is for codes of type {codes.dtype}, not int8".replace("torch.", "")
+    if not scale.is_floating_point() or scale.itemsize < 2:
+        return f"has type {scale.dtype}".replace("torch.", "")
+    pairs = zip(scale.shape, codes.shape, strict=False)
+    if scale.ndim != codes.ndim or any(mine not in (1, theirs) for mine, theirs in pairs):
+        return f"has shape {list(scale.shape)}, which does not fit codes of shape {list(codes.shape)}"
+    sound = bool(((scale >= 0) & torch.isfinite(scale * 128)).all())
+    return None if sound else "holds a number that is none, negative or too large"
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -204,6 +287,7 @@ class Stored:
     places: Mapping[str, str]  # role -> file or index, "" for a part without weights
     tied: Mapping[str, str]  # tensors that share another's memory, by full name
     listed: Set[str]  # the files that may be read
+    quantized: bool = False  # some are codes of 8 bits: see `quantized_state`
 
 
 def weight_files(stored: Stored, roles: Iterable[str]) -> set[str]:
@@ -259,6 +343,7 @@ def fill(
     paths = [stored.folder / file for file in sorted(weight_files(stored, parts))]
     found, problems, whole = _read_parts(stored, parts, paths)
     _check_finite(stored, parts, found, paths, whole)
+    problems += _restore(found) if stored.quantized else []
     problems += [f"{name} is in '{stored.folder}' and in its base" for name in found.keys() & (known or {}).keys()]
     found |= known or {}
     tied = {alias: source for alias, source in stored.tied.items() if alias.partition(".")[0] in parts}

@@ -41,6 +41,7 @@ from mmhub.weights import (
     copy_parameters,
     fill,
     meta_parameters,
+    quantized_state,
     read_tensors,
     write_weights,
 )
@@ -511,8 +512,10 @@ def test_a_partial_load_keeps_what_fits_and_starts_the_rest_fresh(
 
 
 def test_a_newer_format_says_to_upgrade(saved: Path) -> None:
-    change_config(saved, lambda table: table.update(mmhub_format=2, task="telepathy", components=[]))
-    with pytest.raises(PluginError, match="has format 2, this mmhub reads up to 1; upgrade mmhub"):
+    change_config(
+        saved, lambda table: table.update(mmhub_format=checkpoint.FORMAT + 1, task="telepathy", components=[])
+    )
+    with pytest.raises(PluginError, match="has format 3, this mmhub reads up to 2; upgrade mmhub"):
         load(saved)
 
 
@@ -1061,3 +1064,123 @@ def test_the_meta_device_is_left_after_an_error_and_never_entered_by_other_threa
     assert not Table().weight.is_meta
     assert nn.Linear(2, 2).weight.std() > 0
     assert not {"normal_", "uniform_", "zero_", "fill_"} & vars(Tensor).keys()  # inherited, as before
+
+
+# -- weights in 8 bits
+
+
+@pytest.fixture
+def quantized(model: Model, tmp_path: Path) -> Path:
+    """A checkpoint whose larger weights are codes of 8 bits."""
+    return save(model, tmp_path / "int8", quantized_state(model.parts()), quantized="int8")
+
+
+def a_scale(tensors: dict[str, Tensor]) -> str:
+    return next(name for name in tensors if name.endswith(":scale"))
+
+
+def test_codes_of_8_bits_come_back_as_weights_within_half_a_step(model: Model, quantized: Path) -> None:
+    stored, found = load_file(quantized / "model.safetensors"), load(quantized)
+    scales = {name.removesuffix(":scale"): stored[name] for name in stored if name.endswith(":scale")}
+    assert len(scales) > 5
+    assert all(stored[name].dtype == torch.int8 for name in scales)
+    wanted, loaded = ({f"{r}.{k}": v for r, p in m.parts().items() for k, v in p.state_dict().items()}
+                      for m in (model, found))  # fmt: skip
+    assert wanted.keys() == loaded.keys()
+    for name, weight in wanted.items():
+        assert loaded[name].dtype == weight.dtype
+        error = (loaded[name] - weight).abs()
+        assert bool((error <= 0.5001 * scales[name]).all()) if name in scales else torch.equal(loaded[name], weight)
+    assert {**found.state_dict()}.keys() == model.state_dict().keys()
+    assert not torch.equal(outputs(found), outputs(model))
+    torch.testing.assert_close(outputs(found), outputs(model), atol=0.05, rtol=0.05)
+
+
+def test_a_model_of_8_bits_is_trained_and_saved_in_full_again(quantized: Path, tmp_path: Path) -> None:
+    found = load(quantized)
+    again = load(found.save(tmp_path / "again"))
+    assert same(found, again)
+    assert all(parameter.requires_grad for parameter in found.parameters())
+    assert read_config(tmp_path / "again").mmhub_format == 1  # older versions read it
+    assert quantized_state(again.parts()).keys() == load_file(quantized / "model.safetensors").keys()
+
+
+def test_one_part_of_8_bits_is_read_alone(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "SINGLE_FILE_BYTES", 1000)
+    folder = save(model, tmp_path / "int8", quantized_state(model.parts()), quantized="int8")
+    (folder / "model-image_encoder.safetensors").unlink()
+    found, _ = load_encoder(folder, "text")
+    wanted = model.encoders["text"].state_dict()
+    for name, tensor in found.state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name], atol=0.01, rtol=0)
+
+
+def test_an_mmhub_that_knows_no_codes_says_to_upgrade(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    with pytest.raises(PluginError, match="has format 2, this mmhub reads up to 1; upgrade mmhub"):
+        load(quantized)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda t: t.pop(a_scale(t)), "has type int8, not float32"),
+        (lambda t: t.pop(a_scale(t).removesuffix(":scale")), ":scale has no codes"),
+        (lambda t: t[a_scale(t)].fill_(float("nan")), "NaN or infinity"),
+        (lambda t: t[a_scale(t)].fill_(float("inf")), "too large"),
+        (lambda t: t[a_scale(t)].fill_(1e38), "too large"),
+        (lambda t: t[a_scale(t)].neg_(), "negative"),
+        (lambda t: t.update({a_scale(t): torch.ones(3, 3)}), "which does not fit codes of shape"),
+        (lambda t: t.update({a_scale(t): t[a_scale(t)].int()}), "scale has type int32"),
+        (lambda t: t.update({a_scale(t)[:-6]: t[a_scale(t)[:-6]].short()}), "codes of type int16, not int8"),
+        (lambda t: t.update({"decoder.odd:scale": torch.ones(3)}), "decoder.odd:scale has no codes"),
+    ],
+)
+def test_codes_and_scales_that_do_not_fit_are_refused(quantized: Path, change: Any, problem: str) -> None:
+    change_weights(quantized, change)
+    with pytest.raises(TrustError, match=problem):
+        load(quantized)
+
+
+def test_codes_are_read_only_where_config_json_says_so(quantized: Path) -> None:
+    change_config(quantized, lambda table: table.update(mmhub_format=1))
+    with pytest.raises(TrustError, match="quantised as 'int8'; format 2 knows 'int8' alone"):
+        load(quantized)
+    change_config(quantized, lambda table: table.update(mmhub_format=2, quantized="int3"))
+    with pytest.raises(TrustError, match="quantised as 'int3'"):
+        load(quantized)
+    change_config(quantized, lambda table: table.pop("quantized"))
+    with pytest.raises(TrustError, match="weight:scale is unexpected"):
+        load(quantized)
+
+
+def test_a_scale_belongs_to_an_output_and_small_or_thin_tensors_stay() -> None:
+    layers = nn.ModuleDict(
+        {
+            "linear": nn.Linear(64, 32),
+            "convolution": nn.Conv2d(16, 32, 3),
+            "words": nn.Embedding(64, 32),
+            "small": nn.Linear(8, 8),
+            "thin": nn.Linear(16, 1024),
+            "norm": nn.LayerNorm(2048),
+        }
+    )
+    found = quantized_state({"decoder": layers})
+    scales = {name: tuple(found[name].shape) for name in found if name.endswith(":scale")}
+    assert scales == {
+        "decoder.linear.weight:scale": (32, 1),
+        "decoder.convolution.weight:scale": (32, 1, 1, 1),
+        "decoder.words.weight:scale": (64, 1),
+    }
+    with torch.no_grad():
+        layers["linear"].weight[0] = float("inf")  # type: ignore[union-attr, index]
+    with pytest.raises(TrustError, match=r"decoder\.linear\.weight is infinite or not a number"):
+        quantized_state({"decoder": layers})
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    layer = nn.Linear(64, 32)
+    nn.init.zeros_(layer.weight)
+    found = quantized_state({"decoder": layer})
+    assert not found["decoder.weight"].any()
+    assert torch.isfinite(found["decoder.weight:scale"]).all()

@@ -68,6 +68,7 @@ speech
 zero_shot
 evaluation
 perplexity
+bulk
 index verification report
 engine explain
 testing demo

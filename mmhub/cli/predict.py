@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,7 @@ from mmhub.cli.options import columns_options, device_option, parse_mapping, par
 from mmhub.cli.output import emit, json_option, note, quiet_option
 from mmhub.cli.speech import check_speech, check_writing, speech_options, take_search, wants_subtitles, write_subtitles
 from mmhub.cli.writing import read_settings, writing_options
-from mmhub.errors import InputError, NotFoundError, UsageError, did_you_mean
-
-Answer = Callable[[list[dict[str, Any]], int], list[dict[str, Any]]]
+from mmhub.errors import NotFoundError, UsageError, did_you_mean
 
 
 @click.command()
@@ -33,9 +30,16 @@ Answer = Callable[[list[dict[str, Any]], int], list[dict[str, Any]]]
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Write one JSON line a sample to this file; speech to a .srt or .vtt as subtitles.",
+    help="Write to this file: a table to .parquet or .csv, subtitles of speech to .srt or .vtt, else JSON lines.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--keep", metavar="A,B,…", help="Columns of the table that stand beside the answers.")
+@click.option("--on-error", type=click.Choice(["stop", "skip"]), default="stop", show_default=True)
+@click.option("--restart", is_flag=True, help="Forget what an unfinished run with this --out has done.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Rows of a batch, at most.  [default: 32, of texts more]"
+)
+@click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens of a batch, padding included, at most.")
+@click.option("--workers", type=click.IntRange(min=0), help="Processes that decode the table.  [default: by device]")
 @labels_options
 @speech_options
 @writing_options
@@ -56,7 +60,12 @@ def predict(
     inputs: str | None,
     columns: str | None,
     out: Path | None,
-    batch_size: int,
+    keep: str | None,
+    on_error: str,
+    restart: bool,
+    batch_size: int | None,
+    batch_tokens: int | None,
+    workers: int | None,
     labels: str | None,
     templates: tuple[str, ...],
     speech: dict[str, Any],
@@ -76,6 +85,10 @@ def predict(
     --stop, are for models that write texts; in a table of conversations the last question is answered, whether or not
     an answer follows it. With --labels, a model for retrieval says which label a picture or a sound fits best.
     Recordings of speech may last up to 6 hours; --out FILE.srt or FILE.vtt makes subtitles of one.
+
+    A table of any size goes through --data to --out in little memory. What was done is kept in OUT.parts until OUT is
+    whole: after Ctrl-C or a crash the same command goes on. With --on-error skip a row that cannot be read has an
+    `error` in place of an answer.
     """
     given: dict[str, list[Any]] = {"text": _pairs(text, pairs), "image": list(image), "audio": list(audio)}
     for part in others:
@@ -84,6 +97,10 @@ def predict(
     given = {key: values for key, values in given.items() if values}
     if bool(given) == bool(data):
         raise UsageError("give samples with --text, --image, --audio, or a table with --data", "not both, not neither")
+    table = {"--keep": keep, "--restart": restart, "--on-error": on_error == "skip", "--batch-tokens": batch_tokens}
+    given_for_table = [option for option, value in (table | {"--workers": workers is not None}).items() if value]
+    if given_for_table and not data:
+        raise UsageError(f"{given_for_table[0]} is for tables", "leave it out, or give one with --data")
     if out and out.exists():
         raise UsageError(f"'{out}' exists", "name another file with --out")
     if out:
@@ -100,9 +117,10 @@ def predict(
     if names:
         from mmhub.zero_shot import classifier
 
-        model = classifier(model, names, templates, batch_size=batch_size)
+        model = classifier(model, names, templates, batch_size=batch_size or 32)
     if one_question:
         samples = [_one(given)] if model.converses else _zip(given)
+    same = {"labels": names, "template": templates, "truncate": truncate, "quantize": quantize} | speech | writing
     hears = model.task.name == "speech-recognition"
     policy = Policy(urls=allow_urls, max_seconds=LONGEST) if hears else Policy(urls=allow_urls)
     search = take_search(model, speech, writing)
@@ -121,20 +139,65 @@ def predict(
             from mmhub.speech import transcribe
 
             how = {"settings": settings, "search": search} | speech
-            return transcribe(model, samples, batch_size=batch_size, policy=policy, first=first, **how)
+            return transcribe(model, samples, batch_size=batch_size or 32, policy=policy, first=first, **how)
+        options: dict[str, Any] = {"batch_size": batch_size or 32, "policy": policy}
         found: list[dict[str, Any]] = (
-            model.predict(samples, batch_size=batch_size, policy=policy)
+            model.predict(samples, **options)
             if settings is None
-            else model.generate(samples, settings, batch_size=batch_size, policy=policy, first=first, truncate=truncate)
+            else model.generate(samples, settings, first=first, truncate=truncate, **options)
         )
         return found
 
-    predictions = _predict_table(model, answer, data, inputs, columns, batch_size) if data else answer(samples)
+    if data:
+        mapping, kept = parse_mapping(inputs, "--inputs"), parse_names(keep)
+        same |= {"inputs": mapping, "columns": parse_names(columns), "keep": kept, "model": name}
+        how: dict[str, Any] = {
+            "batch_size": batch_size or 0,
+            "batch_tokens": batch_tokens or 0,
+            "skip": on_error == "skip",
+        }
+        how |= {"policy": policy, "workers": workers, "restart": restart, "quiet": quiet, "answers": answer}
+        predict_rows(model, data, out, same, how, as_json)
+        return
+    predictions = answer(samples)
     if out:
         (write_subtitles if wants_subtitles(out) else _write)(out, predictions)
         note(f"{len(predictions)} predictions in {out}", quiet)
     if not out or as_json:
         emit({"predictions": predictions}, as_json, "\n".join(_line(answer) for answer in predictions))
+
+
+def predict_rows(
+    model: Any, data: str, out: Path | None, same: dict[str, Any], how: dict[str, Any], as_json: bool
+) -> None:
+    """Answer a table as the options `how` say; `same` are those that a run that goes on has in common with this one."""
+    from mmhub.bulk import Options, model_identity, open_table, predict_table
+    from mmhub.data.loader import worker_count
+    from mmhub.data.sources import require_columns
+    from mmhub.engine.signals import StopSignal
+    from mmhub.evaluation import input_columns
+
+    table: Any = open_table(data, same["columns"] or list(model.columns.names) or None)
+    require_columns(table, same["keep"], "name columns to keep with --keep")
+    wanted = input_columns(model, table, same["inputs"])
+    if out:
+        same = same | {"inputs": wanted, "model": model_identity(same["model"]) or same["model"]}
+    quiet, workers = how["quiet"], how["workers"]
+    how = how | {"workers": worker_count("auto" if workers is None else workers, model.device)}
+    stop = StopSignal(lambda text: note(text, quiet))
+    options = Options(
+        inputs=wanted, keep=same["keep"], of=same, stop=lambda: stop.number, say=lambda text: note(text, quiet), **how
+    )
+    with stop.watched():
+        done = predict_table(model, table, out, options)
+    said = f"; {done.skipped} rows could not be read, their `error` says why" if done.skipped else ""
+    if out:
+        note(f"{done.rows} predictions in {out}{said}", quiet)
+        found = {"out": out, "rows": done.rows, "skipped": done.skipped, "seconds": round(done.seconds, 3)}
+        emit(found, as_json, "")
+    else:
+        note(f"{done.skipped} rows could not be read", quiet or not done.skipped)
+        emit({"predictions": done.answers}, as_json, "\n".join(map(_line, done.answers)))
 
 
 def _check_folder(out: Path) -> None:
@@ -190,52 +253,18 @@ def _one(given: dict[str, list[Any]]) -> dict[str, Any]:
     return {name: values if len(values) > 1 else values[0] for name, values in given.items()}
 
 
-def _predict_table(
-    model: Any, answer: Answer, data: str, inputs: str | None, columns: str | None, batch_size: int
-) -> list[dict[str, Any]]:
-    from mmhub.data.sources import open_rows
-    from mmhub.evaluation import input_columns
-
-    rows = open_rows(data, columns=parse_names(columns) or list(model.columns.names) or None)
-    wanted = input_columns(model, rows, parse_mapping(inputs, "--inputs"))
-    answers: list[dict[str, Any]] = []
-    for start in range(0, len(rows), batch_size):
-        stop = min(start + batch_size, len(rows))
-        samples = [_sample(model, rows[i], wanted, rows.folder(i)) for i in range(start, stop)]
-        try:
-            answers += answer(samples, start)
-        except InputError as error:
-            place = rows.where(start + (error.row or 0))
-            column = f", column '{wanted[error.modality]}'" if error.modality in wanted else ""
-            raise InputError(f"{place}{column}: {error.message}", error.hint) from None
-    return answers
-
-
-def _sample(model: Any, row: Mapping[str, Any], columns: Mapping[str, str], folder: Path | None) -> dict[str, Any]:
-    """A row's inputs as a sample; the column of the text may hold a conversation, which has the media in it."""
-    from mmhub.conversation import of_json
-    from mmhub.data.cells import cell
-    from mmhub.data.loader import is_conversation, usable
-
-    found = {m: usable(m, cell(row, column), folder, len(columns) == 1) for m, column in columns.items()}
-    talk = cell(row, columns["text"]) if "text" in columns else None
-    talk = of_json(talk) if model.converses else talk
-    only = model.converses and len(columns) > 1 and len(set(columns.values())) == 1  # what it holds is a conversation
-    if not only and not is_conversation(talk):
-        return found
-    beside = {m: raw for m, raw in found.items() if raw is not None and columns[m] != columns["text"]}
-    return {"messages": usable("text", talk, folder)} | beside
-
-
 def _write(out: Path, predictions: list[dict[str, Any]]) -> None:
-    from mmhub.files import disk_errors, write_file
+    from mmhub.bulk import write_file_of
+    from mmhub.files import disk_errors
 
     with disk_errors("the predictions", out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(out, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in predictions))
+        write_file_of(out, predictions)
 
 
 def _line(answer: dict[str, Any]) -> str:
+    if set(answer) == {"error"}:
+        return f"({answer['error']})"
     if "label" in answer:
         return f"{answer['label']}\t{answer['score']:.4f}"
     if "refused" in answer:

@@ -64,7 +64,7 @@ class Interleave(Fusion):
         self.outputs = {"fused": Stream(dim)}
 
     def forward(self, bundle: Bundle, plan: Plan | None = None, embed: Any = None) -> Bundle:
-        media = {name: self._projected(name, bundle[name]) for name in self.projectors}
+        media = {name: self.projected(name, bundle[name]) for name in self.projectors}
         pack = self.config.pack and self.training and torch.is_grad_enabled()
         return {"fused": line_up(bundle["text"], media, plan, pack=pack)}
 
@@ -76,7 +76,8 @@ class Interleave(Fusion):
         count: int = projector.token_count(tokens)
         return count + 2 * bool(count) if name in self.separators else count
 
-    def _projected(self, name: str, features: Features) -> Features:
+    def projected(self, name: str, features: Features) -> Features:
+        """Return the items of a modality, (N, T, width), as the language model reads them, (N, t, D)."""
         tokens, mask = self.projectors[name](features.tokens, features.mask)
         if name in self.separators:
             tokens, mask = _separated(tokens, mask, self.separators[name])

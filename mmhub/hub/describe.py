@@ -34,7 +34,7 @@ _DESCRIBING = re.compile(
     rf"config\.json|modules\.json|README\.md|provenance\.json|model\.safetensors\.index\.json|{_RESULTS.pattern}"
 )
 _SECONDS = 10
-FORMAT = 1  # of checkpoints; `mmhub.checkpoint` has it from where importing it costs seconds
+FORMAT = 2  # of checkpoints; `mmhub.checkpoint` has it from where importing it costs seconds
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,10 +130,12 @@ def _read_file(text: str, policy: Policy) -> bytes:
             f"{describe_raw(text)} is a path, and local files may not be read here", "send the bytes instead"
         )
     path = _home(policy, text)
-    with _readable(path):
-        if path.is_file() and path.stat().st_size > policy.max_bytes:
-            raise InputError(f"'{path}' has {path.stat().st_size} bytes, more than the limit of {policy.max_bytes}")
-        return path.read_bytes()
+    with _readable(path), path.open("rb") as file:
+        found = os.fstat(file.fileno())
+        size = found.st_size if stat.S_ISREG(found.st_mode) else 0  # a pipe or device does not say
+        if size > policy.max_bytes:
+            raise InputError(f"'{path}' has {size} bytes, more than the limit of {policy.max_bytes}")
+        return file.read(size or policy.max_bytes + 1)
 
 
 @contextmanager

@@ -205,6 +205,8 @@ class Whisper(Encoder):
         if self.config.whole_window:
             return Features(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
         real = mask[:, ::2]  # the second convolution halves the frames
+        if torch.compiler.is_exporting():  # sizes may not depend on values
+            return finish(tokens, real)
         longest = int(real.sum(1).max())
         return finish(tokens[:, :longest], real[:, :longest])
 

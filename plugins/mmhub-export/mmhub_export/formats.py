@@ -18,6 +18,7 @@ FORMATS = {
     "safetensors-fp16": "mmhub_export.halves:write_fp16",
     "int8": "mmhub_export.eighths:write_int8",
 }
+LOADABLE = ("safetensors-fp16", "int8")  # what `mmhub.load` reads
 
 
 def write_format(format: str, model: Model, folder: Path, samples: list[dict[str, Any]]) -> Export:

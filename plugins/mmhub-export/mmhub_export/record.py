@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ class Export:
         record = {
             "schema": 1,
             "format": self.format,
-            "name": self.name,
+            "name": public_name(self.name),
             "task": self.task,
             "modalities": list(self.modalities),
             **self.facts,
@@ -51,3 +52,19 @@ class Export:
         }
         write_file(folder / NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         return record
+
+
+def public_name(name: str) -> str:
+    """Return a model's name as others may read it: of a path on this machine its last part alone."""
+    path = Path(name).expanduser()
+    local = name.startswith((".", "/", "~", "local:")) or "\\" in name or path.exists()
+    return plain_name(str(path)) if local else name
+
+
+def plain_name(name: str) -> str:
+    """Return the last word of a name, fit for a file; of a run's folder `model` that of the run."""
+    words = [re.sub(r"[^\w.-]+", "-", word).strip("-.") for word in re.split(r"[/\\]", name)]
+    words = [word for word in words if word]
+    if len(words) > 1 and words[-1] == "model":
+        return words[-2]
+    return words[-1] if words else "model"

@@ -3,67 +3,261 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
+import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import mmhub
+from mmhub.checkpoint import is_checkpoint, load_structure
+from mmhub.errors import MmhubError
+from mmhub.hub.pull import locate, resolve_name
+from mmhub.model import Model
+from mmhub_serve.batcher import Watch
 from mmhub_serve.errors import Refused
-from mmhub_serve.served import ModelInfo, Served
+from mmhub_serve.served import ModelInfo, Served, info_of
 from mmhub_serve.settings import Settings
+
+log = logging.getLogger("mmhub.serve")
+_PAUSE = 5.0  # seconds before a model that could not be loaded is tried again
+
+
+class PoolWatch(Watch, Protocol):
+    """What is told, besides, which models are in memory: `mmhub_serve.metrics.Metrics`."""
+
+    def loaded(self, model: str, there: bool) -> None: ...
+
+
+class _Tenant:
+    """A model in memory, and how many requests use it."""
+
+    def __init__(self, served: Served) -> None:
+        self.served, self.users, self.used = served, 0, time.monotonic()
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    def enter(self) -> None:
+        self.users += 1
+        self.idle.clear()
+
+    def leave(self) -> None:
+        self.users, self.used = self.users - 1, time.monotonic()
+        if not self.users:
+            self.idle.set()
+
+
+class _Load:
+    """A load that is going on, and how many requests wait for it: they use the model from when it is there."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.tenant: _Tenant | None = None
+        self.task: asyncio.Task[None]
+
+    def give_up(self) -> None:
+        if self.tenant is not None:
+            self.tenant.leave()
+        self.waiting -= 1
 
 
 class Pool:
-    """Hands out models by name; one that is in use is not let go."""
+    """Hands out models by name; one that is in use is not let go. It belongs to the event loop that starts it."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self._served: dict[str, Served] = {}
-        self._lock = asyncio.Lock()
+    def __init__(self, settings: Settings, watch: PoolWatch | None = None) -> None:
+        self.settings, self._watch = settings, watch
+        self._infos: dict[str, ModelInfo] = {}
+        self._tenants: dict[str, _Tenant] = {}
+        self._loads: dict[str, _Load] = {}
+        self._failed: dict[str, tuple[float, Refused]] = {}
+        self._door = asyncio.Lock()  # one model moves in or out at a time
 
     @property
     def names(self) -> tuple[str, ...]:
-        return self.settings.models
+        return tuple(dict.fromkeys(self.settings.models))
 
     @property
     def ready(self) -> bool:
         """Can requests be answered without loading a model first?"""
-        return bool(self._served)
+        return bool(self._tenants)
+
+    @property
+    def busy(self) -> bool:
+        """Is a model being loaded, be it that nobody waits for it any more?"""
+        return bool(self._loads)
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The models in memory."""
+        return tuple(self._tenants)
 
     async def start(self) -> None:
-        """Load what is loaded at the start."""
-        async with self.use(self.names[0]):
-            pass
+        """Describe all models, and load the first, or with `Settings.preload` those that may stay in memory.
+
+        Raises:
+            MmhubError: a name leads to no model, or a model cannot be loaded.
+        """
+        use_cores()
+        for name in self.names:
+            if name not in self._infos:
+                self._infos[name] = await asyncio.to_thread(self._describe, name)
+        most = (self.settings.loaded or len(self.names)) if self.settings.preload else 1
+        for name in self.names[:most]:
+            if name not in self._tenants:
+                await self._move_in(name)
+
+    def infos(self) -> tuple[ModelInfo, ...]:
+        """Describe all models, in the order of their names; known after `start`."""
+        return tuple(self._infos[name] for name in self.names if name in self._infos)
 
     async def info(self, name: str) -> ModelInfo:
-        """Describe a model.
+        """Describe a model, which stays as it is: in memory or not.
 
         Raises:
             Refused: 404, no model of this server has that name.
         """
-        async with self.use(name) as served:
-            return served.info
+        name = self._known(name)
+        if name not in self._infos:
+            self._infos[name] = await asyncio.to_thread(self._describe, name)
+        return self._infos[name]
 
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[Served]:
         """Lend the model called `name`, the only one where that is None, loading it if it is not in memory.
 
         Raises:
-            Refused: 404, no model of this server has that name; 400, several models and no name.
+            Refused: 404, no model of this server has that name; 400, several models and no name; 503, it could not be
+            loaded, or not in time.
         """
+        tenant = await self._tenant(self._known(name))
+        try:
+            yield tenant.served
+        finally:
+            tenant.leave()
+
+    async def close(self) -> None:
+        """Finish what was accepted, and let all models go."""
+        for load in self._loads.values():
+            load.task.cancel()
+        for name in list(self._tenants):
+            await self._move_out(name)
+
+    def _known(self, name: str | None) -> str:
         if name is None and len(self.names) > 1:
             raise Refused(400, "no model is named", f"name one of {', '.join(self.names)}", param="model")
-        name = name or self.names[0]
+        name = self.names[0] if name is None else name
         if name not in self.names:
             known = f"this server has {', '.join(self.names)}"
             raise Refused(404, f"no model {name!r}", known, code="model_not_found", param="model")
-        async with self._lock:
-            if name not in self._served:
-                options: dict[str, Any] = {"device": self.settings.device, "quantize": self.settings.quantize}
-                model = await asyncio.to_thread(mmhub.load, name, **options)
-                self._served[name] = Served(name, model, self.settings)
-        yield self._served[name]
+        return name
 
-    async def close(self) -> None:
-        for served in self._served.values():
-            await served.close()
+    async def _tenant(self, name: str) -> _Tenant:
+        """The model, entered: between finding it in memory and counting its user nothing else happens."""
+        if name in self._tenants:
+            self._tenants[name].enter()
+            return self._tenants[name]
+        self._check_pause(name)
+        load = self._loads.get(name) or self._begin(name)
+        load.waiting += 1
+        try:  # others wait for the same load: it goes on when one of them has gone
+            async with asyncio.timeout(self.settings.limits.answer_seconds):
+                await asyncio.shield(load.task)
+        except TimeoutError:
+            load.give_up()
+            raise Refused(503, f"{name!r} is still being loaded", "ask again later", code="loading") from None
+        except BaseException:
+            load.give_up()
+            raise
+        assert load.tenant is not None
+        return load.tenant
+
+    def _begin(self, name: str) -> _Load:
+        load = self._loads[name] = _Load()
+        load.task = asyncio.create_task(self._load(name, load))
+        load.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may outlive who asked
+        return load
+
+    def _check_pause(self, name: str) -> None:
+        until, error = self._failed.get(name, (0.0, None))
+        if error is not None and time.monotonic() < until:
+            raise Refused(error.status, error.message, error.hint, code=error.code)
+
+    async def _load(self, name: str, load: _Load) -> None:
+        try:
+            await self._move_in(name, load)
+        except Exception as error:
+            log.error("%s cannot be loaded: %s", name, error, exc_info=not isinstance(error, MmhubError))
+            refusal = Refused(
+                503, f"{name!r} could not be loaded", "the server's log says why", code="model_not_loaded"
+            )
+            self._failed[name] = (time.monotonic() + _PAUSE, refusal)
+            raise refusal from None
+        finally:
+            del self._loads[name]
+
+    async def _move_in(self, name: str, load: _Load | None = None) -> None:
+        async with self._door:
+            await self._make_room()
+            served = await asyncio.to_thread(self._serve, name)
+            self._infos[name] = served.info
+            tenant = self._tenants[name] = _Tenant(served)
+            self._failed.pop(name, None)
+            self._tell(name, True)
+            if load is not None:
+                load.tenant = tenant
+                for _ in range(load.waiting):
+                    tenant.enter()
+
+    async def _make_room(self) -> None:
+        """Let those go that were used longest ago. New requests for them wait, so that the last one ends some time."""
+        while self.settings.loaded and len(self._tenants) >= self.settings.loaded:
+            name = min(self._tenants, key=lambda name: (self._tenants[name].users > 0, self._tenants[name].used))
+            await self._move_out(name)
+            await asyncio.to_thread(_free)
+
+    async def _move_out(self, name: str) -> None:
+        tenant = self._tenants.pop(name)
+        await tenant.idle.wait()
+        await tenant.served.close()
+        self._tell(name, False)
+
+    def _tell(self, name: str, there: bool) -> None:
+        if self._watch is not None:
+            self._watch.loaded(name, there)
+
+    def _serve(self, name: str) -> Served:
+        return Served(name, self._loaded(name), self.settings, self._watch)
+
+    def _loaded(self, name: str) -> Model:
+        options: dict[str, Any] = {"device": self.settings.device, "quantize": self.settings.quantize}
+        return mmhub.load(name, **options)
+
+    def _describe(self, name: str) -> ModelInfo:
+        """Describe a model: ours by its structure, without weights; any other has to be loaded for that."""
+        found = resolve_name(name)
+        folder, _ = locate(name, found)
+        ours = is_checkpoint(folder) and not found.component
+        return info_of(name, load_structure(folder) if ours else self._loaded(name))
+
+
+def use_cores() -> None:
+    """Leave a core to what is not computing, where there are more than two and nobody says how many to use.
+
+    Threads that compute take the number from the process when they begin.
+    """
+    import torch
+
+    cores = os.cpu_count() or 1
+    if "OMP_NUM_THREADS" not in os.environ and cores > 2:
+        torch.set_num_threads(min(torch.get_num_threads(), cores - 1))
+
+
+def _free() -> None:
+    """Give memory back at once: a model holds itself in circles."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

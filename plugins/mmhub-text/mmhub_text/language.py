@@ -56,6 +56,7 @@ class CausalLM(LanguageModel):
     `bias` (V,) is added to them if there is one.
     """
 
+    modality: ClassVar[str] = "text"  # as an encoder's, in whose place it is written in another library's layout
     embedding: nn.Embedding
     bias: Tensor | None
     head: nn.Linear | None  # where it is not tied to the embeddings
@@ -88,6 +89,18 @@ class CausalLM(LanguageModel):
         """(..., D) -> (..., V) fp32."""
         found = F.linear(states, self.output_weight, self.bias)
         return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    def all_logits(self, bundle: Bundle) -> Tensor:
+        """Return the logits after every token of rows that are one text each, (B, T, V); after padding they are noise.
+
+        They are held all at once: for graphs that other programs run.
+        """
+        stream = own_stream(bundle)
+        longer = Features(F.pad(stream.tokens, (0, 0, 0, 1)), F.pad(stream.mask, (1, 0), value=True))
+        states, where = self.states(longer)
+        if where is not None:
+            states = states.new_zeros(*stream.mask.shape, states.shape[-1]).index_put(where, states)
+        return self.logits(states)
 
     def forward(self, bundle: Bundle, targets: Tensor | None = None) -> Output:
         stream = own_stream(bundle)

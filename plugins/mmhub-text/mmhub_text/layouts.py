@@ -28,12 +28,13 @@ _SPECIAL = {
     "bos_token": ("<s>", "<|endoftext|>"),
     "eos_token": ("</s>", "<|endoftext|>"),
 }
+_WRITERS = ("TransformersLM", "TransformersSeq2Seq", "TransformerLM", "LSTMLM", "RNNLM")
 _MODULES = "sentence_transformers.models"  # where every version of that library finds its modules
 
 
 def find_writer(encoder: Encoder, decoder: Decoder | None, layout: str) -> list[ForeignWriter]:
     """Offer to write the encoders and the models that write text that are transformers models."""
-    if layout == "transformers" and type(decoder).__name__ in ("TransformersLM", "TransformersSeq2Seq"):
+    if layout == "transformers" and type(decoder).__name__ in _WRITERS:
         from mmhub_text.writing import text_writer  # few need it
 
         return text_writer(encoder, decoder, layout)

@@ -14,6 +14,7 @@ from mmhub.batch import Features
 from mmhub.interfaces import ComponentConfig, Encoder
 from mmhub.layers import masked_mean
 from mmhub_text.embedding import WordEmbedding, check_fractions, vocabulary
+from mmhub_text.padded import read_padded
 from mmhub_text.processor import TextProcessor
 
 
@@ -85,13 +86,19 @@ class _Recurrent(Encoder):
 
     def forward(self, data: Tensor, mask: Tensor) -> Features:
         """Encode ids (N, S) to tokens (N, S, D)[, pooled (N, 2 D)]."""
-        lengths = mask.sum(1).clamp(min=1).cpu()  # packing wants them on the CPU
-        packed = pack_padded_sequence(self.embed(data), lengths, batch_first=True, enforce_sorted=False)
-        states, _ = self.layers(packed)
-        tokens, _ = pad_packed_sequence(states, batch_first=True, total_length=data.shape[1])
-        tokens = self.drop(tokens) * mask.unsqueeze(-1).to(tokens.dtype)
+        tokens = self.drop(self._states(self.embed(data), mask))
+        tokens = tokens * mask.unsqueeze(-1).to(tokens.dtype)
         pooled = _max_and_mean(tokens, mask) if self.pooled_dim else None
         return Features(tokens=tokens, mask=mask, pooled=pooled)
+
+    def _states(self, words: Tensor, mask: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            return read_padded(self.layers, words, mask)
+        lengths = mask.sum(1).clamp(min=1).cpu()  # packing wants them on the CPU
+        packed = pack_padded_sequence(words, lengths, batch_first=True, enforce_sorted=False)
+        states, _ = self.layers(packed)
+        tokens, _ = pad_packed_sequence(states, batch_first=True, total_length=words.shape[1])
+        return tokens
 
 
 class LSTM(_Recurrent):

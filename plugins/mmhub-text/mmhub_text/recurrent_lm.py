@@ -20,6 +20,7 @@ from mmhub.batch import Bundle, Features
 from mmhub.interfaces import ComponentConfig, Generation, Rate, Stream, Width, own_stream
 from mmhub_text.embedding import vocabulary
 from mmhub_text.language import CausalLM, Texts, Where, dropped_words, followed, is_dense, last_text, locked_dropout
+from mmhub_text.padded import read_padded
 from mmhub_text.tokenizer import Kind
 
 State = dict[str, Tensor]  # (rows, depth, D) each: what the layers pass on
@@ -88,6 +89,8 @@ class _RecurrentLM(CausalLM):
 
     def states(self, stream: Features) -> tuple[Tensor, Where | None]:
         x, continues = stream.tokens, stream.continues
+        if torch.compiler.is_exporting():
+            return self._padded(x[:, :-1], stream.mask[:, :-1]), None
         before = self._carried(continues, x)
         if is_dense(stream):
             found, after = self._layers(x[:, :-1], before, None)
@@ -158,6 +161,13 @@ class _RecurrentLM(CausalLM):
         if self.project is not None:
             x = self.project(x)
         return x, {name: torch.stack(parts, 1) for name, parts in after.items()}
+
+    def _padded(self, x: Tensor, mask: Tensor) -> Tensor:
+        """As `_layers`, of one text a row from its beginning, with sizes that depend on no value."""
+        layers: Any = self.layers
+        for layer in layers:
+            x = read_padded(layer, x, mask)
+        return x if self.project is None else self.project(x)
 
     def _layer(
         self, layer: Any, x: Tensor, before: tuple[Tensor, ...], lengths: Tensor | None

@@ -162,6 +162,18 @@ class Seq2Seq(TextDecoder):
         losses = torch.cat(found)
         return losses.view(targets.shape) if where is None else _spread(losses, where, targets.shape)
 
+    def all_logits(self, bundle: Bundle, ids: Tensor) -> Tensor:
+        """Return the logits after each of the ids (B, L) that are written so far, the start included: (B, L, V).
+
+        They are held all at once: for graphs that other programs run.
+        """
+        places = sinusoidal_positions(ids.shape[1], self.config.dim, device=ids.device)
+        source, mask = self._read(bundle)
+        x = self._embedded(ids, places)
+        for block in self.blocks:
+            x = block(x, source, mask, None, ids.shape)
+        return self._logits(self.norm(x))
+
     def _hidden(self, bundle: Bundle, targets: Tensor) -> tuple[Tensor, Tensor, Where | None]:
         """Return the last states of all tokens, (tokens, D), what each is to predict, (tokens,), and where they stand.
 

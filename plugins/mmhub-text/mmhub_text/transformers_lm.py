@@ -128,6 +128,13 @@ class TransformersLM(LanguageModel):
         loss = self.head.mean_loss(self.model, states[:, :-1], _predicted(stream), weights=counts)
         return Output(logits=states.new_zeros(len(states), 0), loss=loss)
 
+    def all_logits(self, bundle: Bundle) -> Tensor:
+        """Return the logits after every token of rows that are one text each, (B, T, V); after padding they are noise.
+
+        They are held all at once: for graphs that other programs run.
+        """
+        return self.head(self.model, self._states(own_stream(bundle))).float()
+
     def token_losses(self, bundle: Bundle, targets: Any = None) -> Tensor:
         stream = own_stream(bundle)
         losses = self.head.losses(self.model, self._states(stream)[:, :-1], _predicted(stream))

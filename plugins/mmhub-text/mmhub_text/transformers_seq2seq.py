@@ -225,6 +225,14 @@ class TransformersSeq2Seq(TextDecoder):
             raise ValueError("a sequence-to-sequence decoder scores targets")
         return self.head.losses(self.model, self._states(bundle[self.stream], targets), targets)
 
+    def all_logits(self, bundle: Bundle, ids: Tensor) -> Tensor:
+        """Return the logits after each of the ids (B, L) that are written so far, the start included: (B, L, V).
+
+        They are held all at once: for graphs that other programs run.
+        """
+        source = bundle[self.stream]
+        return self.head(self.model, self._run(ids, source.tokens, source.mask).last_hidden_state).float()
+
     def _states(self, source: Features, targets: Tensor) -> Tensor:
         """The last states of the decoder that has read the targets before each, (B, L, D)."""
         before = torch.cat((targets.new_full((len(targets), 1), self.start), targets[:, :-1]), 1)

@@ -2,11 +2,159 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
 import gradio as gr
 
+from mmhub.errors import MmhubError
+from mmhub_ui.answers import AnswerView, Shown, asked
 from mmhub_ui.context import Context
+from mmhub_ui.inputs import Fields, Given, Settings, Wants, writing_of
+from mmhub_ui.listing import offered
+from mmhub_ui.page import failure, note
+from mmhub_ui.talk import TalkView, reply, shown
+from mmhub_ui.work import Stream, follow
+
+_LIMIT: dict[str, Any] = {"concurrency_limit": 4, "concurrency_id": "models"}
 
 
-def try_tab(context: Context) -> None:
+class TryTab:
+    """The components of the tab; `name` takes a model from other tabs."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.name = model_field(context, "Model", "try-model")
+        self.status = gr.HTML(elem_id="try-status", container=False, elem_classes="mm-line")
+        self.fields = Fields("try")
+        self.talk = TalkView("try")
+        self.settings = Settings("try")
+        with gr.Row():
+            self.run = gr.Button("Run", variant="primary", visible=False, elem_id="try-run")
+            self.stop = gr.Button("Stop", visible=False, elem_id="try-stop")
+            self.clear = gr.Button("Clear", visible=False, elem_id="try-clear")
+        self.answer = AnswerView("try")
+        self._listen()
+
+    def _listen(self) -> None:
+        hidden: dict[str, Any] = {"api_visibility": "private"}
+        self.name.change(self.choose, self.name, self.shown, show_progress="minimal", api_name="choose", **_LIMIT)
+        inputs = [self.name, *self.fields.all, self.settings.times, *self.settings.values]
+        outputs = [self.status, *self.answer.all]
+        run = gr.on(
+            [self.run.click, self.fields.text.submit, self.fields.labels.submit],
+            self.answered,
+            inputs,
+            outputs,
+            show_progress_on=self.answer.time,
+            api_name="run",
+            **_LIMIT,
+        )
+        self.stop.click(None, cancels=[run], **hidden)
+        self.clear.click(self.cleared, None, [*self.fields.all, *self.answer.all], queue=False, **hidden)
+        said = [self.name, self.talk.message, self.talk.said, self.settings.system, *self.settings.values]
+        seen = [self.talk.chat, self.talk.said, self.talk.message, self.talk.status]
+        talk = self.talk.message.submit(self.said, said, seen, show_progress="hidden", **hidden, **_LIMIT)
+        self.talk.stop.click(None, cancels=[talk], **hidden).then(
+            lambda: note("Stopped."), None, self.talk.status, queue=False, **hidden
+        )
+        forget = [self.talk.forget.click, self.talk.chat.clear]
+        gr.on(forget, lambda: ([], [], None, ""), None, seen, queue=False, cancels=[talk], **hidden)
+
+    @property
+    def shown(self) -> list[Any]:
+        """What `choose` changes."""
+        parts = [self.status, *self.fields.all, *self.talk.all, *self.settings.all]
+        return [*parts, self.run, self.stop, self.clear, *self.answer.all]
+
+    def choose(self, name: str | None) -> Iterator[list[Any]]:
+        """Load a model and show the fields that it needs; an error is told instead."""
+        if not name:
+            yield self._fitted("", Wants(), None)
+            return
+        yield self._fitted(note(f"Loading {name}…"), Wants(), None)
+        try:
+            with self.context.use(name) as model:
+                found = self._fitted(_facts(name, model), Wants.of(model), model)
+        except MmhubError as error:
+            found = self._fitted(failure(error), Wants(), None)
+        yield found
+
+    def _fitted(self, status: str, wants: Wants, model: Any) -> list[Any]:
+        asks = bool(wants.modalities) and not wants.chats
+        parts = [status, *self.fields.fit(wants), *self.talk.fit(wants.chats, model), *self.settings.fit(wants, model)]
+        buttons = [gr.update(visible=asks), gr.update(visible=asks and wants.writes), gr.update(visible=asks)]
+        return [*parts, *buttons, *self.answer.updates(Shown())]
+
+    def answered(self, name: str | None, *values: Any) -> Iterator[list[Any]]:
+        """Answer what stands in the fields, a text piece by piece."""
+        given = given_of(values)
+
+        def work(stream: Stream) -> tuple[str, Shown]:
+            with self.context.use(name or "") as model:
+                found = asked((name or "").strip(), model, given, self.context.bounds(model), stream)
+                return _facts(name or "", model), found
+
+        try:
+            with closing(follow(work)) as pieces:
+                for text, found in pieces:
+                    if found is not None:
+                        yield [found[0], *self.answer.updates(found[1])]
+                    elif text:
+                        yield [note("Writing…"), *self.answer.updates(Shown(text=text))]
+        except MmhubError as error:
+            yield [failure(error, given.files), *self.answer.updates(Shown())]
+
+    def said(
+        self, name: str | None, message: Any, talk: list[Any], system: str | None, *writing: Any
+    ) -> Iterator[tuple[Any, Any, Any, str]]:
+        """Answer a message of a conversation."""
+        given = Given(writing=writing_of(writing))
+        before, message = list(talk), message or {}
+        for now, told in reply(self.context, name or "", message, before, system or "", given):
+            kept = gr.update() if now == before else None  # what was not answered may be said again
+            yield shown(now), now, kept, told
+
+    def cleared(self) -> list[Any]:
+        """Empty the fields and the answer."""
+        return [*[gr.update(value=None) for _ in self.fields.all], *self.answer.updates(Shown())]
+
+
+def try_tab(context: Context) -> TryTab:
     """Add the components of this tab to the one that is being built."""
-    gr.Markdown("")
+    return TryTab(context)
+
+
+def model_field(context: Context, label: str, elem_id: str) -> Any:
+    """Return a field in which a model is chosen; its name may be typed, if the app is not locked."""
+    names = offered(context)
+    where = None if context.locked else "A registered name, a folder such as ./runs/a/model, or org/name on the Hub"
+    return gr.Dropdown(
+        names,
+        value=context.names[0] if context.names else None,
+        label=label,
+        info=where,
+        allow_custom_value=not context.locked,
+        elem_id=elem_id,
+    )
+
+
+def given_of(values: Sequence[Any]) -> Given:
+    """Return what stands in the fields of `Fields.all`, and behind them in those of `Settings`."""
+    text, pair, image, audio, labels, times, *writing = values
+    given = Given(text=text, pair=pair, image=image, audio=audio, labels=labels, times=times)
+    return replace(given, writing=writing_of(writing)) if writing else given
+
+
+def _facts(name: str, model: Any) -> str:
+    return note(f"{name}: {model.task.name}, takes {', '.join(model.modalities)}, {_size(model)} parameters")
+
+
+def _size(model: Any) -> str:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for unit, size in (("billion", 1e9), ("million", 1e6), ("thousand", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)

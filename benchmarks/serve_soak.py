@@ -1,0 +1,173 @@
+"""Memory, files and latency of `mmhub serve` over many mixed requests.
+
+    python benchmarks/serve_soak.py [--requests 12000] [--clients 16] [--model NAME] [--out FILE]
+
+A small model of texts, pictures and sounds, made here, is asked for one sample and for several, of any modalities, for
+vectors, for its schema, and for what it must refuse: damaged pictures, unknown inputs and models, bodies that are no
+JSON. With `--model` a second one is asked for texts as well. The server may not grow between the 1,000th request and
+the last by more than `--growth` MB, nor in open files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import io
+import random
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serve import make_texts
+from benchmarks.serve_client import Connection, Server, about, request, serving, share
+
+WARM = 1_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=12_000)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--model")
+    parser.add_argument("--growth", type=float, default=20.0, help="MB [default: 20]")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    lines = ["# Serving many mixed requests", "", *about(["mmhub", "mmhub-serve", "torch", "uvicorn"]), ""]
+    with tempfile.TemporaryDirectory() as folder:
+        name = make_model(Path(folder) / "model")
+        names = [name, *([given.model] if given.model else [])]
+        with serving(*names, "-q") as server:
+            lines += asyncio.run(soak(server, make_requests(names), given))
+    table = "\n".join(lines) + "\n"
+    print(table)
+    if given.out:
+        given.out.write_text(table)
+
+
+def make_model(folder: Path) -> str:
+    """Save a small random model of texts, pictures and sounds."""
+    import mmhub
+
+    encoders = {
+        "image": {"use": "timm", "config": {"architecture": "test_resnet", "image_size": 32}},
+        "audio": {"use": "cnn", "config": {"sample_rate": 8000, "dim": 16, "channels": [4, 8]}},
+        "text": {"use": "lstm", "config": {"dim": 16, "embedding_dim": 8}},
+    }
+    fusion = {"use": "attention", "config": {"dim": 16, "depth": 1, "heads": 2}}
+    decoder = {"use": "classification", "config": {"labels": ["no", "yes"]}}
+    model = mmhub.compose(encoders=encoders, fusion=fusion, decoder=decoder, texts=make_texts(200))
+    model.eval().save(folder)
+    return str(folder)
+
+
+def make_requests(names: list[str]) -> list[tuple[int, bytes]]:
+    """Requests, each with the status that it must be answered with."""
+    draw, texts = random.Random(0), make_texts(200)
+    pictures = [_picture(draw, size) for size in (16, 48, 160, 400)]
+    sounds = [_sound(draw, seconds) for seconds in (0.1, 0.5, 2.0)]
+    model = names[0]
+
+    def sample() -> dict[str, Any]:
+        whole = {"text": draw.choice(texts), "image": draw.choice(pictures), "audio": draw.choice(sounds)}
+        return {key: whole[key] for key in draw.sample(sorted(whole), draw.randint(1, 3))}
+
+    def ask(path: str, *samples: Any, model: str = model) -> bytes:
+        return request(path, {"model": model, "samples": list(samples)})
+
+    found = [(200, ask("/predict", sample())) for _ in range(120)]
+    found += [(200, ask("/predict", *(sample() for _ in range(draw.randint(2, 12))))) for _ in range(30)]
+    found += [(200, ask("/embed", sample(), sample())) for _ in range(20)]
+    found += [(200, ask("/predict", {"text": draw.choice(texts)}, model=names[-1])) for _ in range(30)]
+    found += [(200, request(path)) for path in ("/healthz", "/readyz", "/metrics", "/openapi.json", "/v1/models")]
+    damaged = {"image": {"base64": base64.b64encode(b"\x89PNG no picture").decode()}}
+    found += [(400, ask("/predict", sample(), damaged)), (400, ask("/predict", {"txt": "a"}))]
+    found += [(404, ask("/predict", sample(), model="nothing")), (404, request("/nothing"))]
+    found.append((400, request("/predict", {}).replace(b"{}", b"{,")))
+    draw.shuffle(found)
+    return found
+
+
+def _picture(draw: random.Random, size: int) -> dict[str, str]:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.frombytes("RGB", (size, size), draw.randbytes(3 * size * size)).save(file, "JPEG")
+    return {"base64": base64.b64encode(file.getvalue()).decode()}
+
+
+def _sound(draw: random.Random, seconds: float) -> dict[str, str]:
+    import numpy as np
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, np.array([draw.uniform(-0.3, 0.3) for _ in range(int(8000 * seconds))]), 8000, format="FLAC")
+    return {"base64": base64.b64encode(file.getvalue()).decode()}
+
+
+async def soak(server: Server, requests: list[tuple[int, bytes]], given: argparse.Namespace) -> list[str]:
+    loop, turn = asyncio.get_running_loop(), iter(range(given.requests))
+    times: list[float] = []
+    wrong: Counter[str] = Counter()
+    usage = [_usage("at the start", server)]
+
+    async def client() -> None:
+        connection = None
+        for number in turn:
+            wanted, content = requests[number % len(requests)]
+            if connection is None or number % 50 == 0:  # clients come and go
+                if connection is not None:
+                    connection.close()
+                _, connection = await loop.create_connection(Connection, "127.0.0.1", server.port)
+            began = time.perf_counter()
+            try:
+                status, _ = await connection.ask(content)
+            except ConnectionError:
+                status, connection = 0, None
+            times.append(time.perf_counter() - began)
+            if status != wanted:
+                wrong[f"{status} for {wanted}"] += 1
+            if len(times) == WARM:
+                usage.append(_usage(f"after {WARM:,}", server))
+        if connection is not None:
+            connection.close()
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(given.clients)))
+    took = time.perf_counter() - began
+    await asyncio.sleep(1)  # until closed connections are noticed
+    usage.append(_usage(f"after {len(times):,}", server))
+    return [*_table(usage), *_verdict(usage, times, took, wrong, given)]
+
+
+def _usage(when: str, server: Server) -> tuple[str, float, int, int]:
+    return when, server.memory(), server.files(), server.threads()
+
+
+def _table(usage: list[tuple[str, float, int, int]]) -> list[str]:
+    rows = [f"| {when} | {memory:.0f} | {files} | {threads} |" for when, memory, files, threads in usage]
+    return ["| requests | resident MB | open files | threads |", "|---|---|---|---|", *rows, ""]
+
+
+def _verdict(
+    usage: list[tuple[str, float, int, int]],
+    times: list[float],
+    took: float,
+    wrong: Counter[str],
+    given: argparse.Namespace,
+) -> list[str]:
+    grown = usage[-1][1] - usage[1][1] if len(usage) > 2 else 0.0
+    verdict = "met" if grown <= given.growth and not wrong and usage[-1][2] <= usage[0][2] + 2 else "MISSED"
+    shown = ", ".join(f"{what}: {count}" for what, count in wrong.items()) or "none"
+    parts = ", ".join(f"{name} {1e3 * share(times, part):.1f} ms" for name, part in (("p50", 0.5), ("p99", 0.99)))
+    growth = f"grown by {grown:.1f} MB after the first {WARM:,} (limit {given.growth:g})"
+    return [
+        f"- {len(times):,} requests by {given.clients} clients, {len(times) / took:.0f} a second; {parts}",
+        f"- {growth}; other statuses: {shown}; {verdict}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
