@@ -42,6 +42,10 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
 
+    def send(self, request: bytes) -> None:
+        """Send a request whose answer nobody waits for."""
+        self._transport.write(request)
+
     async def ask(self, request: bytes) -> tuple[int, bytes]:
         self._answer = asyncio.get_running_loop().create_future()
         self._transport.write(request)
@@ -51,8 +55,11 @@ class Connection(asyncio.Protocol):
         self._buffer += data
         if self._need < 0 and (end := self._buffer.find(b"\r\n\r\n")) >= 0:
             head = bytes(self._buffer[:end]).lower()
-            _, _, rest = head.partition(b"content-length:")
-            self._need = end + 4 + int(rest.split(b"\r\n", 1)[0])
+            _, told, rest = head.partition(b"content-length:")
+            if told:
+                self._need = end + 4 + int(rest.split(b"\r\n", 1)[0])
+            elif self._buffer.endswith(b"\r\n0\r\n\r\n"):  # a stream, in chunks
+                self._need = len(self._buffer)
         if 0 <= self._need <= len(self._buffer) and self._answer is not None:
             whole = bytes(self._buffer[: self._need])
             self._buffer, self._need = self._buffer[self._need :], -1
@@ -92,7 +99,8 @@ async def drive(port: int, clients: int, seconds: float, asked: Sequence[tuple[s
             status, body = await connection.ask(requests[number])
             seconds_of.append(time.perf_counter() - began)
             statuses[status] = statuses.get(status, 0) + 1
-            answers[number].add(body)
+            if status == 200:
+                answers[number].add(body)
 
     async def probe(connection: Connection) -> None:
         health = request("/healthz")

@@ -95,8 +95,8 @@ def quantized_state(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """As the tensors of `state_of`, but larger matrices and convolutions as codes of 8 bits and as `NAME:scale`.
 
     weight = codes * scale, codes from -127 to 127. A scale belongs to an output channel of a convolution or of GPT-2's
-    turned layers, and to a row of anything else: an output of a linear layer, a word of an embedding. It has the
-    weight's type, and its number of dimensions. Vectors, buffers and what is small stay as they are.
+    turned layers, and to a row of anything else: an output of a linear layer, a word of an embedding. It is fp32, and
+    has the weight's number of dimensions. Vectors, buffers and what is small stay as they are.
 
     Raises:
         TrustError: a weight is infinite or not a number.
@@ -132,35 +132,49 @@ def _codes(name: str, weight: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Te
     largest = weight.float().abs().amax(dims, keepdim=True)
     if not torch.isfinite(largest).all():
         raise TrustError(f"the weight {name} is infinite or not a number", "fetch or train the model again")
-    scale = (largest / _LEVELS).clamp(min=torch.finfo(weight.dtype).tiny).to(weight.dtype)
-    codes = (weight.float() / scale.float()).round().clamp(-_LEVELS, _LEVELS).to(torch.int8)
+    scale = (largest / _LEVELS).clamp(min=torch.finfo(torch.float32).tiny)  # fp16 has no room for those of small rows
+    codes = (weight.float() / scale).round().clamp(-_LEVELS, _LEVELS).to(torch.int8)
     return codes, scale.contiguous()
 
 
-def _restore(found: dict[str, Tensor]) -> list[str]:
-    """Turn codes and scales back into weights, in place; return what does not fit together, which is left out."""
+def _restore(found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Turn codes and scales back into weights, in place; return what does not fit together, which is left out.
+
+    Codes that are no expected tensor's, or have another shape than it, stay as they are: they are refused later, and
+    widened they would take four times the memory of a file that nobody made.
+    """
     problems = []
-    for scale_name in [name for name in found if name.endswith(SCALE)]:
-        name, scale = scale_name.removesuffix(SCALE), found.pop(scale_name)
-        codes = found.pop(name, None)
+    scales = {name: found.pop(name) for name in list(found) if name.endswith(SCALE)}
+    for scale_name, scale in scales.items():
+        name = scale_name.removesuffix(SCALE)
+        codes, wanted = found.get(name), expected.get(name)
         problem = "has no codes" if codes is None else _unfit_scale(codes, scale)
-        if problem or codes is None:
+        if codes is not None and not problem and wanted is not None and codes.shape == wanted.shape:
+            found[name] = codes.to(torch.float32).mul_(scale.float()).to(wanted.dtype)
+            narrow = found[name].itemsize < 4 and not _is_finite(found[name])
+            problem = "holds a number that is too large" if narrow else None
+        if problem:
             problems.append(f"{scale_name} {problem}")
-        else:
-            found[name] = codes.to(scale.dtype).mul_(scale)
+            found.pop(name, None)
     return problems
+
+
+def _expected(parts: Mapping[str, nn.Module], stored: Stored) -> dict[str, Tensor]:
+    """What the parts have, and what they share, by full name."""
+    state = {f"{role}.{key}": tensor for role, part in parts.items() for key, tensor in part.state_dict().items()}
+    return {source: state[alias] for alias, source in stored.tied.items() if alias in state} | state
 
 
 def _unfit_scale(codes: Tensor, scale: Tensor) -> str | None:
     """What is wrong with scales; codes times sound ones have the codes' shape and are finite."""
     if codes.dtype != torch.int8:
         return f"is for codes of type {codes.dtype}, not int8".replace("torch.", "")
-    if not scale.is_floating_point() or scale.itemsize < 2:
+    if scale.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"has type {scale.dtype}".replace("torch.", "")
     pairs = zip(scale.shape, codes.shape, strict=False)
     if scale.ndim != codes.ndim or any(mine not in (1, theirs) for mine, theirs in pairs):
         return f"has shape {list(scale.shape)}, which does not fit codes of shape {list(codes.shape)}"
-    sound = bool(((scale >= 0) & torch.isfinite(scale * 128)).all())
+    sound = bool(((scale >= 0) & torch.isfinite(scale.float() * 128)).all())
     return None if sound else "holds a number that is none, negative or too large"
 
 
@@ -343,7 +357,7 @@ def fill(
     paths = [stored.folder / file for file in sorted(weight_files(stored, parts))]
     found, problems, whole = _read_parts(stored, parts, paths)
     _check_finite(stored, parts, found, paths, whole)
-    problems += _restore(found) if stored.quantized else []
+    problems += _restore(found, _expected(parts, stored)) if stored.quantized else []
     problems += [f"{name} is in '{stored.folder}' and in its base" for name in found.keys() & (known or {}).keys()]
     found |= known or {}
     tied = {alias: source for alias, source in stored.tied.items() if alias.partition(".")[0] in parts}

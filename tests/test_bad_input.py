@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import pytest
 
 from mmhub.cli.main import main
 from mmhub.config import check_recipe, dump_recipe
+from mmhub.errors import InputError
+from mmhub.interfaces import Policy, raw_bytes
 from tests.conftest import flac, png, recipe
 
 Fails = Callable[..., str]
@@ -37,6 +41,27 @@ def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         return output.err
 
     return run
+
+
+def test_a_pipe_or_device_is_read_up_to_the_limit_alone() -> None:
+    reads, writes = os.pipe()
+    written: list[int] = []
+
+    def write() -> None:
+        try:
+            for _ in range(64):
+                written.append(os.write(writes, bytes(2**16)))
+        except BrokenPipeError:
+            pass
+        os.close(writes)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    with pytest.raises(InputError, match="more than the limit of 1000"):
+        raw_bytes(f"/dev/fd/{reads}", Policy(max_bytes=1000))
+    os.close(reads)
+    writer.join()
+    assert len(written) < 64
 
 
 def listing(folder: Path) -> set[str]:

@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import csv
 import errno
+import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import mmhub.bulk.batches
 import mmhub.bulk.job
+import mmhub.bulk.rows
 import mmhub.bulk.run
 import mmhub.bulk.windows
+import mmhub.cli.predict
+import mmhub.data.loader
 import mmhub.files
-from mmhub.bulk import Done, Options, open_table, predict_table, write_file_of
+import mmhub.hub
+from mmhub.bulk import Done, Options, file_identity, model_identity, open_table, predict_table, write_file_of
+from mmhub.bulk.formats import write_answers
+from mmhub.bulk.job import Job, copy_part
 from mmhub.bulk.progress import Progress
-from mmhub.bulk.windows import Pace
+from mmhub.bulk.rows import Place, Row
+from mmhub.bulk.windows import Pace, Window
+from mmhub.data.loader import load_batches
 from mmhub.errors import InputError, Interrupted, MmhubError, UsageError
 from mmhub.interfaces import Generation
 from mmhub.model import Model
@@ -76,7 +88,7 @@ def alone(model: Model) -> list[Any]:
     return [model.predict({"text": text})[0] for text in TEXTS]
 
 
-@pytest.mark.parametrize("more", [{}, {"batch_tokens": 20}, {"batch_size": 3}, {"workers": 1, "batch_tokens": 12}])
+@pytest.mark.parametrize("more", [{}, {"batch_tokens": 20}, {"batch_size": 3}])
 def test_answers_are_those_of_each_row_alone_in_the_order_of_the_rows(
     model: Model, table: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:
@@ -118,7 +130,39 @@ def test_a_text_is_read_once(model: Model, table: Path, monkeypatch: pytest.Monk
     assert sorted(read) == sorted(TEXTS)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_workers_decode_what_is_not_read_yet_with_few_open_files(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    started: list[int] = []
+
+    def noted(collate: Any, order: Any, workers: int, pinned: bool) -> Any:
+        started.append(workers)
+        return load_batches(collate, order, workers, pinned)
+
+    monkeypatch.setattr(mmhub.data.loader, "_PATIENCE", 10)
+    monkeypatch.setattr(mmhub.bulk.batches, "load_batches", noted)
+    monkeypatch.setattr(mmhub.bulk.run, "Pace", lambda: Pace(128, 128))
+    monkeypatch.setattr(mmhub.bulk.windows, "MOST_ROWS", 128)
+    rows = {"text": TEXTS * 6, "image": [png(1)] * 132}
+    pq.write_table(pa.table(rows), tmp_path / "in.parquet")
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 60, limit[1]))
+    try:
+        inputs = {"text": "text", "image": "image"}
+        both = run(model, tmp_path / "in.parquet", None, workers=1, batch_size=64, inputs=inputs).answers
+        text = run(model, tmp_path / "in.parquet", None, workers=1, batch_size=64).answers
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    close(both[:22], model.predict([{"text": text, "image": png(1)} for text in TEXTS]))
+    close(text[:22], alone(model))
+    assert len(both) == 132 and started == [1, 0], "what is read already needs no workers"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_stopped_job_goes_on_where_it_was(model: Model, table: Path, tmp_path: Path, number: int, code: int) -> None:
     out, said, asked = tmp_path / "out.jsonl", list[str](), [0]
 
@@ -146,13 +190,17 @@ class Killed(BaseException):
     """As if the process had ended there."""
 
 
+SLOW = ((".jsonl", 1), (".jsonl", 7), (".csv", 3), (".csv", 8))
+
+
 @pytest.mark.parametrize(
-    ("suffix", "step"), [(".jsonl", 1), (".jsonl", 2), (".parquet", 3), (".jsonl", 7), (".csv", 8), (".parquet", 8)]
+    ("suffix", "step"),
+    [(".jsonl", 3), (".parquet", 8), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
 def test_a_job_that_is_killed_at_any_write_loses_and_repeats_no_row(
     model: Model, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, step: int
 ) -> None:
-    out, count, own, swap = tmp_path / f"out{suffix}", [0], mmhub.files.write_file, os.replace
+    out, count, own = tmp_path / f"out{suffix}", [0], mmhub.files.write_file
 
     def dies(path: Path, content: Any) -> None:
         count[0] += 1
@@ -162,14 +210,12 @@ def test_a_job_that_is_killed_at_any_write_loses_and_repeats_no_row(
         own(path, content)
 
     def last(one: Any, other: Any) -> None:
-        if other == out and step == 8:
-            raise Killed
-        swap(one, other)
+        assert other == out and step == 8
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(mmhub.bulk.job, "write_file", dies)
-        patch.setattr(os, "replace", last)
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(os, "link", last)
         with pytest.raises(Killed):
             run(model, table, out, keep=["id"])
     assert not out.exists()
@@ -178,6 +224,120 @@ def test_a_job_that_is_killed_at_any_write_loses_and_repeats_no_row(
     found, wanted = ([row["id"] for row in read(tmp_path / f"{name}{suffix}")] for name in ("out", "whole"))
     assert found == wanted == [f"n{i}" for i in range(22)]
     assert not (tmp_path / f"out{suffix}.parts").exists()
+
+
+@contextmanager
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Let the process end at a change of the file system: that one and all that come after do not happen."""
+    seen: list[str] = []
+
+    def dying(what: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            seen.append(what)
+            if len(seen) >= step:
+                raise Killed
+            return own(*args, **more)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "open", dying("open", io.open))
+        for what in ("mkdir", "replace", "rename", "link", "unlink", "remove", "rmdir"):
+            patch.setattr(os, what, dying(what, getattr(os, what)))
+        yield seen
+
+
+def work(out: Path) -> None:
+    """Three windows of two rows, without a model."""
+
+    def join(file: IO[bytes], parts: Sequence[Path]) -> None:
+        for part in parts:
+            copy_part(part, file)
+
+    with Job(out, {"model": "m"}) as job:
+        for first in range(job.rows, 6, 2):
+            rows = [Row(Place(number, 0, number), {}) for number in (first, first + 1)]
+            job.add(Window(rows, Place(first + 2, 0, first + 2)), [{"n": row.place.number} for row in rows])
+        job.finish(join)
+
+
+def test_a_job_that_is_killed_at_any_change_of_the_file_system_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    whole, step, died = [{"n": number} for number in range(6)], 0, True
+    while died:
+        step += 1
+        out = tmp_path / f"{step}.jsonl"
+        with killed_at(step, monkeypatch) as seen:
+            with suppress(Killed):
+                work(out)
+            died = len(seen) >= step
+        if out.exists():
+            assert lines(out) == whole, step
+            out.unlink()
+        work(out)
+        assert lines(out) == whole, (step, seen[-1])
+        assert not Path(f"{out}.parts").exists(), (step, seen[-1])
+    assert step > 20 and set(seen) >= {"mkdir", "open", "replace", "link", "unlink", "rmdir"}
+
+
+def test_no_thread_is_left_when_a_job_ends_early(model: Model, tmp_path: Path) -> None:
+    """A process that ends while one computes may be aborted."""
+    rows = [json.dumps({"text": text}) for text in TEXTS] * 4
+    rows[5] = "{"
+    (tmp_path / "in.jsonl").write_text("\n".join(rows))
+    before = set(threading.enumerate())
+    more: dict[str, Any]
+    for more in ({}, {"skip": True, "stop": lambda: 2}):
+        with pytest.raises(MmhubError):
+            run(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", restart=True, **more)
+        assert set(threading.enumerate()) <= before
+
+
+def test_what_has_the_name_meanwhile_is_left_alone(model: Model, table: Path, tmp_path: Path) -> None:
+    out, asked, said = tmp_path / "out.jsonl", [0], list[str]()
+
+    def other() -> int:
+        asked[0] += 1
+        if asked[0] == 2:
+            out.write_text("precious")
+        return 0
+
+    for stop in (other, int):
+        with pytest.raises(UsageError, match="exists") as caught:
+            run(model, table, out, stop=stop, say=said.append)
+        assert "the same command goes on" in str(caught.value.hint) and out.read_text() == "precious"
+    assert not said, "nothing is begun where it is there from the first"
+    with pytest.raises(UsageError, match="exists"):
+        run(model, table, table)
+    assert not table.with_name("in.parquet.parts").exists()
+    out.unlink()
+    run(model, table, out, say=said.append)
+    assert len(lines(out)) == 22 and said[0].startswith("going on after 22 rows")
+
+
+def test_a_job_is_written_once_at_a_time_in_a_process_too(tmp_path: Path) -> None:
+    with (
+        Job(tmp_path / "out.jsonl", {}),
+        pytest.raises(UsageError, match="this process is writing"),
+        Job(tmp_path / "out.jsonl", {}),
+    ):
+        pass
+    work(tmp_path / "out.jsonl")
+    assert len(lines(tmp_path / "out.jsonl")) == 6
+
+
+def test_a_job_whose_description_is_damaged_is_not_thrown_away(model: Model, table: Path, tmp_path: Path) -> None:
+    parts = stopped(model, table, tmp_path / "out.jsonl")
+    (parts / "job.json").write_text("{")
+    (parts / "mine").mkdir()
+    with pytest.raises(UsageError, match=r"job\.json' cannot be read") as caught:
+        run(model, table, tmp_path / "out.jsonl")
+    assert "--restart" in str(caught.value.hint) and len(list(parts.glob("0*.jsonl"))) == 3
+    run(model, table, tmp_path / "out.jsonl", restart=True)
+    assert len(lines(tmp_path / "out.jsonl")) == 22
+    assert [path.name for path in parts.iterdir()] == ["mine"], "what is not ours stays"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -270,7 +430,8 @@ def test_a_row_that_cannot_be_read_ends_the_job_or_is_answered_why(model: Model,
     data.write_text("\n".join(rows) + "\n")
     with pytest.raises(InputError, match=r"t\.jsonl' line 6 is not valid JSON") as caught:
         run(model, data, out)
-    assert "4 rows are kept" in str(caught.value.hint)
+    said = str(caught.value.hint)
+    assert "4 rows are kept" in said and "--on-error skip goes on" in said and "--restart" in said
     done = run(model, data, out, skip=True)
     assert (done.rows, done.skipped) == (22, 3)
     found = lines(out)
@@ -332,6 +493,126 @@ def test_answers_of_several_types_and_shapes_fit_into_tables(tmp_path: Path) -> 
     assert pq.read_table(tmp_path / "wide.parquet").schema.field("scores").type == pa.string()
 
 
+def wrote(*parts: Sequence[Any]) -> Any:
+    """A parquet table of answers {"v": value} in parts."""
+    file = io.BytesIO()
+    write_answers(file, [lambda part=part: [{"v": value} for value in part] for part in parts], ".parquet")  # type: ignore[misc]
+    return pq.read_table(file)
+
+
+@pytest.mark.parametrize(
+    ("parts", "wanted"),
+    [
+        ([[1], [2**63]], ["1", str(2**63)]),
+        ([[1, 2**63]], ["1", str(2**63)]),
+        ([[True, 1]], ["true", "1"]),
+        ([[1], [True]], ["1", "true"]),
+        ([[2**60 + 1], [0.5]], [str(2**60 + 1), "0.5"]),
+        ([[0.5], [[2**60 + 1]]], ["0.5", f"[{2**60 + 1}]"]),
+        ([[{"a": 2**60 + 1}], [{"a": 0.5}]], [f'{{"a": {2**60 + 1}}}', '{"a": 0.5}']),
+        ([[[{}]]], ["[{}]"]),
+        ([[{"a": {}}]], ['{"a": {}}']),
+        ([[{"a": None}], [{"a": []}]], [{"a": None}, {"a": []}]),
+        ([[1], [0.5]], [1.0, 0.5]),
+        ([[[]], [None]], [[], None]),
+        ([[{"a": float("nan")}]], [{"a": None}]),
+    ],
+)
+def test_any_values_fit_into_a_table(parts: list[list[Any]], wanted: list[Any], tmp_path: Path) -> None:
+    plain = json.loads(mmhub.bulk.formats.to_json(parts))  # as a job keeps them
+    assert wrote(*plain).column("v").to_pylist() == wanted
+
+
+def test_a_table_of_many_parts_has_few_row_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmhub.bulk.formats, "_SLICE", 2)
+    file = io.BytesIO()
+    write_answers(file, [lambda: [{"v": n} for n in range(7)]] * 3, ".parquet")
+    assert pq.read_metadata(file).num_row_groups == 1
+    assert pq.read_table(file).to_pydict()["v"] == [*range(7)] * 3
+
+
+def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+    write_file_of(tmp_path / "a.jsonl", [{"value": float("nan"), "scores": [float("inf"), 1.0]}])
+    assert (tmp_path / "a.jsonl").read_text() == '{"value": null, "scores": [null, 1.0]}\n'
+    with Job(tmp_path / "out.jsonl", {}) as job:
+        job.add(Window([Row(Place(), {})], Place(1, 0, 1)), [{"value": float("nan")}])
+        assert list(job.answers()) == [{"value": None}]
+
+
+def test_kept_columns_never_hide_an_answer_nor_each_other(model: Model, tmp_path: Path) -> None:
+    row = {"text": "yes", "label": "a", "entities": "b", "extra": "c", "input_label": "d", "input_extra": "e"}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    (found,) = run(model, tmp_path / "in.jsonl", None, keep=["label", "entities", "extra"]).answers
+    assert found["label"] in ("no", "yes")
+    assert (found["input_label"], found["input_entities"], found["extra"]) == ("a", "b", "c")
+    with pytest.raises(UsageError, match="two columns would be named 'input_label'"):
+        run(model, tmp_path / "in.jsonl", None, keep=["label", "input_label"])
+    with pytest.raises(UsageError, match=r"no column 'label\+extra' to keep"):
+        run(model, tmp_path / "in.jsonl", None, keep=["label+extra"])
+    writer = drawing(1)
+
+    def answers(samples: list[Any], first: int) -> list[dict[str, Any]]:
+        return [{"text": "x", "extra": 1} for _ in samples]
+
+    (found,) = run(writer, tmp_path / "in.jsonl", None, keep=["extra"], answers=answers).answers
+    assert (found["input_extra"], found["extra"]) == ("c", 1)
+    with pytest.raises(UsageError, match="two columns would be named 'input_extra'"):
+        run(writer, tmp_path / "in.jsonl", None, keep=["input_extra", "extra"], answers=answers)
+
+
+def test_a_column_counts_wherever_it_first_appears(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec  # type: ignore[import-untyped]
+
+    monkeypatch.setattr(mmhub.bulk.rows, "_PEEK", 3)
+    rows = "".join(json.dumps({"text": "yes"} | ({"image": "a"} if n == 5 else {})) + "\n" for n in range(7))
+    (tmp_path / "in.jsonl").write_text(rows)
+    assert open_table(str(tmp_path / "in.jsonl")).columns == ("text", "image")
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        for number in range(5):
+            for kind in ("txt", *(["png"] if number == 4 else [])):
+                info = tarfile.TarInfo(f"{number}.{kind}")
+                info.size = 3
+                archive.addfile(info, io.BytesIO(b"yes"))
+    assert open_table(str(tmp_path / "in.tar")).columns == ("__key__", "txt", "png")
+    with fsspec.open("memory://late.jsonl", "w") as file:
+        file.write(rows)
+    options = Options(inputs={"text": "text"}, quiet=True)
+    with pytest.raises(UsageError, match=r"column 'image' comes first in .*late\.jsonl row 6"):
+        predict_table(model, open_table("memory://late.jsonl"), None, options)
+
+
+def test_what_reads_no_files_row_by_row_is_left_to_plugins(tmp_path: Path) -> None:
+    for source in ("sql:select * from t", "sql:select a[1]"):
+        with pytest.raises(MmhubError, match="no installed plugin's data source is called 'sql:'"):
+            open_table(source)
+    (tmp_path / "a.parquet.gz").write_bytes(b"x")
+    with pytest.raises(MmhubError) as caught:
+        open_table(str(tmp_path / "*.parquet.gz"))
+    assert "is streamed" not in caught.value.message
+
+
+def test_an_empty_file_among_several_is_named_at_once(tmp_path: Path) -> None:
+    for name, content in (("a", "text\nyes\n"), ("b", "text\n")):
+        (tmp_path / f"{name}.csv").write_text(content)
+    with pytest.raises(InputError, match=r"'b\.csv' has no rows"):
+        open_table(str(tmp_path / "*.csv"))
+
+
+def test_a_model_is_all_its_files_but_what_is_said_of_it(tmp_path: Path) -> None:
+    for name in ("config.json", "chat_template.jinja", "1_Pooling/config.json", "README.md", "eval/a.json", ".git/b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    found = model_identity(str(tmp_path))
+    assert list(found["files"]) == ["1_Pooling/config.json", "chat_template.jinja", "config.json"]
+    (tmp_path / "chat_template.jinja").write_text("other")
+    assert model_identity(str(tmp_path)) != found
+    before = file_identity(str(tmp_path / "README.md"))
+    (tmp_path / "README.md").write_text("other")
+    assert file_identity(str(tmp_path / "README.md")) != before
+
+
 def test_dates_are_kept_as_text_and_bytes_are_refused(model: Model, tmp_path: Path) -> None:
     days = pa.array([0, 1], pa.date32())
     pq.write_table(pa.table({"text": TEXTS[:2], "day": days, "raw": [b"x", b"y"]}), tmp_path / "in.parquet")
@@ -349,7 +630,7 @@ def drawing(first: int) -> Model:
     return model_of(Scripted(scores=scores, generation=Generation(temperature=1.0, max_new_tokens=5, seed=first)))
 
 
-def test_what_is_drawn_depends_on_the_seed_and_the_row_alone(tmp_path: Path) -> None:
+def test_what_is_drawn_depends_on_the_seed_and_the_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "in.jsonl"
     prompts = [text[:9] for text in TEXTS]
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in prompts))
@@ -360,7 +641,16 @@ def test_what_is_drawn_depends_on_the_seed_and_the_row_alone(tmp_path: Path) -> 
 
     wanted = model.generate([{"text": text} for text in prompts])
     assert len({answer["text"] for answer in wanted}) > 15
-    assert run(model, data, None, answers=answers).answers == wanted
+    seen: list[Any] = []
+
+    def noted(*given: int) -> Pace:
+        seen.append(given)
+        return Pace(4, 4)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mmhub.bulk.run, "Pace", noted)
+        assert run(model, data, None, answers=answers, batch_size=2).answers == wanted
+    assert seen == [(2, 2)], "a window may be as small as a batch"
     stopped(model, data, tmp_path / "out.jsonl", 2, answers=answers)
     run(model, data, tmp_path / "out.jsonl", answers=answers)
     assert lines(tmp_path / "out.jsonl") == wanted
@@ -388,10 +678,16 @@ def test_windows_grow_with_the_speed_and_shrink_when_rows_are_slow(monkeypatch: 
         pace.tell(pace.rows)
         sizes.append(pace.rows)
     assert sizes == [2048, 4096, 4096, 32, 96]
+    monkeypatch.setattr(mmhub.bulk.windows, "MOST_BYTES", 6400)
+    now[0] += 1
+    pace.tell(96, size=9600)
+    assert pace.rows == 64, "answers that hold much make small windows, too"
+    window = Window([Row(Place(), {})] * 100, Place())
+    window.answers = [{"scores": dict.fromkeys(map(str, range(100)), 0.5)}] * 100
+    assert 400_000 < window.size() < 700_000
 
 
 def test_rows_that_hold_much_make_small_windows(model: Model, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmhub.bulk.rows import Place
     from mmhub.bulk.windows import windows
 
     monkeypatch.setattr(mmhub.bulk.windows, "MOST_BYTES", 2000)
@@ -465,6 +761,8 @@ def test_the_command_writes_tables_and_says_so(command: Callable[..., Any], tabl
     done = command("--data", "in.parquet", "--out", "a.parquet", "--keep", "id", "--json")
     assert done.exception is None, done.exception
     said = json.loads(done.stdout)
+    close(said["predictions"], alone(model))
+    assert said["predictions"][3]["id"] == "n3"
     assert said["out"] == "a.parquet" and (said["rows"], said["skipped"]) == (22, 0) and said["seconds"] > 0
     assert done.stderr == "22 predictions in a.parquet\n"
     assert pq.read_table("a.parquet").column_names == ["row", "id", "label", "score", "scores", "error"]
@@ -485,8 +783,30 @@ def test_the_command_refuses_what_only_tables_have(command: Callable[..., Any], 
     ):
         error = command("--text", "yes", *option).exception
         assert isinstance(error, UsageError) and error.message == f"{option[0]} is for tables"
+    for name in ("a" * 252, "a" * 300):
+        error = command("--data", "in.parquet", "--out", name).exception
+        assert isinstance(error, MmhubError) and "file name too long" in error.message
     error = command("--data", "in.parquet", "--keep", "idd").exception
     assert isinstance(error, UsageError) and "did you mean 'id'" in str(error.hint)
+
+
+def test_the_command_lists_answers_up_to_a_number(
+    command: Callable[..., Any], table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mmhub.cli.predict, "_LISTED", 21)
+    done = command("--data", "in.parquet", "--out", "a.jsonl", "--json")
+    assert "predictions" not in json.loads(done.stdout) and json.loads(done.stdout)["rows"] == 22
+    assert "more than 21" in done.stderr
+
+
+def test_the_command_refuses_what_a_model_that_writes_does_not_use(
+    command: Callable[..., Any], table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mmhub.hub, "load", lambda name, **options: drawing(1))
+    for option in (["--batch-tokens", "9"], ["--workers", "0"]):
+        error = command("--data", "in.parquet", *option).exception
+        assert isinstance(error, UsageError) and error.message.startswith(f"{option[0]} is for models that answer")
+    assert command("--data", "in.parquet", "--max-new-tokens", "2").exception is None
 
 
 def test_a_few_samples_become_a_table_too(command: Callable[..., Any]) -> None:

@@ -81,6 +81,7 @@ def test_pictures_are_captioned(tmp_path: Path, run: Run) -> None:
     assert [answer["text"] for answer in answers] == [row["caption"][0] for row in rows]
 
 
+@pytest.mark.slow
 def test_questions_about_the_same_picture_are_answered(tmp_path: Path, run: Run) -> None:
     rows = [
         {"image": row["image"], "question": f"what {kind} is it", "answer": [row[kind], row[kind], "something"]}

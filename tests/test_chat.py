@@ -276,6 +276,7 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
     found.close()
 
 
+@pytest.mark.slow
 def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(terminal: Terminal, tmp_path: Path) -> None:
     terminal.until("> ")
     terminal.interrupt()

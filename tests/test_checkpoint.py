@@ -1037,6 +1037,7 @@ def test_parameters_are_on_meta_and_buffers_stay_real() -> None:
     assert not Table().weight.is_meta
 
 
+@pytest.mark.slow
 def test_building_on_meta_does_not_import_the_compiler() -> None:
     code = (
         "import sys, torch; from torch import nn; from mmhub.weights import meta_parameters\n"
@@ -1134,12 +1135,41 @@ def test_an_mmhub_that_knows_no_codes_says_to_upgrade(quantized: Path, monkeypat
         (lambda t: t.update({a_scale(t): t[a_scale(t)].int()}), "scale has type int32"),
         (lambda t: t.update({a_scale(t)[:-6]: t[a_scale(t)[:-6]].short()}), "codes of type int16, not int8"),
         (lambda t: t.update({"decoder.odd:scale": torch.ones(3)}), "decoder.odd:scale has no codes"),
+        (lambda t: t.update({a_scale(t) + ":scale": torch.ones(1, 1)}), ":scale:scale has no codes"),
+        (lambda t: t.update({a_scale(t): t[a_scale(t)].double()}), "scale has type float64"),
     ],
 )
 def test_codes_and_scales_that_do_not_fit_are_refused(quantized: Path, change: Any, problem: str) -> None:
     change_weights(quantized, change)
     with pytest.raises(TrustError, match=problem):
         load(quantized)
+
+
+def test_codes_of_what_no_model_has_are_never_widened() -> None:
+    def codes() -> dict[str, Tensor]:
+        return {name: torch.ones(4, 4, dtype=torch.int8) for name in ("a.fits", "a.junk", "a.wide")}
+
+    found = codes() | {name + ":scale": torch.ones(4, 1) for name in codes()}
+    assert weights._restore(found, {"a.fits": torch.ones(4, 4), "a.wide": torch.ones(4, 5)}) == []
+    kinds = {name: tensor.dtype for name, tensor in found.items()}
+    assert kinds == {"a.fits": torch.float32, "a.junk": torch.int8, "a.wide": torch.int8}
+
+
+@pytest.mark.parametrize("size", [65504.0, 1e-7])
+def test_the_largest_and_the_smallest_rows_of_16_bits_survive_8(size: float) -> None:
+    layer = nn.Linear(64, 32).half()
+    with torch.no_grad():
+        layer.weight.copy_(size * torch.linspace(-1, 1, 64))
+    found = quantized_state({"decoder": layer})
+    assert found["decoder.weight:scale"].dtype == torch.float32
+    assert weights._restore(found, {"decoder.weight": layer.weight}) == []
+    assert found["decoder.weight"].dtype == torch.float16
+    error = (found["decoder.weight"].double() - layer.weight.double()).abs().max()
+    assert error <= size / 250 + 6e-8  # half a step, and the step of the smallest fp16 numbers
+    found = quantized_state({"decoder": layer})
+    found["decoder.weight:scale"] *= 66000 / size
+    (problem,) = weights._restore(found, {"decoder.weight": layer.weight})
+    assert problem == "decoder.weight:scale holds a number that is too large"
 
 
 def test_codes_are_read_only_where_config_json_says_so(quantized: Path) -> None:

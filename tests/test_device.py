@@ -41,6 +41,7 @@ def test_a_device_that_is_not_there_is_a_usage_error(name: str) -> None:
         find_device(name)
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16_learns(tables: Path, tmp_path: Path) -> None:
     table = recipe(tables, epochs=1, precision="bf16", max_steps=2)
     assert train(table, tmp_path / "run").steps == 2

@@ -57,6 +57,7 @@ def project(tables: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_from_a_recipe_to_a_model_loaded_by_name(project: Path, here: Run, cli: Cli, hub: str) -> None:
     trained = result(*here("train", "shapes.toml", "--json", "-q"))
     assert set(trained) == {"out", "model", "metrics", "steps", "seconds"}

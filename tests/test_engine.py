@@ -252,6 +252,7 @@ def test_a_corrupt_row_stops_training_and_names_row_file_and_column(tables: Path
     assert caught.value.message.startswith("bad.parquet row 6, column 'image': ")
 
 
+@pytest.mark.slow
 def test_skipping_counts_and_names_the_rows_left_out(
     tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

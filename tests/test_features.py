@@ -550,6 +550,7 @@ opened(frozen(), rows_of(LINES * 20), batch_size=2)
 """
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_leaves_no_set_and_the_next_run_cleans_up() -> None:
     with subprocess.Popen([sys.executable, "-c", SLOW], cwd=Path(__file__).parents[1]) as process:
         deadline = time.monotonic() + 60

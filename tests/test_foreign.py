@@ -345,7 +345,7 @@ def test_a_model_writes_the_tokens_that_transformers_writes(writers: Path, name:
 def test_a_language_model_of_ours_has_no_other_layout(tmp_path: Path) -> None:
     config = {"use": "rnn-lm", "config": {"dim": 8, "embedding_dim": 8}}
     model = mmhub.compose("language-modelling", decoder=config, tokenizer={"kind": "byte"})
-    with pytest.raises(UsageError, match="the transformers layout cannot hold a mmhub-text/rnn-lm decoder"):
+    with pytest.raises(UsageError, match="transformers has no recurrent language model such as this RNNLM"):
         write_layout(model, tmp_path / "out")
 
 

@@ -492,3 +492,15 @@ def test_settings_come_from_the_model_unless_they_are_given(model: Any, monkeypa
     (found,) = model.predict([{"text": "ab"}])
     assert found == model.generate([{"text": "ab"}], own)[0]
     assert found != model.generate([{"text": "ab"}], Generation(max_new_tokens=9))[0]
+
+
+def test_a_temperature_near_zero_draws_the_most_probable_token() -> None:
+    scores = torch.tensor([[1.0, 50.0, -3.0], [-2.0, -40.0, -1.0]])
+    for temperature in (1e-300, 1e-45, 1e-6):
+        draw = Draw(Generation(temperature=temperature, seed=1), [(0, 0), (1, 0)], scores.device)
+        assert draw(scores).tolist() == [1, 2]
+
+
+def test_scores_that_are_no_numbers_draw_a_token_that_exists() -> None:
+    draw = Draw(Generation(temperature=1.0), [(0, 0)], torch.device("cpu"))
+    assert 0 <= int(draw(torch.full((1, 3), torch.nan))) < 3

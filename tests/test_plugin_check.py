@@ -124,6 +124,7 @@ def check(site: Site, name: str, *options: str) -> tuple[int, dict[str, str], su
     return done.returncode, {row["id"]: found.get(row["id"], "") for row in report["checks"]}, done
 
 
+@pytest.mark.slow
 def test_a_crash_an_exit_and_a_hang_are_the_finding_of_one_check_each(tmp_path: Path) -> None:
     site = Site(tmp_path)
     install(site, "mmhub-x", "".join(map(command, ("crash", "exit_", "hang", "leave", "fine"))), parts=COMMANDS)
@@ -185,6 +186,7 @@ def test_each_fault_of_a_package_is_found_by_its_check(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_slow_import_and_an_undeclared_hook_are_found(tmp_path: Path) -> None:
     site = Site(tmp_path)
     slow = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\n"

@@ -420,6 +420,7 @@ def test_signals_while_files_move_leave_nothing_half_done(killed_env: Environmen
     assert killed_env.state() == before
 
 
+@pytest.mark.slow
 def test_two_installs_at_once_come_one_after_the_other(uv_env: Environment, index: PackageIndex) -> None:
     index.wheel("mmhub-more", plugin=True, requires=["helper"])
     index.delays["mmhub_good-1.0-py3-none-any.whl"] = index.delays["mmhub_more-1.0-py3-none-any.whl"] = 0.2

@@ -430,6 +430,7 @@ def test_a_partial_file_that_another_process_completes_meanwhile_is_no_error(ser
 # -- crowds -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_a_process_that_waits_for_another(server: FaultyHub) -> None:
     place = download.in_cache(REPO)
     place.locks.mkdir(parents=True)
@@ -445,6 +446,7 @@ def test_an_interrupt_ends_a_process_that_waits_for_another(server: FaultyHub) -
     assert "waiting" not in rest
 
 
+@pytest.mark.slow
 def test_eight_processes_download_once_and_one_that_is_killed_blocks_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

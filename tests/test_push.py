@@ -112,6 +112,7 @@ def plant(folder: Path, outside: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_twelve_planted_secrets_are_named_and_nothing_is_sent(hub: str, model: Path, tmp_path: Path, cli: Cli) -> None:
     names = plant(model, tmp_path / "private.md")
     done = cli("push", "./model", REPO, "--license", "mit")

@@ -106,6 +106,7 @@ def theirs(pipeline: Any, clip: np.ndarray, seconds: float = 3.0, **options: Any
     return answer
 
 
+@pytest.mark.slow
 def test_a_folder_of_transformers_gives_the_transcripts_of_its_pipeline(whisper: Model, pipeline: Any) -> None:
     clips = [noise(1.3, 1), noise(3.0, 2), noise(6.1, 3)]  # one window, and many
     expected = [theirs(pipeline, clip) for clip in clips]
@@ -113,6 +114,7 @@ def test_a_folder_of_transformers_gives_the_transcripts_of_its_pipeline(whisper:
     assert whisper.predict([raw(clip) for clip in clips], batch_size=4) == expected
 
 
+@pytest.mark.slow
 def test_windows_make_the_same_text_in_batches_of_any_size(whisper: Model) -> None:
     samples = [raw(noise(5.3, 4)), raw(noise(0.4, 5))]
     assert transcribe(whisper, samples, batch_size=1) == transcribe(whisper, samples, batch_size=32)

@@ -525,6 +525,7 @@ def answers(model: Model, folder: Path) -> torch.Tensor:
     return output.logits
 
 
+@pytest.mark.slow
 def test_a_projector_learns_first_and_adapters_later_and_both_are_saved_loaded_and_merged(
     talks: Path, tmp_path: Path
 ) -> None:

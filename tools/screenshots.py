@@ -27,7 +27,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-SIZE = {"width": 1280, "height": 800}
+SIZE = {"width": 1280, "height": 960}
 SECONDS = 180_000  # milliseconds to wait for anything
 
 
@@ -95,7 +95,6 @@ def show_try(page: Page, work: Path, models: list[str]) -> None:
     upload(page, "#try-image", work)
     page.locator("#try-run").click()
     expect(page.locator("#try-label")).to_contain_text("%")
-    page.locator("#try-label").scroll_into_view_if_needed()
 
 
 def show_chat(page: Page, work: Path, models: list[str]) -> None:
@@ -118,7 +117,6 @@ def show_compare(page: Page, work: Path, models: list[str]) -> None:
     upload(page, "#compare-image", work)
     page.locator("#compare-run").click()
     expect(page.locator("#compare-answer-b")).to_contain_text("%")
-    page.locator("#compare-run").scroll_into_view_if_needed()
 
 
 def show_models(page: Page, work: Path, models: list[str]) -> None:
@@ -132,9 +130,9 @@ def show_training(page: Page, work: Path, models: list[str]) -> None:
     expect(page.locator("#training-charts svg").first).to_be_visible()
     page.locator("#training-runs input").click()
     page.get_by_role("option").nth(1).click()
+    page.locator("#training-runs input").press("Escape")
+    page.get_by_label("steps", exact=True).check()
     expect(page.locator("#training-charts .k1.line").first).to_be_attached()
-    page.get_by_label("seconds").check()
-    page.mouse.wheel(0, 330)
 
 
 PICTURES: dict[str, Any] = {
@@ -166,7 +164,9 @@ def upload(page: Page, field: str, work: Path) -> None:
 
 
 def keep(page: Page, path: Path) -> None:
-    """Write the page as a PNG of few colours."""
+    """Write the top of the page as a PNG of few colours."""
+    page.mouse.move(0, 0)
+    page.evaluate("window.scrollTo(0, 0)")
     page.wait_for_timeout(1000)
     with Image.open(io.BytesIO(page.screenshot())) as picture:
         picture.convert("RGB").quantize(192, dither=Image.Dither.NONE).save(path, optimize=True)

@@ -7,12 +7,15 @@ computes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mmhub.batch import Batch
@@ -25,6 +28,8 @@ from mmhub.data.windows import ahead
 from mmhub.errors import InputError, MmhubError
 from mmhub.interfaces import Policy
 
+Numbers = NDArray[np.int64]  # what was read of an input; no tensors, each of which would be an open file on its way
+
 ROWS = 32  # of a batch, where all rows are of the same length
 MANY_ROWS = 256  # where they are not, and the budget of tokens is what bounds it
 
@@ -36,7 +41,7 @@ class Entry:
     window: Window
     place: int
     sample: Mapping[str, Any]
-    read: Mapping[str, list[Tensor] | None]
+    read: Mapping[str, list[Numbers] | None]
 
 
 @dataclass
@@ -70,9 +75,9 @@ class Collate:
             found.batch = Batch(items, len(rows), raw=[dict(entries[number][0]) for number in found.rows])
         return found
 
-    def _row(self, name: str, raw: Any, read: list[Tensor] | None) -> list[Tensor]:
+    def _row(self, name: str, raw: Any, read: list[Numbers] | None) -> list[Tensor]:
         if read is not None:
-            return read
+            return list(map(torch.from_numpy, read))
         items: list[Tensor] = self.processors[name].read_row(raw, self.policy)
         return items
 
@@ -93,25 +98,35 @@ class Batches:
     tokens: int = 0
     workers: int = 0
 
-    def answer(self, windows: Iterator[Window]) -> Iterator[tuple[Window, int]]:
+    def answer(self, windows: Iterator[Window]) -> Generator[tuple[Window, int], None, None]:
         """Fill in the answers; yield after each batch its window and the number of rows that are answered."""
         sent: deque[list[Entry] | _Bad] = deque()  # in the order in which batches come back
 
-        def order() -> Iterator[list[Any]]:
-            for part in chain.from_iterable(ahead(self._prepared(windows))):
+        def order(prepared: Iterator[list[list[Entry] | _Bad]]) -> Iterator[list[Any]]:
+            for part in chain.from_iterable(prepared):
                 sent.append(part)
                 yield [(entry.sample, entry.read) for entry in part] if isinstance(part, list) else []
 
         pinned = self.model.device.type == "cuda"
-        loaded = load_batches(Collate(self.model.processors, self.policy), order(), self.workers, pinned)  # type: ignore[arg-type]
-        for found in on_device(loaded if self.workers else ahead(loaded), self.model.device):
-            part = sent.popleft()
-            if not isinstance(part, list):
-                part.tell(self.failed)
-                yield part.window, 1
-            elif part:
-                self._fill(part, found)  # type: ignore[arg-type]
-                yield part[0].window, len(part)
+        workers = self.workers if self._decodes() else 0
+        collate: Any = Collate(self.model.processors, self.policy)
+        with ExitStack() as stack:
+            prepared = stack.enter_context(closing(ahead(self._prepared(windows), wait=True)))
+            loaded = load_batches(collate, order(prepared), workers, pinned)
+            loaded = loaded if workers else stack.enter_context(closing(ahead(loaded, wait=True)))
+            for found in on_device(loaded, self.model.device):
+                part = sent.popleft()
+                if not isinstance(part, list):
+                    part.tell(self.failed)
+                    yield part.window, 1
+                elif part:
+                    self._fill(part, found)  # type: ignore[arg-type]
+                    yield part[0].window, len(part)
+
+    def _decodes(self) -> bool:
+        """Is there more to decode than what is read to be measured?"""
+        parts = [self.model.processors[name] for name in self.inputs]
+        return any(part.fixed_length or not part.keeps_read or part.augments for part in parts)
 
     def _fill(self, entries: list[Entry], found: Read) -> None:
         for number, error in found.failed:
@@ -160,7 +175,7 @@ class Batches:
             return found
         lengths = self._measure(window, entries)
         for number, entry in enumerate(entries):
-            entry.read = {name: read.row(number) for name, read in lengths.read.items()}
+            entry.read = {name: _numbers(read.row(number)) for name, read in lengths.read.items()}
         rows = self.rows or (MANY_ROWS if lengths.varying and self.tokens else ROWS)
         plan = plan_in_order(len(entries), lengths, batch_size=rows, batch_tokens=self.tokens)
         return found + [[entries[place] for place in sorted(places)] for places in plan]
@@ -176,6 +191,10 @@ class Batches:
             self.policy,
             folder=lambda place: self.table.folder(window.rows[place].place),
         )
+
+
+def _numbers(items: list[Tensor] | None) -> list[Numbers] | None:
+    return None if items is None else [item.numpy() for item in items]
 
 
 @dataclass(frozen=True)

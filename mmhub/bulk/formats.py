@@ -1,8 +1,8 @@
-"""Answers as files: JSON lines, csv, or parquet, by the ending of the name; a part at a time is in memory.
+"""Answers as files: JSON lines, csv, or parquet, by the ending of the name; a few hundred at a time are in memory.
 
-JSON lines hold answers as they are. Tables have a column for every key of an answer, `row`, the number of the input's
-row (from 0), first, and `error` last. In parquet, scores by label are a struct and lists are lists; csv has those as
-JSON. What has several types is JSON text in both.
+JSON lines hold answers as they are; what is no number, such as NaN, is null. Tables have a column for every key of an
+answer, `row`, the number of the input's row (from 0), first, and `error` last. In parquet, scores by label are a struct
+and lists are lists, of the types that are there; csv has those as JSON. What has several types is JSON text in both.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +21,8 @@ from mmhub.bulk.windows import Answer
 TABLES = (".parquet", ".csv")  # endings of names; any other is one of JSON lines
 Parts = Sequence[Callable[[], Iterable[Answer]]]  # what yields the answers of each part, more than once
 _WIDE = 1000  # keys up to which a mapping is a struct
+_SLICE = 256  # answers that are Python objects at a time
+_GROUP_BYTES = 2**23  # of a row group of parquet, about
 _ENDS = ("row", "error")
 
 
@@ -31,7 +35,7 @@ def write_answers(file: IO[bytes], parts: Parts, suffix: str) -> None:
 def _write_lines(file: IO[bytes], parts: Parts) -> None:
     for part in parts:
         for answer in part():
-            file.write((_json(answer) + "\n").encode())
+            file.write((to_json(answer) + "\n").encode())
 
 
 def _write_csv(file: IO[bytes], parts: Parts) -> None:
@@ -47,7 +51,7 @@ def _write_csv(file: IO[bytes], parts: Parts) -> None:
 
 def _field(value: Any) -> Any:
     if isinstance(value, (Mapping, list, tuple, bool)):
-        return _json(value)
+        return to_json(value)
     return value
 
 
@@ -66,27 +70,50 @@ def _write_parquet(file: IO[bytes], parts: Parts) -> None:
     kinds = _kinds(parts)
     schema = pa.schema([("row", pa.int64()), *kinds.items(), ("error", pa.string())])
     row = 0
+    group: list[Any] = []
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for part in parts:
-            answers = list(part())
+        for answers in _slices(parts):
             columns = [pa.array(range(row, row + len(answers)), pa.int64())]
             for name, kind in (*kinds.items(), ("error", pa.string())):
-                values = [answer.get(name) for answer in answers]
-                columns.append(_array(values, kind))
-            writer.write_table(pa.table(columns, schema=schema))
+                columns.append(_array([answer.get(name) for answer in answers], kind))
+            group.append(pa.table(columns, schema=schema))
             row += len(answers)
+            if sum(table.nbytes for table in group) >= _GROUP_BYTES:
+                writer.write_table(pa.concat_tables(group))
+                group = []
+        if group:
+            writer.write_table(pa.concat_tables(group))
+
+
+def _slices(parts: Parts) -> Iterator[list[Answer]]:
+    for part in parts:
+        answers = iter(part())
+        while found := list(islice(answers, _SLICE)):
+            yield found
 
 
 def _array(values: Sequence[Any], kind: Any) -> Any:
     import pyarrow as pa
 
     if kind == pa.string():
-        values = [value if value is None or isinstance(value, str) else _json(value) for value in values]
+        values = [value if value is None or isinstance(value, str) else to_json(value) for value in values]
     return pa.array(values, kind)
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def to_json(value: Any) -> str:
+    """Return JSON as its standard has it: what is no finite number is null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _kinds(parts: Parts) -> dict[str, Any]:
@@ -94,20 +121,38 @@ def _kinds(parts: Parts) -> dict[str, Any]:
     import pyarrow as pa
 
     kinds: dict[str, Any] = {}
-    for part in parts:
-        answers = list(part())
+    mixed: set[str] = set()  # where it is not that of every slice
+    for answers in _slices(parts):
         for name in dict.fromkeys(key for answer in answers for key in answer if key not in _ENDS):
-            kinds[name] = _common(kinds.get(name, pa.null()), _kind([answer.get(name) for answer in answers]))
-    return {name: pa.string() if _is_odd(kind) else kind for name, kind in kinds.items()}
+            own, known = _kind([answer.get(name) for answer in answers]), kinds.get(name, pa.null())
+            kinds[name] = _common(known, own)
+            if kinds[name] != own or (kinds[name] != known and known != pa.null()):
+                mixed.add(name)
+    kinds = {name: pa.string() if _is_odd(kind) else _filled(kind) for name, kind in kinds.items()}
+    for answers in _slices(parts) if mixed else ():
+        for name in [name for name in mixed if not _fits([answer.get(name) for answer in answers], kinds[name])]:
+            kinds[name] = pa.string()
+            mixed.remove(name)
+    return kinds
 
 
 def _kind(values: Sequence[Any]) -> Any:
     import pyarrow as pa
 
     try:
-        return pa.infer_type(values)
+        return pa.array(values).type
     except (pa.ArrowException, OverflowError, UnicodeError):
         return pa.string()
+
+
+def _fits(values: Sequence[Any], kind: Any) -> bool:
+    import pyarrow as pa
+
+    try:
+        _array(values, kind)
+    except (pa.ArrowException, OverflowError):
+        return False
+    return True
 
 
 def _common(one: Any, other: Any) -> Any:
@@ -122,11 +167,24 @@ def _common(one: Any, other: Any) -> Any:
 
 
 def _is_odd(kind: Any) -> bool:
-    """Can parquet or a reader of it not be expected to hold this: nothing at all, or very many columns?"""
+    """Is this, or a type in it, a struct of no field or of very many, which parquet or its readers do not take?"""
     import pyarrow as pa
 
-    nothing = pa.types.is_null(kind) or (pa.types.is_list(kind) and pa.types.is_null(kind.value_type))
-    return nothing or (pa.types.is_struct(kind) and not 0 < kind.num_fields <= _WIDE)
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    return (pa.types.is_struct(kind) and not 0 < len(inner) <= _WIDE) or any(map(_is_odd, inner))
+
+
+def _filled(kind: Any) -> Any:
+    """The type with text in the places where nothing was ever seen: of what no list had in it, say."""
+    import pyarrow as pa
+
+    if pa.types.is_null(kind):
+        return pa.string()
+    if pa.types.is_list(kind):
+        return pa.list_(_filled(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _filled(field.type)) for field in kind])
+    return kind
 
 
 def write_file_of(path: Path, answers: Sequence[Answer]) -> None:
@@ -134,6 +192,6 @@ def write_file_of(path: Path, answers: Sequence[Answer]) -> None:
     from mmhub.files import write_file
 
     content = io.BytesIO()
-    plain = json.loads(_json(answers).encode("utf-8", "replace"))  # half a surrogate pair is no text
+    plain = json.loads(to_json(answers).encode("utf-8", "replace"))  # half a surrogate pair is no text
     write_answers(content, [lambda: plain], path.suffix)
     write_file(path, content.getvalue())

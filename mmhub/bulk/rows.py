@@ -21,13 +21,13 @@ from mmhub.conversation import of_json
 from mmhub.data.addresses import is_url
 from mmhub.data.cells import cell
 from mmhub.data.loader import is_conversation, usable
-from mmhub.data.parts import find_path, shown_name
+from mmhub.data.parts import find_path, scheme_of, shown_name
 from mmhub.data.shards import Shard, find_shards, is_tar
 from mmhub.data.sources import Rows, open_rows
 from mmhub.data.tables import is_table
 from mmhub.errors import InputError, UsageError
 
-_PEEK = 1000  # rows of a file without a header whose keys are its columns
+_PEEK = 1000  # rows of a file without a header that is fetched, whose keys are its columns
 _SAMPLE = 2**18  # bytes of a text file from which the number of its rows is guessed
 
 
@@ -49,12 +49,16 @@ class Row:
 
 
 class Table(ABC):
-    """The rows of a source. `rows` is their number, None where it is unknown; `about` is a guess at it."""
+    """The rows of a source. `rows` is their number, None where it is unknown; `about` is a guess at it.
+
+    `others` are columns that are not wanted because there are none such; rows that have one after all are no rows.
+    """
 
     source: str
     columns: tuple[str, ...]
     rows: int | None = None
     about: int | None = None
+    others: Collection[str] = ()
 
     @abstractmethod
     def read(self, start: Place, wanted: Collection[str]) -> Iterator[Row]:
@@ -62,6 +66,7 @@ class Table(ABC):
 
         Raises:
             InputError: a file is damaged, or has no rows. NetworkError: it cannot be reached.
+            UsageError: a row has one of the `others`.
         """
 
     @abstractmethod
@@ -91,11 +96,10 @@ def open_table(source: str, columns: Sequence[str] | None = None) -> Table:
 def _is_files(source: str) -> bool:
     """Is `source` files of rows, which are read in passing? Whatever is no such file is for `open_rows` to explain."""
     path = find_path(source, None)
+    packed = source.lower().endswith((".parquet.gz", ".parquet.zst"))
     if path is not None:
-        name = path.name.lower()
-        packed = name.endswith((".parquet.gz", ".parquet.zst"))
-        return path.is_file() and (is_tar(name) or (is_table(path) and not packed))
-    return is_url(source) or glob.has_magic(source)
+        return path.is_file() and (is_tar(path.name.lower()) or (is_table(path) and not packed))
+    return is_url(source) or (glob.has_magic(source) and not packed and not scheme_of(source))
 
 
 @final
@@ -106,7 +110,7 @@ class _Files(Table):
         self.source, self._shards = source, shards
         known = [shard.group_rows(keep=False) for shard in shards]
         for shard, groups in zip(shards, known, strict=True):
-            if groups is not None and not sum(groups):
+            if (groups is not None and not sum(groups)) or (shard.has_header and next(shard.rows(), None) is None):
                 raise InputError(f"'{shard.name}' has no rows")
         counts = [None if groups is None else sum(groups) for groups in known]
         self.rows = None if None in counts else sum(count or 0 for count in counts)
@@ -117,7 +121,13 @@ class _Files(Table):
         number = start.number
         for file, shard in enumerate(self._shards[start.file :], start.file):
             first = start.row if file == start.file else 0
-            for row, cells in enumerate(shard.rows(wanted, first), first):
+            others = [] if shard.has_header or not _is_fetched(shard) else list(self.others)
+            for row, cells in enumerate(shard.rows([*wanted, *others], first), first):
+                late = [name for name in others if isinstance(cells, dict) and name in cells]
+                if late:
+                    what = f"column {late[0]!r} comes first in {self.where(Place(number, file, row))}"
+                    hint = f"columns are those of the first {_PEEK:,} rows: fetch the file, and give it with --data"
+                    raise UsageError(f"{what}, and all rows before were answered without", hint)
                 yield Row(Place(number, file, row), cells)
                 number += 1
 
@@ -146,8 +156,23 @@ def _columns(shards: Sequence[Shard]) -> tuple[str, ...]:
 
 
 def _keys(shard: Shard) -> tuple[str, ...]:
-    rows = islice(shard.rows(), _PEEK)
-    return tuple(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
+    """The keys of all rows, or, where these are fetched, of the first."""
+    noted = _Noted()
+    rows = islice(shard.rows(noted if is_tar(shard.name) else None), _PEEK if _is_fetched(shard) else None)
+    keys = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
+    return tuple(keys | noted)
+
+
+class _Noted(dict[str, None]):
+    """The names that were asked for: of the members of a tar, none of which is read."""
+
+    def __contains__(self, name: object) -> bool:
+        self[str(name)] = None
+        return False
+
+
+def _is_fetched(shard: Shard) -> bool:
+    return shard.file.filesystem is not None
 
 
 def _guess(shards: Sequence[Shard]) -> int | None:

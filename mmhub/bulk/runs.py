@@ -5,7 +5,7 @@ What is drawn depends on a row's number, so that rows keep their order; whoever 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class Runs:
     failed: Callable[[Window, int, InputError], None]
     step: int
 
-    def answer(self, windows: Iterator[Window]) -> Iterator[tuple[Window, int]]:
+    def answer(self, windows: Iterator[Window]) -> Generator[tuple[Window, int], None, None]:
         """Fill in the answers; yield after each run its window and the number of rows that are answered."""
         for window in windows:
             for start in range(0, len(window.rows), self.step):

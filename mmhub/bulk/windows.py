@@ -1,6 +1,7 @@
 """Windows: neighbouring rows that are answered and saved together, as many as take about half a minute.
 
-They are what a kill can lose, what is sorted by length, and, times two, what is in memory.
+They are what a kill can lose, what is sorted by length, and, times two, what is in memory. Where a batch takes longer,
+they are a batch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from mmhub.bulk.rows import Place, Row
 from mmhub.data.windows import weight
 
 MOST_ROWS = 4096
-MOST_BYTES = 64 * 2**20
+MOST_BYTES = 64 * 2**20  # of its rows, and of its answers
+_LOOKED_AT = 32  # answers by which the size of all is told
 SECONDS = 30.0
 _FIRST = 256  # rows of the first window, before it is known how fast they are answered
 _GROWTH = 8  # times a window may have more rows than the one before
@@ -42,6 +44,11 @@ class Window:
         assert all(answer is not None for answer in self.answers)
         return [answer for answer in self.answers if answer is not None]
 
+    def size(self) -> int:
+        """Return about how many bytes the answers take in memory, which must all be there."""
+        every = max(1, len(self.answers) // _LOOKED_AT)
+        return every * sum(map(weight, self.answers[::every]))
+
 
 class Pace:
     """How many rows a window should have, a multiple of `step`, by how fast the last ones were answered."""
@@ -50,11 +57,12 @@ class Pace:
         self.rows, self._step = first, step
         self._since = time.monotonic()
 
-    def tell(self, rows: int) -> None:
-        """So many rows were answered since the last call."""
+    def tell(self, rows: int, size: int = 0) -> None:
+        """So many rows were answered since the last call, by answers of `size` bytes in memory together."""
         now = time.monotonic()
         rate, self._since = rows / max(now - self._since, 1e-6), now
-        fitting = min(MOST_ROWS, int(rate * SECONDS), self.rows * _GROWTH)
+        room = MOST_BYTES * rows // max(size, 1)
+        fitting = min(MOST_ROWS, int(rate * SECONDS), self.rows * _GROWTH, room)
         self.rows = max(fitting // self._step, 1) * self._step
 
 

@@ -17,6 +17,8 @@ from mmhub.cli.speech import check_speech, check_writing, speech_options, take_s
 from mmhub.cli.writing import read_settings, writing_options
 from mmhub.errors import NotFoundError, UsageError, did_you_mean
 
+_LISTED = 10_000  # rows up to which --json has the answers that stand in a file, too
+
 
 @click.command()
 @click.argument("name")
@@ -88,7 +90,7 @@ def predict(
 
     A table of any size goes through --data to --out in little memory. What was done is kept in OUT.parts until OUT is
     whole: after Ctrl-C or a crash the same command goes on. With --on-error skip a row that cannot be read has an
-    `error` in place of an answer.
+    `error` in place of an answer. --json has the answers of up to 10,000 rows, whose file may have more.
     """
     given: dict[str, list[Any]] = {"text": _pairs(text, pairs), "image": list(image), "audio": list(audio)}
     for part in others:
@@ -101,10 +103,8 @@ def predict(
     given_for_table = [option for option, value in (table | {"--workers": workers is not None}).items() if value]
     if given_for_table and not data:
         raise UsageError(f"{given_for_table[0]} is for tables", "leave it out, or give one with --data")
-    if out and out.exists():
-        raise UsageError(f"'{out}' exists", "name another file with --out")
     if out:
-        _check_folder(out)
+        _check_free(out)
     check_files((*image, *audio))
     names = read_labels(labels, templates)
     one_question = len(text) == 1 and any(len(values) > 1 for values in given.values())
@@ -171,46 +171,63 @@ def predict_rows(
     model: Any, data: str, out: Path | None, same: dict[str, Any], how: dict[str, Any], as_json: bool
 ) -> None:
     """Answer a table as the options `how` say; `same` are those that a run that goes on has in common with this one."""
-    from mmhub.bulk import Options, model_identity, open_table, predict_table
+    from mmhub.bulk import Options, file_identity, in_batches, model_identity, open_table, predict_table
     from mmhub.data.loader import worker_count
     from mmhub.data.sources import require_columns
     from mmhub.engine.signals import StopSignal
     from mmhub.evaluation import input_columns
 
+    given = {"--batch-tokens": how["batch_tokens"], "--workers": how["workers"] is not None}
+    for option in [option for option, value in given.items() if value and not in_batches(model)]:
+        what = f"{option} is for models that answer a batch in one pass"
+        raise UsageError(f"{what}, and {model.name or 'this model'} writes, hears speech or is guarded", "leave it out")
     table: Any = open_table(data, same["columns"] or list(model.columns.names) or None)
     require_columns(table, same["keep"], "name columns to keep with --keep")
     wanted = input_columns(model, table, same["inputs"])
     if out:
         same = same | {"inputs": wanted, "model": model_identity(same["model"]) or same["model"]}
+        same |= {key: file_identity(same[key]) for key in ("language_model",) if key in same}
     quiet, workers = how["quiet"], how["workers"]
     how = how | {"workers": worker_count("auto" if workers is None else workers, model.device)}
     stop = StopSignal(lambda text: note(text, quiet))
     options = Options(
-        inputs=wanted, keep=same["keep"], of=same, stop=lambda: stop.number, say=lambda text: note(text, quiet), **how
+        inputs=wanted,
+        keep=same["keep"],
+        of=same,
+        stop=lambda: stop.number,
+        say=lambda text: note(text, quiet),
+        listed=_LISTED if as_json else 0,
+        **how,
     )
     with stop.watched():
         done = predict_table(model, table, out, options)
     said = f"; {done.skipped} rows could not be read, their `error` says why" if done.skipped else ""
     if out:
         note(f"{done.rows} predictions in {out}{said}", quiet)
-        found = {"out": out, "rows": done.rows, "skipped": done.skipped, "seconds": round(done.seconds, 3)}
-        emit(found, as_json, "")
+        left_out = as_json and done.rows > _LISTED
+        note(f"they are more than {_LISTED:,}, and are not printed, too", quiet or not left_out)
+        listed = {} if left_out else {"predictions": done.answers}
+        facts = {"out": out, "rows": done.rows, "skipped": done.skipped, "seconds": round(done.seconds, 3)}
+        emit(listed | facts, as_json, "")
     else:
         note(f"{done.skipped} rows could not be read", quiet or not done.skipped)
         emit({"predictions": done.answers}, as_json, "\n".join(map(_line, done.answers)))
 
 
-def _check_folder(out: Path) -> None:
-    """Report that a file cannot be written before there is something to write."""
+def _check_free(out: Path) -> None:
+    """Report that a file is there or cannot be written before there is something to write."""
     from tempfile import TemporaryFile
 
     from mmhub.files import disk_errors
 
-    above = next(path for path in out.parents if path.exists())
-    if not above.is_dir():
-        raise UsageError(f"'{above}' is a file", "name another file with --out")
-    with disk_errors("the predictions", out.parent), TemporaryFile(dir=above):
-        pass
+    with disk_errors("the predictions", out.parent):
+        if out.exists():
+            raise UsageError(f"'{out}' exists", "name another file with --out")
+        above = next(path for path in out.parents if path.exists())
+        if not above.is_dir():
+            raise UsageError(f"'{above}' is a file", "name another file with --out")
+        with TemporaryFile(dir=above):
+            pass
 
 
 def check_files(files: tuple[str, ...]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import queue
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -115,8 +116,11 @@ def weight(value: Any) -> int:
     return 32
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield items, a thread making the next one while the caller has the last; never more than that one."""
+def ahead(items: Iterator[T], *, wait: bool = False) -> Generator[T, None, None]:
+    """Yield items, a thread making the next one while the caller has the last; never more than that one.
+
+    With `wait`, closing waits for what the thread is at: a process that ends meanwhile might be aborted.
+    """
     wanted, made, stopped = (
         threading.Semaphore(0),
         queue.SimpleQueue[tuple[Any, BaseException | None]](),
@@ -134,7 +138,8 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
                 made.put((None, error))
                 return
 
-    threading.Thread(target=work, name="mmhub-stream", daemon=True).start()
+    thread = threading.Thread(target=work, name="mmhub-stream", daemon=True)
+    thread.start()
     wanted.release()
     try:
         while True:
@@ -149,3 +154,5 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
     finally:
         stopped.set()
         wanted.release()
+        if wait and not sys.is_finalizing():
+            thread.join()

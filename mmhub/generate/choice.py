@@ -14,6 +14,7 @@ from torch import Tensor
 from mmhub.interfaces import Generation
 
 _BLOCK = 64  # random numbers that are drawn at once for each row
+_COLD = 1e-6  # a temperature below is 0 to fp32, and scores divided by that are no numbers
 
 
 class Rules:
@@ -78,7 +79,7 @@ def filtered(scores: Tensor, settings: Generation) -> Tensor:
     Temperature, top-k, top-p and min-p follow each other in this order, each on what the one before left, with the
     edge cases of transformers: tokens that tie with the k-th are kept, and one token always is.
     """
-    scores = scores / settings.temperature
+    scores = scores / max(settings.temperature, _COLD)
     if settings.top_k:
         weakest = scores.topk(min(settings.top_k, scores.shape[1])).values[:, -1:]
         scores = scores.masked_fill(scores < weakest, -torch.inf)
@@ -113,7 +114,8 @@ class Draw:
         number = self._numbers[:, self._used : self._used + 1]
         self._used += 1
         reached = filtered(scores, self._settings).softmax(1).cumsum(1)
-        return torch.searchsorted(reached, number * reached[:, -1:], right=True).squeeze(1)
+        ids = torch.searchsorted(reached, number * reached[:, -1:], right=True).squeeze(1)
+        return ids.clamp_(max=scores.shape[1] - 1)  # scores that are no numbers reach nothing
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows, in this order."""

@@ -20,6 +20,8 @@ from mmhub.registry import PluginEntry, Registries, read_registries
 _SOURCE = re.compile(r"\.(tar\.\w+|tgz|zip)$")
 _VCS = re.compile(r"(git|hg|svn|bzr)\+")
 
+_SHORT = 4  # letters behind `mmhub-`
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -82,13 +84,17 @@ def known_plugins(registries: Registries) -> dict[str, PluginEntry]:
 
 
 def check_name(name: str, known: Iterable[str]) -> None:
-    """Raise TrustError for a name that is one or two letters off a plugin that a registry knows."""
+    """Raise TrustError for a name that is one or two letters off a plugin that a registry knows.
+
+    Of a short one only one letter: two of them would make any other short name.
+    """
     known = set(known)
     if name in known:
         return
     full, tolerance = (name, 2) if name.startswith("mmhub") else (f"mmhub-{name}", 1)
     for other in sorted(known):
-        if other != full and _distance(full, other) <= tolerance:
+        short = len(other.removeprefix("mmhub-")) < _SHORT
+        if other != full and _distance(full, other) <= (1 if short else tolerance):
             raise TrustError(
                 f"'{name}' is no plugin that a registry knows, and looks like '{other}'",
                 f"did you mean `mmhub plugins install {other}`? if not, add [plugins.{name}] to registry.toml",

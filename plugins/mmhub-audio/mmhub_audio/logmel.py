@@ -49,7 +49,9 @@ class LogMel(nn.Module):
     def forward(self, waveform: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         lengths = mask.sum(1)
         with torch.autocast(waveform.device.type, enabled=False):  # 16-bit spectra lose quiet sounds
-            frames = (self.power(waveform * mask) + _FLOOR).log()
+            power = self.power(waveform * mask)
+            # The same up to a constant, which standardising takes away: 0 in silence, where others' sums round -13.8.
+            frames = (power / _FLOOR + 1 if torch.compiler.is_exporting() else power + _FLOOR).log()
             positions = torch.arange(frames.shape[1], device=mask.device)
             real = positions[None] < (1 + lengths // self.hop)[:, None]
             return _standardize(frames, real), real

@@ -20,6 +20,8 @@ TOLERANCE = 1e-4  # of the largest value of a tensor where that is above 1
 _LOGGERS = ("torch", "torch.onnx", "torch.export", "torch._dynamo", "torch.fx", "onnxscript", "onnx_ir", "onnxruntime")
 _BOUNDLESS = 2**31
 
+Run = Callable[[Tensors], Sequence[Any]]  # what was written, on a case of its graph
+
 
 def record(graph: Graph) -> ExportedProgram:
     """Record a graph with the sizes that may vary left open.
@@ -43,11 +45,14 @@ def record(graph: Graph) -> ExportedProgram:
     return program
 
 
-def ranges(graph: Graph, program: ExportedProgram) -> dict[str, dict[str, int]]:
-    """Return by named size the least and the most it may be, where something limits it."""
+def ranges(graph: Graph, program: ExportedProgram, run: Run) -> dict[str, dict[str, int]]:
+    """Return by named size the least and the most it may be, where something limits it.
+
+    What recording takes for the least may be a guess: what answers as the model does at a size of 1 has no such limit.
+    """
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
     users = [node for node in nodes if node.name in program.graph_signature.user_inputs]
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, int]] = {name: {"max": most} for name, most in graph.most.items()}
     for node, (_, axes) in zip(users, graph.axes.items(), strict=True):
         for axis, name in axes.items():
             size = node.meta["val"].shape[axis]
@@ -57,12 +62,28 @@ def ranges(graph: Graph, program: ExportedProgram) -> dict[str, dict[str, int]]:
             limits = found.setdefault(name, {})
             if int(bound.lower) > 2:  # 2 is what recording assumes, and nothing that is asked for
                 limits["min"] = int(bound.lower)
-            if bound.upper < _BOUNDLESS:
+            if bound.upper < limits.get("max", _BOUNDLESS):
                 limits["max"] = int(bound.upper)
+    for name, limits in found.items():
+        if "min" in limits and _runs_at_one(graph, name, run):
+            del limits["min"]
     return {name: limits for name, limits in found.items() if limits}
 
 
-def compare(graph: Graph, what: str, run: Callable[[Tensors], Sequence[Any]]) -> dict[str, Any]:
+def _runs_at_one(graph: Graph, size: str, run: Run) -> bool:
+    case = graph.cases[0]
+    for name, axes in graph.axes.items():
+        for axis in (axis for axis, found in axes.items() if found == size):
+            case = case | {name: case[name].narrow(axis, 0, 1).contiguous()}
+    try:
+        with torch.no_grad():
+            expected = graph.module(*case.values())
+        return _worst(expected, run(case)) <= TOLERANCE
+    except Exception:  # whatever the runtime makes of a size that it cannot do
+        return False
+
+
+def compare(graph: Graph, what: str, run: Run) -> dict[str, Any]:
     """Run what was written on all cases of its graph, and return the entry of the record.
 
     Raises:
@@ -77,13 +98,43 @@ def compare(graph: Graph, what: str, run: Callable[[Tensors], Sequence[Any]]) ->
             raise TrustError(
                 f"{what} does not run on {shown}: {_reason(error)}", "this is a bug of mmhub-export"
             ) from error
-        worst = max([worst, *(error_of(a, torch.as_tensor(b)) for a, b in zip(expected, found, strict=True))])
+        worst = max(worst, _worst(expected, found))
         shapes.append([list(tensor.shape) for tensor in case.values()])
-    if not worst <= TOLERANCE:
-        raise TrustError(
-            f"{what} answers otherwise than the model: {worst:.2g} apart, {TOLERANCE:g} allowed", "nothing was written"
-        )
+    _require(what, worst)
     return {"what": what, "max_error": worst, "tolerance": TOLERANCE, "ok": True, "shapes": shapes}
+
+
+def compare_quiet(graph: Graph, what: str, program: ExportedProgram, run: Run) -> list[dict[str, Any]]:
+    """Compare on silence and next to it, with what was recorded, not with the model; return entries of the record.
+
+    Frames that are all alike are divided by next to nothing there, and what the model sees of them is how its own sums
+    round. Graphs round less (mmhub-audio's `LogMel`); `from_model` says how far that takes them from the model.
+
+    Raises:
+        TrustError: it answers otherwise than what was recorded.
+    """
+    if not graph.quiet:
+        return []
+    exact = program.module(check_guards=False)
+    worst = apart = 0.0
+    with torch.no_grad():
+        for case in graph.quiet:
+            wanted, found = exact(*case.values()), run(case)
+            worst = max(worst, _worst(wanted, found))
+            apart = max(apart, _worst(graph.module(*case.values()), found))
+    _require(what := f"{what} on silence", worst)
+    return [{"what": what, "max_error": worst, "tolerance": TOLERANCE, "ok": True, "from_model": apart}]
+
+
+def _require(what: str, error: float) -> None:
+    if not error <= TOLERANCE:
+        raise TrustError(
+            f"{what} answers otherwise than the model: {error:.2g} apart, {TOLERANCE:g} allowed", "nothing was written"
+        )
+
+
+def _worst(expected: Sequence[Tensor], found: Sequence[Any]) -> float:
+    return max(error_of(a, torch.as_tensor(b)) for a, b in zip(expected, found, strict=True))
 
 
 def error_of(expected: Tensor, found: Tensor) -> float:

@@ -71,6 +71,7 @@ def export(
             if data and format in LOADABLE:
                 _measure(found, model, folder, data, source | {"target": target_column or ""}, quiet)
             record = found.write(folder)
+            _free(out)  # another may have written it meanwhile
     for line in _lines(record):
         note(line, quiet)
     emit({"out": str(out), **record}, as_json, str(out))
@@ -79,6 +80,9 @@ def export(
 def _free(out: Path) -> Path:
     if out.exists() or out.is_symlink():
         raise UsageError(f"'{out}' exists", "name another folder with --out")
+    for parent in out.parents:
+        if parent.exists() and not parent.is_dir():
+            raise UsageError(f"'{parent}' is no folder", "name another folder with --out")
     return out
 
 

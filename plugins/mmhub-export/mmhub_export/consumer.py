@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmhub.files import write_file
-from mmhub.interfaces import Classifier, LanguageModel, PairDecoder, TextDecoder, encode_config
+from mmhub.interfaces import Classifier, LanguageModel, LanguageProcessor, PairDecoder, TextDecoder, encode_config
 from mmhub_export.example import write_example
 from mmhub_export.graphs import Graph
 
@@ -38,15 +39,21 @@ def _input(name: str, processor: Any, folder: Path) -> dict[str, Any]:
         return _text(processor, folder, "")
     state = {key: value for key, value in processor.state().items() if key != "augment"}
     if name == "image" and "kind" in state:
-        return {"pixels": "uint8 RGB, (N, 3, H, W); normalised inside", **state}
+        return {"pixels": _PIXELS, **state}
     if name == "image":
         own = {key: state.pop(key) for key in ("mean", "std") if key in state}
-        return {"pixels": "uint8 RGB, (N, 3, H, W); normalised inside", **state, "normalisation_inside": own}
+        return {"pixels": _PIXELS, **state, "normalisation_inside": own}
     if hasattr(processor, "log_mel"):
         return _frames(processor, folder) | state
     if name == "audio":
         return {"waveform": "float32 mono from -1 to 1, (N, S), zeros behind its end", **state}
     return {"processor": type(processor).__name__, **state}
+
+
+_PIXELS = (
+    "uint8 RGB, (N, 3, H, W), normalised inside; upright as EXIF says, transparent parts on white, and of 16 bits the "
+    "high byte"
+)
 
 
 def _frames(processor: Any, folder: Path) -> dict[str, Any]:
@@ -58,16 +65,25 @@ def _frames(processor: Any, folder: Path) -> dict[str, Any]:
     file = io.BytesIO()
     np.save(file, processor._filters.numpy(), allow_pickle=False)
     write_file(folder / "mel_filters.npy", file.getvalue())
-    return {"log_mel": {"sample_rate": 16000, "window": 400, "hop": 160, "filters": "mel_filters.npy"}}
+    how = {"sample_rate": 16000, "window": 400, "hop": 160, "filters": "mel_filters.npy"}
+    return {"log_mel": {**how, "seconds": processor.window_seconds}}
 
 
 def _text(processor: Any, folder: Path, prefix: str) -> dict[str, Any]:
     state = processor.state()
     found = {key: state[key] for key in _TEXT_KEYS if state.get(key) is not None}
+    if isinstance(processor, LanguageProcessor):
+        found["hidden"] = _hidden(processor)
     for file, content in processor.files().items():
         write_file(folder / f"{prefix}{file}", content)
         found[file.partition(".")[0]] = f"{prefix}{file}"
     return found
+
+
+def _hidden(processor: LanguageProcessor) -> list[int]:
+    """The tokens that a text is shown without."""
+    added = json.loads(processor.files().get("tokenizer.json", "{}")).get("added_tokens", ())
+    return sorted(token["id"] for token in added if token["special"] and not processor.decode([token["id"]]))
 
 
 _TEXT_KEYS = ("max_length", "empty_id", "sep_id", "words", "begin_id", "end_id", "stop_ids", "begins", "ends", "names")

@@ -8,7 +8,9 @@ are a `<side>_tower` each. Letters in shapes are those of `mmhub.batch`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,7 @@ from mmhub.batch import Bundle, Features, Items
 from mmhub.errors import UsageError
 from mmhub.interfaces import LanguageModel, Policy, Stream, TextDecoder
 from mmhub.model import Model
-from mmhub.testing.samples import built_in
+from mmhub.testing.samples import RATE, built_in
 
 Tensors = dict[str, Tensor]
 _MORE = 3  # positions of padding that some cases have beyond what they need
@@ -34,6 +36,8 @@ class Graph:
         axes: by input, which of its dimensions may vary, and what they count.
         outputs: names of what it gives, with the names of their dimensions, "" for one that never varies.
         cases: inputs to compare with the model; the first is recorded.
+        quiet: sounds with next to nothing in them, whose features are mostly rounding (`checks.compare_quiet`).
+        most: by the name of a size, how large the model lets it be.
         padded: may rows of different lengths share a batch?
     """
 
@@ -42,7 +46,9 @@ class Graph:
     axes: dict[str, dict[int, str]]
     outputs: Mapping[str, tuple[str, ...]]
     cases: list[Tensors]
+    most: dict[str, int] = field(default_factory=dict)
     padded: bool = True
+    quiet: list[Tensors] = field(default_factory=list)
     given: list[tuple[Tensor, ...]] = field(default_factory=list)  # what the model gives in each case
 
     def answers(self) -> list[tuple[Tensor, ...]]:
@@ -77,6 +83,21 @@ def cut(model: Model, samples: Sequence[Mapping[str, Any]] = ()) -> list[Graph]:
         return [_whole(model, *raws.items())]
     encoders = [_encoder(model, name, raws[name]) for name in model.encoders]
     return [*encoders, _head(model, encoders)]
+
+
+@contextmanager
+def plain(model: Model) -> Iterator[Model]:
+    """Yield the model in evaluation mode, on the CPU and in fp32: a copy, or itself where only its mode is changed."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors):
+        yield copy.deepcopy(model).cpu().float().eval()
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 # -- modules -----------------------------------------------------------------------------------------------------------
@@ -268,7 +289,9 @@ def _writer(model: Model, encoders: Sequence[Graph]) -> Graph:
         rows = next(iter(case.values())).shape[0]
         several.append({"ids": _ids(decoder.start or 0, decoder.processor.vocab_size, rows, 5 + number)} | case)
     outputs = {"logits": ("batch", "written", "")}
-    return Graph("decoder", module, {"ids": {0: "batch", 1: "written"}} | axes, outputs, several)
+    positions = getattr(decoder, "positions", None) or decoder.context  # `context` may leave out what begins a text
+    most = {"written": positions} if positions else {}
+    return Graph("decoder", module, {"ids": {0: "batch", 1: "written"}} | axes, outputs, several, most)
 
 
 def _language_graphs(model: Model, raws: Mapping[str, Sequence[Any]]) -> list[Graph]:
@@ -280,8 +303,9 @@ def _language_graphs(model: Model, raws: Mapping[str, Sequence[Any]]) -> list[Gr
         mask[1:, width - 2 :] = False
         cases.append({"ids": _ids(0, vocabulary, rows, width) * mask, "mask": mask})
     both = {0: "batch", 1: "tokens"}
+    most = {"tokens": decoder.context} if decoder.context else {}
     if not model.encoders:
-        return [Graph("model", Read(decoder, ids=True).eval(), {"ids": both, "mask": both}, outputs, cases)]
+        return [Graph("model", Read(decoder, ids=True).eval(), {"ids": both, "mask": both}, outputs, cases, most)]
     media = [_projected(model, name, raws[name]) for name in model.encoders]
     ids = [{"ids": case["ids"]} for case in cases]
     embed = Graph("embedding", Embed(decoder).eval(), {"ids": both}, {"tokens": ("batch", "tokens", "")}, ids)
@@ -290,7 +314,7 @@ def _language_graphs(model: Model, raws: Mapping[str, Sequence[Any]]) -> list[Gr
         for case, tokens in zip(cases, embed.answers(), strict=True)
     ]
     module = Read(decoder, ids=False).eval()
-    return [*media, embed, Graph("language_model", module, {"tokens": both, "mask": both}, outputs, embedded)]
+    return [*media, embed, Graph("language_model", module, {"tokens": both, "mask": both}, outputs, embedded, most)]
 
 
 def _named(graph: Graph, known: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -326,11 +350,29 @@ def _items(model: Model, name: str, raws: Sequence[Any]) -> Graph:
     packed = [encoder.processor([raws[number] for number in pick], Policy()) for pick in picks]
     if varying == [1] and invariant:
         packed.append(_wider(packed[0]))
-    cases = [{"data": one.data} | ({} if fixed else {"mask": one.mask}) for one in packed]
+    quiet = []
+    if name == "audio" and varying == [1] and single[0].data.is_floating_point():  # a waveform
+        *quiet, steady = (encoder.processor([{"array": sound, "sampling_rate": RATE}], Policy()) for sound in _quiet())
+        packed.append(steady)
+
+    def tensors(items: Items) -> Tensors:
+        return {"data": items.data} | ({} if fixed else {"mask": items.mask})
+
     axes = {"data": {0: "batch"} | dict.fromkeys(varying, "length")}
     if not fixed:
         axes["mask"] = {0: "batch"} | ({1: "length"} if len({one.mask.shape[1] for one in single}) > 1 else {})
-    return Graph("", Encode(encoder, not fixed).eval(), axes, {}, cases, padded=invariant)
+    module = Encode(encoder, not fixed).eval()
+    return Graph("", module, axes, {}, [*map(tensors, packed)], padded=invariant, quiet=[*map(tensors, quiet)])
+
+
+def _quiet() -> Iterator[Any]:
+    """Half a second of silence, of noise far below 16 bits, and of a steady pressure."""
+    import numpy as np
+
+    yield np.zeros(RATE // 2, np.float32)
+    for loud in (1e-7, 1e-6, 1e-5):
+        yield loud * np.random.default_rng(0).standard_normal(RATE // 2).astype(np.float32)
+    yield np.full(RATE // 2, 0.05, np.float32)
 
 
 def _picks(single: Sequence[Items], invariant: bool) -> list[list[int]]:
@@ -383,7 +425,7 @@ def _stream_cases(names: Sequence[str], encoders: Sequence[Graph]) -> Iterator[T
             if number == 1 and len(names) > 1 and name == names[-1]:  # missing as a consumer would say it: one token
                 own = {key: part * 0 if key == "pooled" else part[:, :1] * 0 for key, part in own.items()}
                 own["token_mask"] = own["token_mask"].bool()
-            if number == 0 and own["tokens"].shape[1] == 1:  # recorded sizes of 1 stay 1
+            if number == 0 and own["tokens"].shape[1] == 1:  # recorded sizes of 1 stay 1, and so do differences
                 own = {key: part if key == "pooled" else _longer(part) for key, part in own.items()}
             for key, part in own.items():
                 case[f"{name}_{key}"] = part[:rows].clone()
@@ -393,8 +435,8 @@ def _stream_cases(names: Sequence[str], encoders: Sequence[Graph]) -> Iterator[T
 
 
 def _longer(part: Tensor) -> Tensor:
-    """One more token, which is not real."""
-    return torch.cat((part, torch.zeros_like(part)), 1)
+    """Two more tokens, which are not real: of two sizes, one less than the other may be 1 as well."""
+    return torch.cat((part, torch.zeros_like(part), torch.zeros_like(part)), 1)
 
 
 def _ids(first: int, vocabulary: int, rows: int, width: int) -> Tensor:

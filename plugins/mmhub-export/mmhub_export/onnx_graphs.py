@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.export import ExportedProgram
 
 from mmhub.errors import PluginError
-from mmhub_export.checks import compare, ranges, record, silence
+from mmhub_export.checks import compare, compare_quiet, ranges, record, silence
 from mmhub_export.consumer import describe
-from mmhub_export.graphs import Graph, Tensors, cut
+from mmhub_export.graphs import Graph, Tensors, cut, plain
 from mmhub_export.record import Export
 
 if TYPE_CHECKING:
@@ -33,14 +34,20 @@ def write_onnx(model: Model, folder: Path, samples: Sequence[Mapping[str, Any]])
         import onnxscript  # noqa: F401 - torch's exporter writes by it
     except ImportError as error:
         raise PluginError(f"ONNX needs {error.name}", "pip install onnx onnxscript onnxruntime") from None
-    graphs = cut(model.cpu().float().eval(), samples)
+    with plain(model) as sound:
+        return _export(sound, folder, samples, {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__})
+
+
+def _export(model: Model, folder: Path, samples: Sequence[Mapping[str, Any]], versions: dict[str, str]) -> Export:
+    graphs = cut(model, samples)
     checks, described, opset = [], {}, 0
     for graph in graphs:
-        found, opset = _write(graph, folder / f"{graph.name}.onnx")
-        checks.append(compare(graph, f"{graph.name}.onnx", _runner(folder / f"{graph.name}.onnx")))
-        described[graph.name] = found
+        path, recorded = folder / f"{graph.name}.onnx", record(graph)
+        shapes, opset = _write(graph, recorded, path)
+        run = _runner(path)
+        checks += [compare(graph, path.name, run), *compare_quiet(graph, path.name, recorded, run)]
+        described[graph.name] = {"file": path.name, **shapes, "limits": ranges(graph, recorded, run)}
     facts = {"opset": opset} | describe(model, graphs, described, folder, "onnx")
-    versions = {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     return Export(
         format="onnx",
         name=model.name,
@@ -48,13 +55,12 @@ def write_onnx(model: Model, folder: Path, samples: Sequence[Mapping[str, Any]])
         modalities=model.modalities,
         checks=checks,
         facts=facts,
-        versions=versions,
+        versions={"torch": torch.__version__, **versions},
     )
 
 
-def _write(graph: Graph, path: Path) -> tuple[dict[str, Any], int]:
-    """Write one graph; return its entry in the record, and the version of the operators it uses."""
-    recorded = record(graph)
+def _write(graph: Graph, recorded: ExportedProgram, path: Path) -> tuple[dict[str, Any], int]:
+    """Write one graph; return its shapes for the record, and the version of the operators it uses."""
     with silence(), torch.no_grad():
         program: Any = torch.onnx.export(
             recorded, input_names=list(graph.axes), output_names=list(graph.outputs), verbose=False
@@ -64,7 +70,7 @@ def _write(graph: Graph, path: Path) -> tuple[dict[str, Any], int]:
     size = sum(tensor.nbytes for tensor in graph.module.state_dict().values())
     with silence():
         program.save(path, external_data=size > _IN_ONE_FILE)
-    return {"file": path.name, **shapes, "limits": ranges(graph, recorded)}, int(program.model.opset_imports[""])
+    return shapes, int(program.model.opset_imports[""])
 
 
 def _name_axes(written: Any, graph: Graph) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import pytest
 
 import mmhub
 from mmhub.cli.main import main
+from mmhub_export.record import Export
 from tests.conftest import SHARED, Cli, _one_thread, _own_caches, cli  # noqa: F401
 
 ROWS = "text,label\n" + "".join(f"a {word} thing,{label}\n" for word, label in [("good", "yes"), ("bad", "no")] * 4)
@@ -94,6 +95,30 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(
     assert message in done.err
     assert "Traceback" not in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_a_file_in_the_way_is_said(run: Any, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    done = run("export", model, "--format", "int8", "--out", "file/deep/x")
+    assert (done.code, done.out) == (2, "")
+    assert "'file' is no folder" in done.err
+
+
+def test_what_another_wrote_meanwhile_is_not_replaced(
+    run: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Export.write
+
+    def slowly(found: Export, folder: Path) -> dict[str, Any]:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("theirs")
+        return write(found, folder)
+
+    monkeypatch.setattr(Export, "write", slowly)
+    done = run("export", model, "--format", "int8", "--out", "out")
+    assert done.code == 2
+    assert "'out' exists" in done.err
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
 
 
 def test_a_name_that_is_none_is_not_found(run: Any, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import mmhub
 from mmhub.errors import TrustError, UsageError
 from mmhub.model import Model
-from mmhub_export.checks import compare, error_of, record
-from mmhub_export.graphs import Graph, cut
+from mmhub_export.checks import compare, error_of, ranges, record
+from mmhub_export.graphs import Graph, cut, plain
 from tests.conftest import _one_thread, _own_caches  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch's exporters, about themselves
@@ -125,6 +125,67 @@ def test_all_logits_of_a_language_model_are_those_that_score_texts() -> None:
             (logits,) = graph.module(ids, torch.ones_like(ids, dtype=torch.bool))
         chances = logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
         assert float(chances) == pytest.approx(whole.score(text, end=False)[0], abs=1e-4), name
+
+
+@pytest.mark.parametrize("loud", [0.0, 1e-6, 0.1])
+def test_a_graph_hears_silence_without_the_rounding_of_sums(loud: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder: Any = model(**MODELS["speech"]).encoders["audio"]
+    sound = loud * torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(1, 4000, dtype=torch.bool)
+    whole, _ = encoder.frontend(sound, mask)
+    power = encoder.frontend.double().power(sound).double()
+    frames = (power + 1e-6).log()
+    frames = (frames - frames.mean()) / (frames.var(unbiased=False) + 1e-5).sqrt()
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    exact, _ = encoder.frontend(sound, mask)
+    torch.testing.assert_close(exact.double(), frames, atol=2e-5, rtol=0)
+    torch.testing.assert_close(whole, exact, atol=2e-3, rtol=0)  # what sums of -13.8 round to
+
+
+def test_waveforms_are_also_tried_silent_and_steady() -> None:
+    (graph,) = cut(model(**MODELS["speech"]))
+    assert [float(case["data"].abs().max()) < 1e-4 for case in graph.quiet] == [True] * 4
+    assert not graph.quiet[0]["data"].any()
+    assert any(float(case["data"].std()) < 0.01 < float(case["data"].max()) < 0.1 for case in graph.cases)
+    (graph,) = cut(model(**MODELS["tags"]))
+    assert not graph.quiet
+
+
+def test_sizes_that_the_model_limits_are_limits_of_the_graphs() -> None:
+    for name, size in (("words", "tokens"), ("chat", "tokens")):
+        whole = model(**MODELS[name])
+        assert cut(whole)[-1].most == {size: whole.decoder.context}
+
+
+def test_a_least_size_that_is_only_a_guess_is_no_limit() -> None:
+    class Sum(nn.Module):
+        def forward(self, data: Tensor) -> tuple[Tensor]:
+            return (data.sum(1) if data.shape[1] > 3 else data.flip(1).sum(1),)
+
+    graph = Graph("odd", Sum(), {"data": {1: "length"}}, {"found": ("",)}, [{"data": torch.ones(2, 5)}], {"length": 9})
+    program = record(graph)
+    assert ranges(graph, program, lambda case: [case["data"].sum(1)]) == {"length": {"max": 9}}
+
+    def refuses(case: dict[str, Tensor]) -> list[Tensor]:
+        raise RuntimeError("too short")
+
+    assert ranges(graph, program, refuses) == {"length": {"max": 9, "min": 4}}
+
+
+def test_the_model_that_was_given_stays_as_it_is() -> None:
+    whole = model(**MODELS["tags"]).to(torch.bfloat16).train()
+    before = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    with plain(whole) as copy:
+        assert not copy.training
+        assert {p.dtype for p in copy.parameters()} == {torch.float32}
+    assert whole.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in whole.state_dict().items())
+    whole = model(**MODELS["tags"]).train()
+    with plain(whole) as same:
+        assert same is whole
+        assert not same.training
+    assert whole.training
+    assert whole.decoder.training
 
 
 def test_what_answers_otherwise_is_refused() -> None:

@@ -209,6 +209,7 @@ def test_everything_is_on_the_disk_before_a_branch_names_it(tmp_path: Path, monk
     assert link_path(repo.folder, sha256).parent.stat().st_ino in synced[:named]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
 def test_a_few_kills_leave_only_whole_commits(tmp_path: Path, xet: bool) -> None:
     torture(tmp_path, QUICK, xet=xet)

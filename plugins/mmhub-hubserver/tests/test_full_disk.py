@@ -147,6 +147,7 @@ def by_xet(team: Any, repo: str, content: bytes) -> None:
     commit(team, repo, "lfsFile", {"algo": "sha256", "oid": oid, "size": len(content)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("push", [small_file, by_lfs, in_parts, by_xet])
 def test_wherever_the_disk_fills_up_a_push_is_refused_and_works_later(team: Any, full: Full, push: Push) -> None:
     for steps in count():

@@ -59,11 +59,15 @@ def _lines(file: Path) -> list[str]:
 
 
 def check_address(settings: Settings, *, private: bool) -> None:
-    """Refuse to open a server to others without keys.
+    """Refuse to open a server to others without keys, and keys that `private` says there are none of.
 
     Raises:
         UsageError: with what to do.
     """
+    if private and settings.keys:
+        raise UsageError(
+            "--no-keys, but there are keys", f"leave out --key-file and {VARIABLE}, or --no-keys to ask for them"
+        )
     if settings.keys or private or (is_loopback(settings.host) and not settings.behind_proxy):
         return
     what = "--behind-proxy" if is_loopback(settings.host) else f"--host {settings.host}"

@@ -41,10 +41,11 @@ def build_app(settings: Settings, pool: Pool | None = None, *, metrics: Metrics 
     # the pages of /docs load their scripts from another server
     app = FastAPI(title="mmhub", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.pool, app.state.settings, app.state.metrics, app.state.health = lent, settings, metrics, health
-    app.include_router(health_routes(health, metrics))
-    app.include_router(native_routes(lent, settings))
-    app.include_router(openai_routes(lent, settings))
-    app.add_middleware(Shell, settings=settings, health=health, metrics=metrics)
+    routers = (health_routes(health, metrics), native_routes(lent, settings), openai_routes(lent, settings))
+    for router in routers:
+        app.include_router(router)
+    routes = [route for router in routers for route in router.routes]
+    app.add_middleware(Shell, settings=settings, health=health, metrics=metrics, routes=routes)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
     return app

@@ -146,7 +146,7 @@ class Batcher:
 
     `compute(jobs, step)` returns the answers of each job; what takes long calls `step` now and then, which lets others
     go first, and raises `Gone` once nobody waits for these jobs. One of the threads computes at a time; there are more,
-    `threads` at most, where jobs last so long that they have to take turns: one begins when all others are busy.
+    `threads` at most, where jobs last so long that they have to take turns: one begins when the others are busy.
     """
 
     def __init__(self, name: str, compute: Compute, bounds: Bounds, *, threads: int = 1, watch: Watch | None = None):
@@ -220,9 +220,11 @@ class Batcher:
         self._threads[-1].start()
 
     def _grow_if_busy(self) -> None:
-        """Begin a thread where all work and something waits; the lock is held."""
-        if self._queue and self._busy == len(self._threads) < self._most:
-            self._grow()
+        """Let there be a free thread for each key that waits; the lock is held."""
+        if len(self._threads) < self._most:
+            wanted = self._busy + len({job.key for job in self._queue})
+            while len(self._threads) < min(wanted, self._most):
+                self._grow()
 
     def _work(self) -> None:
         while self._wait():

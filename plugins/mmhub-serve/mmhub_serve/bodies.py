@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -26,6 +26,7 @@ from mmhub_serve.settings import Limits
 
 T = TypeVar("T")
 _ASIDE = 64 * 2**10  # bytes from which on a body is worth a thread
+_OBJECTS, _VALUES = 250_000, 2_000_000  # of one body: decoded, an object takes 230 bytes, however short it is written
 
 
 class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -50,6 +51,8 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 
 def _decoded(content: bytes) -> dict[str, Any]:
+    if content.count(b"{") + content.count(b"[") > _OBJECTS or content.count(b",") > _VALUES:
+        raise Refused(413, "the body holds too many objects or values", "send fewer samples at once")
     try:
         found = msgspec.json.decode(content)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -105,15 +108,21 @@ async def read_form(request: Request, limits: Limits) -> dict[str, list[str | by
     if kind != "multipart/form-data":
         raise Refused(415, f"the content type is {kind or 'not given'}", "send multipart/form-data")
     most = 4 * limits.samples
+    parser = MultiPartParser(
+        request.headers, request.stream(), max_files=most, max_fields=most, max_part_size=limits.body
+    )
+    parser.spool_max_size = limits.body + 1  # never on disk, which may be full
     found: dict[str, list[str | bytes]] = {}
     try:
-        async with request.form(max_files=most, max_fields=most, max_part_size=limits.body) as form:
-            for name, value in form.multi_items():
-                part = await value.read() if isinstance(value, UploadFile) else value
-                found.setdefault(name.removesuffix("[]"), []).append(part)
-    except HTTPException as error:
-        status = 413 if error.status_code == 413 else 400
-        raise Refused(status, f"the form cannot be read: {error.detail}") from None
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise Refused(400, f"the form cannot be read: {error.message}") from None
+    try:
+        for name, value in form.multi_items():
+            part = await value.read() if isinstance(value, UploadFile) else value
+            found.setdefault(name.removesuffix("[]"), []).append(part)
+    finally:
+        await form.close()
     return found
 
 

@@ -32,7 +32,7 @@ class ChatBody(Writing, kw_only=True):
 async def complete_chat(request: Request, pool: Pool, limits: Limits) -> Response:
     """Answer the last message of a conversation."""
     table = await read_json(request)
-    body = shaped(ChatBody, without_defaults(table, CHAT))
+    body = await aside(size_of(request), shaped, ChatBody, without_defaults(table, CHAT))
     if not body.messages:
         raise Refused(400, "messages is empty", "add the one to be answered", param="messages")
     async with AsyncExitStack() as stack:
@@ -41,6 +41,9 @@ async def complete_chat(request: Request, pool: Pool, limits: Limits) -> Respons
         settings = body.settings(served.model, limits)
         with blaming("messages"):
             talk = await aside(size_of(request), read_talk, body.messages)
+            if isinstance(talk[-1], Mapping) and talk[-1].get("role") == "assistant":
+                hint = "end with the message to be answered; no answer is gone on with"
+                raise Refused(400, "the last message is the assistant's", hint, param="messages")
             sample = {"messages": talk}
             if body.stream:
                 pieces = served.stream(sample, settings)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +17,18 @@ from mmhub.cli.options import device_option, quantize_option
 from mmhub.cli.output import json_option, note, quiet_option
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Finite(click.FloatRange):
+    """A number in a range; not nan, which is in none, yet below no bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        return found if math.isfinite(found) else self.fail(f"{value} is no finite number", param, ctx)
+
+
 _COUNT = click.IntRange(min=1)
-_SECONDS = click.FloatRange(min=0, min_open=True)
+_SECONDS = _Finite(min=0, min_open=True)
 _FILE = click.Path(dir_okay=False, path_type=Path)
 # option: (name in Limits, type, default, help); the defaults are those of Limits, which imports PyTorch
 _LIMITS: dict[str, tuple[str, Any, Any, str]] = {
@@ -50,9 +64,9 @@ def limit_options(command: F) -> F:
 @click.option("--max-loaded", type=click.IntRange(min=0), default=0, help="Models in memory at a time [default: all].")
 @click.option("--preload", is_flag=True, help="Load every model at the start, not only the first.")
 @click.option("--max-batch", type=_COUNT, default=32, show_default=True, help="Samples computed together; 1 = one.")
-@click.option("--max-wait-ms", type=click.FloatRange(min=0), help="Longest that a sample waits for others to join it.")
+@click.option("--max-wait-ms", type=_Finite(min=0), help="Longest that a sample waits for others to join it.")
 @limit_options
-@click.option("--grace", type=click.FloatRange(min=0), default=30, show_default=True, help="Seconds to stop in.")
+@click.option("--grace", type=_Finite(min=0), default=30, show_default=True, help="Seconds to stop in.")
 @click.option("--access-log", is_flag=True, help="Write a line for each request to stderr, without secrets.")
 @device_option
 @quantize_option
@@ -85,6 +99,7 @@ def serve(
     Programs ask POST /predict, or use any client of OpenAI's API with the base URL http://HOST:PORT/v1. Without keys
     only this machine is served. SIGTERM and Ctrl-C answer what was accepted, then end; a second one ends at once.
     """
+    click.get_current_context().with_resource(_stoppable())
     if (tls_cert is None) != (tls_key is None):
         raise click.UsageError("--tls-cert and --tls-key belong together: give both")
     from mmhub_serve.access import check_address, check_origins, read_keys
@@ -115,6 +130,19 @@ def serve(
     _run(settings, quiet, as_json)
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """End at SIGTERM with 0 also while PyTorch is imported, before the server is there to stop."""
+    before: Any = None
+    with suppress(ValueError):  # not in the main thread
+        before = signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
 def _run(settings: Any, quiet: bool, as_json: bool) -> None:
     from mmhub_serve.run import listen, start
 
@@ -124,5 +152,8 @@ def _run(settings: Any, quiet: bool, as_json: bool) -> None:
 def _tell(url: str, settings: Any, quiet: bool, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"url": url, "models": settings.models}), flush=True)
+    from mmhub_serve.naming import public_names
+
+    called = [name if name == given else f"{name} ({given})" for name, given in public_names(settings.models).items()]
     who = f"whoever has one of {len(settings.keys)} keys" if settings.keys else "everybody who reaches it (no keys)"
-    note(f"mmhub serves {', '.join(settings.models)} at {url}, to {who}. Ctrl-C stops it.", quiet)
+    note(f"mmhub serves {', '.join(called)} at {url}, to {who}. Ctrl-C stops it.", quiet)

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mmhub_serve.bodies import answer, aside, lent, read_json, shaped
+from mmhub_serve.bodies import answer, aside, lent, read_json, shaped, size_of
 from mmhub_serve.chat import apart, finish_of
 from mmhub_serve.errors import Refused
 from mmhub_serve.events import EventStream
@@ -29,7 +29,8 @@ class CompletionBody(Writing, kw_only=True):
 
 async def complete(request: Request, pool: Pool, limits: Limits) -> Response:
     """Go on with one or several texts."""
-    body = shaped(CompletionBody, without_defaults(await read_json(request), COMPLETIONS))
+    table = without_defaults(await read_json(request), COMPLETIONS)
+    body = await aside(size_of(request), shaped, CompletionBody, table)
     prompts = texts_of(body.prompt, "prompt", limits)
     if body.stream and len(prompts) > 1:
         raise Refused(400, f"{len(prompts)} prompts are to be streamed", "stream one", param="prompt")
@@ -37,7 +38,7 @@ async def complete(request: Request, pool: Pool, limits: Limits) -> Response:
         served = await stack.enter_async_context(lent(request, pool, body.model))
         _check_continues(served)
         settings = body.settings(served.model, limits)
-        samples = [{"text": text or None} if served.model.decoder.reads_text else {"text": text} for text in prompts]
+        samples = [{"text": text} for text in prompts]
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
         head["model"] = served.name
         with blaming("prompt", several=len(prompts) > 1):

@@ -71,4 +71,6 @@ def health_routes(health: Health, metrics: Metrics) -> APIRouter:
         content, kind = metrics.page()
         return Response(content, media_type=kind)
 
+    for path, answer in {"/healthz": alive, "/readyz": ready, "/metrics": measured}.items():  # load balancers ask so
+        router.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
     return router

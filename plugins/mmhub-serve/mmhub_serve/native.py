@@ -70,14 +70,14 @@ def native_routes(pool: Pool, settings: Settings) -> APIRouter:
     router = APIRouter(lifespan=described)
 
     async def predict(request: Request) -> Response:
-        body, form = await _read(request, PredictBody, limits)
+        body, form = await _read(request, PredictBody, limits, pool)
         async with lent(request, pool, body.model) as served:
             samples = await _samples(request, body, form, served.info, limits)
             with blaming("samples", several=True):
                 return answer({"predictions": await _answers(served, samples, body, limits)})
 
     async def embed(request: Request) -> Response:
-        body, form = await _read(request, EmbedBody, limits)
+        body, form = await _read(request, EmbedBody, limits, pool)
         async with lent(request, pool, body.model) as served:
             samples = await _samples(request, body, form, served.info, limits)
             with blaming("samples", several=True):
@@ -111,13 +111,15 @@ def _entry(info: ModelInfo, created: int, pool: Pool) -> dict[str, Any]:
     return {"id": info.name, "object": "model", "created": created, "owned_by": "mmhub"} | about
 
 
-async def _read(request: Request, kind: Any, limits: Limits) -> tuple[Any, dict[str, list[str | bytes]] | None]:
+async def _read(
+    request: Request, kind: Any, limits: Limits, pool: Pool
+) -> tuple[Any, dict[str, list[str | bytes]] | None]:
     """A body in its shape, and the form that it was, whose samples are still to be put together."""
     form = await read_form(request, limits) if content_type(request) == "multipart/form-data" else None
     table = await read_json(request) if form is None else _options(form)
-    body = shaped(kind, table)
+    body = await aside(size_of(request), shaped, kind, table)
     name = request.path_params.get("name")
-    if name and body.model not in (None, name):
+    if name and body.model is not None and pool.called(body.model) != pool.called(name):
         raise Refused(400, f"the body names the model {body.model!r}, the address {name!r}", param="model")
     return (msgspec.structs.replace(body, model=name) if name else body), form
 
@@ -162,8 +164,11 @@ def _of_form(form: Mapping[str, list[str | bytes]], info: ModelInfo) -> list[dic
         for name, values in form.items()
     }
     if "text_pair" in fields:
-        pairs = zip(fields.get("text", []), fields.pop("text_pair"), strict=False)
-        fields["text"] = [{"text": text, "text_pair": second} for text, second in pairs]
+        texts, seconds = fields.get("text", []), fields.pop("text_pair")
+        if len(texts) != len(seconds):
+            what = f"the fields do not pair up: {len(texts)} text, {len(seconds)} text_pair"
+            raise Refused(400, what, "give each as often", param="samples")
+        fields["text"] = [{"text": text, "text_pair": second} for text, second in zip(texts, seconds, strict=True)]
     if "messages" in fields:
         fields["messages"] = [_json("messages", value) for value in fields["messages"]]
     counts = {len(values) for values in fields.values()}

@@ -112,7 +112,8 @@ class Writing(Body, kw_only=True):
         Raises:
             Refused: 400, a value is out of bounds.
         """
-        if not 1 <= (self.n or 1) <= MOST or (self.stream and (self.n or 1) > 1):
+        texts = 1 if self.n is None else self.n
+        if not 1 <= texts <= MOST or (self.stream and texts > 1):
             hint = f"1 to {MOST} texts, and one where it is streamed"
             raise Refused(400, f"n is {self.n}", hint, param="n")
         if self.stream_options and not self.stream:

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import mmhub
@@ -18,6 +19,7 @@ from mmhub.hub.pull import locate, resolve_name
 from mmhub.model import Model
 from mmhub_serve.batcher import Watch
 from mmhub_serve.errors import Refused
+from mmhub_serve.naming import public_names
 from mmhub_serve.served import ModelInfo, Served, info_of
 from mmhub_serve.settings import Settings
 
@@ -50,11 +52,15 @@ class _Tenant:
 
 
 class _Load:
-    """A load that is going on, and how many requests wait for it: they use the model from when it is there."""
+    """A load that is going on, and how many requests wait for it: they use the model from when it is there.
 
-    def __init__(self) -> None:
-        self.waiting = 0
+    `reported`: whoever began it says why it failed.
+    """
+
+    def __init__(self, reported: bool) -> None:
+        self.waiting, self.reported = 0, reported
         self.tenant: _Tenant | None = None
+        self.error: Exception | None = None
         self.task: asyncio.Task[None]
 
     def give_up(self) -> None:
@@ -64,10 +70,16 @@ class _Load:
 
 
 class Pool:
-    """Hands out models by name; one that is in use is not let go. It belongs to the event loop that starts it."""
+    """Hands out models by name; one that is in use is not let go. It belongs to the event loop that starts it.
+
+    A model is called as `public_names` says; the name that was given for it leads to it, too.
+    """
 
     def __init__(self, settings: Settings, watch: PoolWatch | None = None) -> None:
         self.settings, self._watch = settings, watch
+        self._given = public_names(settings.models)
+        self._called = {given: name for name, given in self._given.items()}
+        self._described: dict[str, asyncio.Task[None]] = {}
         self._infos: dict[str, ModelInfo] = {}
         self._tenants: dict[str, _Tenant] = {}
         self._loads: dict[str, _Load] = {}
@@ -76,7 +88,7 @@ class Pool:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.settings.models))
+        return tuple(self._given)
 
     @property
     def ready(self) -> bool:
@@ -101,12 +113,10 @@ class Pool:
         """
         use_cores()
         for name in self.names:
-            if name not in self._infos:
-                self._infos[name] = await asyncio.to_thread(self._describe, name)
+            await self.info(name)
         most = (self.settings.loaded or len(self.names)) if self.settings.preload else 1
         for name in self.names[:most]:
-            if name not in self._tenants:
-                await self._move_in(name)
+            await self._bring(name)
 
     def infos(self) -> tuple[ModelInfo, ...]:
         """Describe all models, in the order of their names; known after `start`."""
@@ -119,9 +129,17 @@ class Pool:
             Refused: 404, no model of this server has that name.
         """
         name = self._known(name)
-        if name not in self._infos:
-            self._infos[name] = await asyncio.to_thread(self._describe, name)
+        if name not in self._infos:  # once, whoever asks meanwhile
+            task = self._described.get(name)
+            if task is None:
+                task = self._described[name] = asyncio.create_task(self._look(name))
+                task.add_done_callback(lambda task: task.cancelled() or task.exception())
+            await asyncio.shield(task)
         return self._infos[name]
+
+    def called(self, name: str) -> str:
+        """Return what the model is called for which `name` was given; any other name as it is."""
+        return self._called.get(name, name)
 
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[Served]:
@@ -139,15 +157,15 @@ class Pool:
 
     async def close(self) -> None:
         """Finish what was accepted, and let all models go."""
-        for load in self._loads.values():
-            load.task.cancel()
+        for task in (*self._described.values(), *(load.task for load in self._loads.values())):
+            task.cancel()
         for name in list(self._tenants):
             await self._move_out(name)
 
     def _known(self, name: str | None) -> str:
         if name is None and len(self.names) > 1:
             raise Refused(400, "no model is named", f"name one of {', '.join(self.names)}", param="model")
-        name = self.names[0] if name is None else name
+        name = self.names[0] if name is None else self.called(name)
         if name not in self.names:
             known = f"this server has {', '.join(self.names)}"
             raise Refused(404, f"no model {name!r}", known, code="model_not_found", param="model")
@@ -173,8 +191,23 @@ class Pool:
         assert load.tenant is not None
         return load.tenant
 
-    def _begin(self, name: str) -> _Load:
-        load = self._loads[name] = _Load()
+    async def _bring(self, name: str) -> None:
+        """Load a model, unless it is in memory, as if a request had asked for it.
+
+        Raises:
+            MmhubError: it cannot be loaded.
+        """
+        if name in self._tenants:
+            return
+        load = self._loads.get(name) or self._begin(name, reported=True)
+        try:
+            await asyncio.shield(load.task)
+        except Refused:
+            assert load.error is not None
+            raise load.error from None
+
+    def _begin(self, name: str, reported: bool = False) -> _Load:
+        load = self._loads[name] = _Load(reported)
         load.task = asyncio.create_task(self._load(name, load))
         load.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may outlive who asked
         return load
@@ -188,7 +221,9 @@ class Pool:
         try:
             await self._move_in(name, load)
         except Exception as error:
-            log.error("%s cannot be loaded: %s", name, error, exc_info=not isinstance(error, MmhubError))
+            load.error = error
+            if not load.reported:
+                log.error("%s cannot be loaded: %s", name, error, exc_info=not isinstance(error, MmhubError))
             refusal = Refused(
                 503, f"{name!r} could not be loaded", "the server's log says why", code="model_not_loaded"
             )
@@ -197,7 +232,7 @@ class Pool:
         finally:
             del self._loads[name]
 
-    async def _move_in(self, name: str, load: _Load | None = None) -> None:
+    async def _move_in(self, name: str, load: _Load) -> None:
         async with self._door:
             await self._make_room()
             served = await asyncio.to_thread(self._serve, name)
@@ -205,10 +240,9 @@ class Pool:
             tenant = self._tenants[name] = _Tenant(served)
             self._failed.pop(name, None)
             self._tell(name, True)
-            if load is not None:
-                load.tenant = tenant
-                for _ in range(load.waiting):
-                    tenant.enter()
+            load.tenant = tenant
+            for _ in range(load.waiting):
+                tenant.enter()
 
     async def _make_room(self) -> None:
         """Let those go that were used longest ago. New requests for them wait, so that the last one ends some time."""
@@ -228,18 +262,36 @@ class Pool:
             self._watch.loaded(name, there)
 
     def _serve(self, name: str) -> Served:
-        return Served(name, self._loaded(name), self.settings, self._watch)
+        return Served(name, self._loaded(self._given[name]), self.settings, self._watch)
 
     def _loaded(self, name: str) -> Model:
         options: dict[str, Any] = {"device": self.settings.device, "quantize": self.settings.quantize}
         return mmhub.load(name, **options)
 
-    def _describe(self, name: str) -> ModelInfo:
+    async def _look(self, name: str) -> None:
         """Describe a model: ours by its structure, without weights; any other has to be loaded for that."""
-        found = resolve_name(name)
-        folder, _ = locate(name, found)
+        try:
+            found = await asyncio.to_thread(self._describe, self._given[name])
+            self._infos[name] = replace(found or await self._inspected(name), name=name)
+        finally:
+            del self._described[name]
+
+    def _describe(self, given: str) -> ModelInfo | None:
+        found = resolve_name(given)
+        folder, _ = locate(given, found)
         ours = is_checkpoint(folder) and not found.component
-        return info_of(name, load_structure(folder) if ours else self._loaded(name))
+        return info_of(given, load_structure(folder)) if ours else None
+
+    async def _inspected(self, name: str) -> ModelInfo:
+        async with self._door:  # which may have let it in meanwhile
+            if name not in self._infos:
+                self._infos[name] = await asyncio.to_thread(self._inspect, name)
+            return self._infos[name]
+
+    def _inspect(self, name: str) -> ModelInfo:
+        info = info_of(name, self._loaded(self._given[name]))
+        _free()
+        return info
 
 
 def use_cores() -> None:

@@ -63,7 +63,7 @@ class _Reader(h11.Connection):
             raise h11.RemoteProtocolError(refused.message) from None
         return event
 
-    def send(self, event: Any) -> bytes | None:
+    def send(self, event: Any) -> Any:
         if isinstance(event, h11.Response) and self.their_state is h11.SEND_BODY:  # the rest is not waited for
             headers = [pair for pair in event.headers if pair[0] != b"connection"]
             headers.append((b"connection", b"close"))
@@ -195,6 +195,8 @@ class Connection(H11Protocol):
                 self.flow.pause_reading()
             return
         super().data_received(data)
+        if self.cycle is not None and not self.cycle.more_body and not self._reader.trailing_data[0]:
+            self.flow.resume_reading()  # paused for a large body: who goes now must be noticed
         self._watch()
 
     def handle_events(self) -> None:

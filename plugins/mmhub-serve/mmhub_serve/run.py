@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from email.utils import formatdate
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -78,14 +79,18 @@ def start(settings: Settings, listener: socket.socket, told: Callable[[str], Non
     """Serve until stopped, then exit; `told` gets the address once it answers.
 
     Raises:
-        MmhubError: a model has no such name, or lacks a plugin, or the first one cannot be loaded.
+        MmhubError: a model has no such name, or lacks a plugin, or the first one cannot be loaded; there is no such
+            device.
         SystemExit: with the exit code, otherwise.
     """
     import gc
 
+    from mmhub.device import find_device
+
     with listener:
         for name in settings.models:
             _check_name(name)
+        find_device(settings.device)
         tls = tls_of(settings)
         from mmhub_serve.app import build_app
         from mmhub_serve.shell import log_to_stderr
@@ -181,6 +186,7 @@ class Server:
         limit = self._settings.limits.head_seconds
         options: dict[str, Any] = {"ssl": self._tls, "ssl_handshake_timeout": limit} if self._tls else {}
         self._server = await self.loop.create_server(connection, sock=self._listener, backlog=_BACKLOG, **options)
+        self._accepted = partial(self.loop.connect_accepted_socket, connection, **options)
 
     async def _answer(self, ready: Callable[[], None]) -> None:
         self._check()
@@ -217,9 +223,15 @@ class Server:
     async def _end(self, life: LifespanOn, own: bool) -> None:
         until = self.loop.time() + self._settings.grace
         await _wait(self._forced, _TICK / 2)  # who has connected is accepted
+        with suppress(NotImplementedError):  # Windows
+            self.loop.remove_reader(self._listener)
+        await asyncio.sleep(0)  # asyncio loses what it accepts while its server is closed
+        began, rest = self.loop.time(), self._rest()
         self._server.close()
-        began = self.loop.time()
-        await _wait(self._forced, _TICK / 2)  # and is known here
+        known = asyncio.gather(*map(self._accepted, rest), return_exceptions=True)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(known, _QUIET if self._tls else None)  # there may be one who says nothing
+        await _wait(self._forced, _TICK / 2)
         while self._state.connections and self.loop.time() < until and not self._forced.is_set():
             self._check()
             now = self.loop.time()
@@ -236,6 +248,14 @@ class Server:
             idle = False
         if own and not idle and self.failure is None:  # a thread still computes: the interpreter would wait for it
             _leave(self._code)
+
+    def _rest(self) -> list[socket.socket]:
+        """Who has connected and is not accepted yet: the system would reset those when the listener is closed."""
+        found = []
+        with suppress(OSError):  # there are no more
+            while True:
+                found.append(self._listener.accept()[0])
+        return found
 
     async def _let_go(self) -> None:
         """End what is left: told that the server stops where no answer has begun."""

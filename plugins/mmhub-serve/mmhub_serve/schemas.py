@@ -126,29 +126,42 @@ def sample_schema(info: ModelInfo) -> Schema:
     kinds = {"text": TEXT if info.converses or info.writes else {"anyOf": texts}}
     kinds |= dict.fromkeys(("image", "audio"), _several(ref("Medium")))
     fields = {name: kinds.get(name, {}) for name in info.modalities}
-    if info.converses:
+    if _talks(info):
         fields["messages"] = _list(ref("Message"), minItems=1)
     return _object({}, {name: {"anyOf": [kind, {"type": "null"}]} for name, kind in fields.items()}, minProperties=1)
+
+
+def _talks(info: ModelInfo) -> bool:
+    """Does it take conversations, if only of texts, where it has a chat template?"""
+    return info.converses or (info.writes and info.task == "language-modelling")
 
 
 def request_schema(info: ModelInfo, samples: Schema, limits: Limits, named: bool) -> Schema:
     """Return the schema of a request to a model; `named`: it has to say which."""
     model = {"model": {"const": info.name}}
-    options: dict[str, Schema] = {}
-    if info.writes:
-        options["generation"] = ref("Generation")
-    if info.hears:
-        kinds = {"timestamps": {"enum": ["none", "segment", "word"]}, "language": TEXT, "translate": _TRUTH}
-        options |= kinds
     needed = {"samples": _list(samples, minItems=1, maxItems=limits.samples)}
-    return _object(needed | (model if named else {}), options | ({} if named else model))
+    return _object(needed | (model if named else {}), _options(info) | ({} if named else model))
 
 
-def _form_schema(info: ModelInfo) -> Schema:
-    """A multipart form: the modalities as files or values, each as often as there are samples."""
+def _options(info: ModelInfo) -> dict[str, Schema]:
+    """What a request may say beside its samples."""
+    options: dict[str, Schema] = {"generation": ref("Generation")} if info.writes else {}
+    if info.hears:
+        options |= {"timestamps": {"enum": ["none", "segment", "word"]}, "language": TEXT, "translate": _TRUTH}
+    return options
+
+
+def _form_schema(info: ModelInfo, options: Mapping[str, Schema]) -> Schema:
+    """A multipart form: the modalities as files or values, each as often as there are samples; JSON is sent as text."""
     binary = {"type": "string", "contentMediaType": "application/octet-stream"}
     fields = {name: _list(TEXT if name == "text" else binary) for name in info.modalities}
-    return {"type": "object", "properties": {"model": TEXT, **fields}}
+    as_json = {"type": "string", "contentMediaType": "application/json"}
+    if "text" in info.modalities and not info.writes:
+        fields["text_pair"] = _list(TEXT)
+    if _talks(info):
+        fields["messages"] = _list(as_json)
+    more = {name: kind if name in ("timestamps", "language") else as_json for name, kind in options.items()}
+    return {"type": "object", "properties": {"model": TEXT, **fields, **more}, "additionalProperties": False}
 
 
 def document(base: Schema, infos: Sequence[ModelInfo], limits: Limits) -> Schema:
@@ -171,7 +184,13 @@ def document(base: Schema, infos: Sequence[ModelInfo], limits: Limits) -> Schema
             f"Answer samples by {info.name} ({info.task}).",
             ref(f"Request_{key}"),
             _object({"predictions": _list(found)}),
-            _form_schema(info),
+            _form_schema(info, _options(info)),
+        )
+        paths[f"/v1/models/{info.name}/embed"] = _route(
+            f"Embed samples by {info.name}.",
+            _object({"samples": _list(ref(f"Sample_{key}"), minItems=1, maxItems=limits.samples)}, {"model": TEXT}),
+            _EMBEDDED,
+            _form_schema(info, {}),
         )
     asked, given = _any_of(requests), _object({"predictions": _list(_any_of(answers))})
     for prefix in ("", "/v1"):

@@ -8,11 +8,12 @@ import logging
 import re
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmhub_serve.access import Access
@@ -44,8 +45,10 @@ def new_id() -> str:
 class Shell:
     """ASGI middleware; nothing that the application raises passes it."""
 
-    def __init__(self, app: ASGIApp, *, settings: Settings, health: Health, metrics: Metrics) -> None:
-        self._app, self._health, self._metrics = app, health, metrics
+    def __init__(
+        self, app: ASGIApp, *, settings: Settings, health: Health, metrics: Metrics, routes: Sequence[BaseRoute] = ()
+    ) -> None:
+        self._app, self._health, self._metrics, self._routes = app, health, metrics, routes
         self._access, self._settings = Access(settings), settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,11 +111,19 @@ class Shell:
                 raise
             raise Refused(503, f"there was no answer within {seconds:g} s", code="timeout") from None
 
+    def _route(self, scope: Scope) -> str:
+        """The pattern of the route, nothing that a client wrote: there are few of those."""
+        if "endpoint" not in scope:
+            return "other"
+        found = [one for one in self._routes if isinstance(one, Route) and one.path_regex.match(scope["path"])]
+        best = min(found, key=lambda one: scope["method"] not in (one.methods or ()), default=scope.get("route"))
+        return str(getattr(best, "path_format", "other"))
+
     def _tell(self, scope: Scope, headers: Mapping[str, str], answer: _Answer, seconds: float) -> None:
         """Count the request, and write its line: neither queries nor headers, which may hold secrets."""
         method = scope["method"] if scope["method"] in _METHODS else "other"
         model = scope.get("state", {}).get("model", "")
-        self._metrics.observe_request(method, _route(scope), model, answer.status, seconds)
+        self._metrics.observe_request(method, self._route(scope), model, answer.status, seconds)
         if self._settings.access_log:
             client = (scope.get("client") or ("-",))[0]
             if self._settings.behind_proxy:
@@ -129,11 +140,6 @@ def log_line(client: str, method: str, path: str, status: int, size: int, second
 def _last(headers: Mapping[str, str], name: str) -> str:
     """What the nearest proxy says: each adds its word to those before."""
     return headers.get(name, "").rpartition(",")[2].strip()
-
-
-def _route(scope: Scope) -> str:
-    """The pattern of the route, nothing that a client wrote: there are few of those."""
-    return str(getattr(scope.get("route"), "path", "other"))
 
 
 def _printable(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mmhub_serve.bodies import Body, answer, aside, lent, read_json, shaped
+from mmhub_serve.bodies import Body, answer, aside, lent, read_json, shaped, size_of
 from mmhub_serve.completions import texts_of
 from mmhub_serve.errors import Refused
 from mmhub_serve.openai_parameters import EMBEDDINGS, without_defaults
@@ -28,7 +28,8 @@ class EmbeddingBody(Body, kw_only=True):
 
 async def embed_texts(request: Request, pool: Pool, limits: Limits) -> Response:
     """Embed one or several texts; of a model that keeps several streams apart, the one of texts."""
-    body = shaped(EmbeddingBody, without_defaults(await read_json(request), EMBEDDINGS))
+    table = without_defaults(await read_json(request), EMBEDDINGS)
+    body = await aside(size_of(request), shaped, EmbeddingBody, table)
     texts = texts_of(body.input, "input", limits)
     async with lent(request, pool, body.model) as served:
         if "text" not in served.info.modalities:

@@ -6,11 +6,14 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from msgspec.structs import replace
+
 from mmhub.errors import UsageError
 from mmhub.interfaces import Generation, decode_config, encode_config
 from mmhub_serve.errors import Refused, refusal_of
 from mmhub_serve.settings import Limits
 
+_PENALTY = (0.01, 100.0)  # others leave no difference between scores
 MOST = 16  # answers to one question, hypotheses of a beam search, and stop texts
 _SEEDS = 2**63
 
@@ -47,6 +50,11 @@ def settings_of(
     if len(settings.stop) > MOST or not -_SEEDS <= settings.seed < _SEEDS:
         name = "stop" if len(settings.stop) > MOST else "seed"
         raise Refused(400, f"{name} is out of bounds", f"at most {MOST} stop texts, and a seed of 64 bits", param=name)
+    if not _PENALTY[0] <= settings.repetition_penalty <= _PENALTY[1]:
+        what, hint = "repetition_penalty is out of bounds", f"from {_PENALTY[0]:g} to {_PENALTY[1]:g}, 1 being none"
+        raise Refused(400, what, hint, param=names.get("repetition_penalty", "repetition_penalty"))
+    if not settings.temperature:  # nothing is drawn: texts with and without a seed can be written together
+        settings = replace(settings, seed=0)
     return settings
 
 

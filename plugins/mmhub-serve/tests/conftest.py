@@ -166,8 +166,9 @@ def serving(
     try:
         yield running if settings.keys() & {"keys", "certificate"} else running.wait()
     finally:
-        for _ in range(2):  # at once
-            server.loop.call_soon_threadsafe(server.stop)
+        with contextlib.suppress(RuntimeError):  # it has ended by itself
+            for _ in range(2):  # at once
+                server.loop.call_soon_threadsafe(server.stop)
         thread.join(20)
         listener.close()
         assert not thread.is_alive()

@@ -21,6 +21,9 @@ from fastapi import FastAPI
 from fastapi.responses import Response, StreamingResponse
 from starlette.requests import Request
 
+from mmhub_serve.bodies import _decoded
+from mmhub_serve.errors import Refused
+from mmhub_serve.protocol import Connection
 from mmhub_serve.settings import Limits
 
 from .conftest import Answer, Process, Running, Serving, read, serving
@@ -295,6 +298,67 @@ def test_forms_with_too_many_parts_are_refused(running: Running) -> None:
     assert answer.status == 400 and answer.error
 
 
+def test_a_body_of_very_many_objects_is_refused_before_they_are_made() -> None:
+    with pytest.raises(Refused, match="too many") as caught:
+        _decoded(b'{"samples": [' + b'{"":0},' * 300_000 + b"{}]}")
+    assert caught.value.status == 413
+
+
+def test_forms_are_never_written_to_a_disk(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile.rollover", full)
+    monkeypatch.setattr("starlette.formparsers.MultiPartParser.spool_max_size", 1_000)
+    part = '--x\r\nContent-Disposition: form-data; name="text"; filename="text"\r\n\r\n' + "a " * 5_000
+    answer = running.ask("POST", "/predict", **_body(part + "\r\n--x--\r\n", "multipart/form-data; boundary=x"))
+    assert answer.status == 200, answer
+
+
+def test_what_is_answered_before_its_body_came_holds_no_memory_and_no_connection(running: Running) -> None:
+    with ExitStack() as stack:
+        for _ in range(LIMITS.connections + 5):
+            sock = stack.enter_context(running.connect())
+            sock.sendall(_head(JSON, "Content-Length: 95000", path="/nope") + b"x" * 30_000)
+            answer = read(sock)
+            assert answer.status == 404 and answer.headers["connection"] == "close"
+            sock.sendall(b"x" * 60_000)
+        assert running.server is not None
+        _until(lambda: running.server._rules.bodies == 0, "bodies are held", 0.5)  # type: ignore[union-attr]
+        assert running.predict("a good film " * 1_000).status == 200
+
+
+def test_a_line_break_after_a_body_is_passed_over(running: Running) -> None:
+    body = b'{"samples": [{"text": "a"}]}'
+    with running.connect() as sock:
+        for _ in range(2):
+            sock.sendall(_head(JSON, f"Content-Length: {len(body)}") + body + b"\r\n")
+            assert read(sock).status == 200
+
+
+def test_what_follows_a_head_request_is_refused_with_a_body(running: Running) -> None:
+    with running.connect() as sock:
+        sock.sendall(_head(method="HEAD", path="/healthz"))
+        time.sleep(0.05)
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+        sock.sendall(b"\0 nonsense\r\n\r\n")
+        answer = read(sock)
+    assert answer.status == 400 and answer.error
+
+
+def test_a_failure_at_one_connection_ends_that_one_only(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(connection: Connection, now: float) -> None:
+        raise ZeroDivisionError
+
+    with running.connect() as sock, monkeypatch.context() as patch:
+        patch.setattr(Connection, "check", fail)
+        with contextlib.suppress(ConnectionError):
+            assert sock.recv(1) == b""
+    assert "a connection failed" in caplog.text
+
+
 # --- clients that are slow, or go
 
 
@@ -331,6 +395,16 @@ def _slow(running: Running, number: int, begin: bytes) -> Iterator[list[Answer]]
             time.sleep(0.05)
 
 
+def test_a_body_that_comes_steadily_has_more_time(serve: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmhub_serve.protocol._RATE", 10)
+    body = b'{"samples": [{"text": "a"}]}'
+    with serve(limits=Limits(body_seconds=0.05)) as running, running.connect() as sock:
+        sock.sendall(_head(JSON, f"Content-Length: {len(body)}") + body[:-1])
+        time.sleep(0.3)
+        sock.sendall(body[-1:])
+        assert read(sock).status == 200
+
+
 def test_connections_that_say_nothing_are_closed(running: Running) -> None:
     with running.connect() as sock:
         assert read(sock) == Answer()
@@ -345,13 +419,14 @@ def test_idle_connections_are_closed_after_their_time(running: Running) -> None:
         assert 0.1 < time.monotonic() - began < 3
 
 
-@pytest.mark.parametrize("path", ["/big", "/pieces"])
+@pytest.mark.parametrize("path", [pytest.param("/big", marks=pytest.mark.slow), "/pieces"])
 def test_a_client_that_does_not_read_loses_its_connection(running: Running, path: str) -> None:
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect((running.host, running.port))
         sock.sendall(_head(method="GET", path=path))
         assert running.server is not None
+        _until(lambda: running.server._state.connections, "it is not accepted")  # type: ignore[union-attr]
         _until(lambda: not running.server._state.connections, "it is held")  # type: ignore[union-attr]
         sock.settimeout(5)
         got = 0

@@ -337,3 +337,111 @@ def test_what_takes_long_lets_others_go_first_and_ends_when_nobody_waits_for_it(
     in_loop(scene)
     assert ended.is_set()
     assert order == ["long begins", "short begins", "next begins"]
+
+
+def test_what_a_stream_was_told_is_not_told_again_when_its_batch_is_tried_again() -> None:
+    tries = 0
+
+    def compute(jobs: Sequence[Job], step: Callable[[], None]) -> list[list[Any]]:
+        nonlocal tries
+        tries += 1
+        for end in range(1, 3 if len(jobs) > 1 else 5):
+            for one in jobs:
+                one.tell("abcd"[end - 1 : end])
+        if len(jobs) > 1:
+            raise MemoryError
+        return [["abcd"] for _ in jobs]
+
+    async def scene() -> None:
+        told: list[str] = []
+        with batching(compute) as batcher:
+            batcher._turns.__enter__()  # until both wait
+            asks = [Ask(1, 20), Ask(1, 20)]
+            batcher.admit(2)
+            batcher.put([Job(one, "k", [number], told=told.append) for number, one in enumerate(asks)])
+            batcher._turns.__exit__()
+            await asyncio.gather(*(one.future for one in asks))
+        assert sorted(told) == sorted("abcd" * 2)
+
+    in_loop(scene)
+    assert tries == 3
+
+
+def test_what_waits_is_bounded_in_memory_too() -> None:
+    machine = Machine()
+
+    async def scene() -> None:
+        with batching(machine, held=100) as batcher:
+            machine.free.clear()
+            first, second, third, last = (Ask(1, 20) for _ in range(4))
+            batcher.admit(4)
+            batcher.put([Job(first, "k", [1], held=500)])  # nothing else waits
+            await until(lambda: bool(machine.batches))
+            batcher.put([Job(second, "k", [2], held=60)])
+            refused: list[Refused] = []
+            for one, held in ((third, 60), (last, 40)):
+                try:
+                    batcher.put([Job(one, "k", [4], held=held)])
+                except Refused as error:
+                    refused.append(error)
+            assert [(error.status, error.code) for error in refused] == [(429, "queue_full")]
+            assert batcher._waiting() == 2  # the place is free again
+            machine.free.set()
+            assert await asyncio.gather(first.future, second.future, last.future) == [[2], [4], [8]]
+
+    in_loop(scene)
+
+
+def compute_by_name(jobs: Sequence[Job], step: Callable[[], None]) -> list[list[Any]]:
+    """ "long" lasts until the event beside it is set, "sleeps" keeps its turn for 0.2 s."""
+    name, over = jobs[0].payloads[0]
+    if name == "sleeps":
+        time.sleep(0.2)
+    while name == "long" and not over.is_set():
+        time.sleep(0.001)
+        step()
+    return [one.payloads for one in jobs]
+
+
+def test_many_that_last_long_do_not_keep_a_short_one_waiting() -> None:
+    async def scene() -> None:
+        batcher, over = Batcher("m", compute_by_name, BOUNDS, threads=32), threading.Event()
+        asks = [Ask(1, 20) for _ in range(7)]
+        batcher.admit(7)
+        for number, one in enumerate(asks):
+            batcher.put([Job(one, number, [("long" if number < 6 else "short", over)])])
+        async with asyncio.timeout(10):
+            await asks[6].future
+            over.set()
+            await asyncio.gather(*(one.future for one in asks[:6]))
+        await asyncio.to_thread(batcher.close)
+        assert len(batcher._threads) <= 7
+
+    in_loop(scene)
+
+
+def test_what_a_batch_costs_leaves_out_the_turns_of_others() -> None:
+    seconds: list[float] = []
+
+    class Told:
+        def set_queue(self, model: str, waiting: int) -> None: ...
+
+        def observe_batch(self, model: str, samples: int, taken: float) -> None:
+            seconds.append(taken)
+
+    async def scene() -> None:
+        batcher, over = Batcher("m", compute_by_name, BOUNDS, threads=2, watch=Told()), threading.Event()
+        long, other = Ask(1, 20), Ask(1, 20)
+        batcher.admit(2)
+        began = time.monotonic()
+        batcher.put([Job(long, "long", [("long", over)])])
+        batcher.put([Job(other, "sleeps", [("sleeps", over)])])
+        await other.future
+        over.set()
+        await long.future
+        took = time.monotonic() - began
+        await asyncio.to_thread(batcher.close)
+        assert seconds[0] >= 0.2
+        assert seconds[1] < took - 0.19
+
+    in_loop(scene)

@@ -294,3 +294,37 @@ def test_conversations_are_samples_of_models_that_converse(client: httpx.Client,
     body = {"model": "chat", "samples": [talk(PICTURE)]} | SHORT
     wanted = models["chat"].generate([talk(png(1))], max_new_tokens=4)
     assert same(client.post("/predict", json=body).json()["predictions"], wanted)
+
+
+def test_forms_whose_pairs_are_not_whole_are_refused(client: httpx.Client) -> None:
+    fields = {"model": "classification", "text": ["a", "b", "c"], "text_pair": ["d", "e"]}
+    answer = client.post("/predict", data=fields, files={"none": ("", b"")})
+    assert answer.status_code == 400
+    assert "3 text, 2 text_pair" in answer.json()["error"]["message"]
+
+
+def test_everything_that_is_taken_is_described(described: dict[str, Any]) -> None:
+    paths, schemas = described["paths"], described["components"]["schemas"]
+
+    def of(name: str, route: str, kind: str) -> Any:
+        return paths[f"/v1/models/{name}/{route}"]["post"]["requestBody"]["content"][kind]["schema"]
+
+    sample = {"samples": [{"text": "a"}]}
+    assert fits(sample, of("classification", "embed", "application/json"), schemas)
+    assert not fits({"samples": [{"image": "a"}]}, of("classification", "embed", "application/json"), schemas)
+    talk = {"samples": [{"messages": [{"role": "user", "content": "a"}]}]}
+    assert fits(talk, of("language-modelling", "predict", "application/json"), schemas)
+    assert not fits(talk, of("translation", "predict", "application/json"), schemas)
+    forms = {name: of(name, "predict", "multipart/form-data")["properties"] for name in SAMPLES}
+    assert {"text", "text_pair"} <= forms["classification"].keys()
+    assert {"messages", "generation", "image"} <= forms["chat"].keys()
+    assert {"timestamps", "language", "translate", "audio"} <= forms["speech"].keys()
+    assert not {"generation", "messages", "timestamps"} & forms["classification"].keys()
+
+
+def test_what_is_not_drawn_has_no_seed(models: dict[str, Model]) -> None:
+    from mmhub_serve.writing import settings_of
+
+    model = models["chat"]
+    assert settings_of(model, {"seed": 5}, Limits()) == settings_of(model, {"seed": 6}, Limits())
+    assert settings_of(model, {"seed": 5, "temperature": 1.0}, Limits()).seed == 5

@@ -412,3 +412,28 @@ def test_what_a_guard_refuses_is_filtered_content(
     chunks = list(client.chat.completions.create(model="org/chat", messages=ASKED, stream=True))
     assert [chunk.choices[0].delta.refusal for chunk in chunks] == [None, "not that", None]
     assert chunks[-1].choices[0].finish_reason == "content_filter"
+
+
+def test_an_empty_prompt_is_gone_on_with(client: Any, models: dict[str, Model]) -> None:
+    (choice,) = client.completions.create(model="lm", prompt="", max_tokens=4).choices
+    assert choice.text == models["lm"].generate([{"text": ""}], max_new_tokens=4)[0]["text"]
+
+
+def test_extreme_settings_are_answered_or_refused(client: Any, models: dict[str, Model]) -> None:
+    cold = {"model": "lm", "prompt": "ab", "max_tokens": 5, "seed": 1}
+    (choice,) = client.completions.create(**cold, temperature=1e-300).choices
+    assert choice.text == models["lm"].generate([{"text": "ab"}], max_new_tokens=5)[0]["text"]
+    for penalty in (1e-308, 1e308):
+        with pytest.raises(openai.BadRequestError, match="repetition_penalty is out of bounds"):
+            client.completions.create(**cold, temperature=1.0, extra_body={"repetition_penalty": penalty})
+    with pytest.raises(openai.BadRequestError, match="n is 0") as none:
+        client.completions.create(**cold, n=0)
+    assert none.value.param == "n"
+
+
+@pytest.mark.parametrize("model", ["org/chat", "talker"])
+def test_an_answer_is_not_gone_on_with(model: str, client: Any) -> None:
+    talk = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "one"}]
+    with pytest.raises(openai.BadRequestError, match="the last message is the assistant's") as caught:
+        client.chat.completions.create(model=model, messages=talk)
+    assert caught.value.param == "messages"

@@ -16,6 +16,7 @@ import mmhub
 import mmhub_serve.pool
 from mmhub.errors import NotFoundError, TrustError
 from mmhub_serve.errors import Refused
+from mmhub_serve.naming import public_names
 from mmhub_serve.pool import Pool
 from mmhub_serve.settings import Limits, Settings
 
@@ -106,6 +107,7 @@ def test_requests_that_come_together_wait_for_one_load(names: tuple[str, ...], l
     assert loads == ["a"]
 
 
+@pytest.mark.slow
 def test_the_model_used_longest_ago_is_let_go_and_its_memory_freed(names: tuple[str, ...], loads: list[str]) -> None:
     async def scene(pool: Pool) -> None:
         await ask(pool, names[0])
@@ -236,3 +238,101 @@ def test_closing_finishes_what_was_accepted(names: tuple[str, ...]) -> None:
         assert not pool.ready
 
     in_pool(scene, names[0])
+
+
+def test_a_request_while_the_server_starts_waits_for_the_same_load(names: tuple[str, ...], loads: list[str]) -> None:
+    async def scene(pool: Pool) -> None:
+        starting = asyncio.create_task(pool.start())
+        found = await asyncio.gather(*(ask(pool, names[0]) for _ in range(3)))
+        await starting
+        assert {one["label"] for one in found} <= {"no", "yes"}
+
+    in_pool(scene, names[0])
+    assert loads == ["a"]
+
+
+def test_a_server_that_cannot_load_its_first_model_says_why_also_if_it_was_asked_already(
+    names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(name: str, **options: Any) -> Any:
+        raise TrustError("it is damaged")
+
+    monkeypatch.setattr(mmhub_serve.pool.mmhub, "load", fails)
+
+    async def scene(pool: Pool) -> None:
+        asked = asyncio.create_task(ask(pool, names[0]))
+        await asyncio.sleep(0)
+        with pytest.raises(TrustError, match="it is damaged"):
+            await pool.start()
+        with pytest.raises(Refused, match="could not be loaded"):
+            await asked
+
+    in_pool(scene, names[0])
+
+
+def test_a_model_is_described_once_whoever_asks(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    async def scene(pool: Pool) -> None:
+        own = pool._describe
+
+        def describe(given: str) -> Any:
+            seen.append(given)
+            return own(given)
+
+        monkeypatch.setattr(pool, "_describe", describe)
+        found = await asyncio.gather(*(pool.info(names[0]) for _ in range(6)))
+        assert len({id(one) for one in found}) == 1
+
+    in_pool(scene, names[0])
+    assert seen == [names[0]]
+
+
+def test_what_has_to_be_loaded_to_be_described_is_loaded_one_at_a_time(
+    names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, now, most = mmhub.load, 0, 0
+
+    def counted(name: str, **options: Any) -> Any:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        try:
+            return load(name, **options)
+        finally:
+            now -= 1
+
+    monkeypatch.setattr(mmhub_serve.pool.mmhub, "load", counted)
+    monkeypatch.setattr(mmhub_serve.pool, "is_checkpoint", lambda folder: False)
+
+    async def scene(pool: Pool) -> None:
+        a, b, answered = await asyncio.gather(pool.info(names[0]), pool.info(names[1]), ask(pool, names[2]))
+        assert (a.name, a.labels, b.name, b.labels) == ("a", ("no", "yes"), "b", ("red", "blue"))
+        assert answered["text"] is not None
+
+    in_pool(scene, *names)
+    assert most == 1
+
+
+def test_folders_are_called_by_their_own_names_and_found_by_what_was_given(names: tuple[str, ...]) -> None:
+    async def scene(pool: Pool) -> None:
+        assert pool.names == ("a", "b")
+        for name in ("a", names[0]):
+            async with pool.use(name) as served:
+                assert served.name == served.info.name == "a"
+        assert await pool.info(names[1]) == await pool.info("b")
+        with pytest.raises(Refused) as caught:
+            await pool.info("c")
+        assert caught.value.hint == "this server has a, b"
+
+    in_pool(scene, *names[:2])
+
+
+def test_what_models_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("runs/x/model", "runs/y/model", "old/y/model", "other/a", "a"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    given = ["runs/x/model", "./runs/y/model/", f"{tmp_path}/old/y/model", "other/a", "a", "org/chat", "hub:org/z@v1"]
+    called = public_names([*given, "a"])
+    assert list(called.values()) == given
+    assert list(called) == ["x", "y", "y-2", "a-2", "a", "org/chat", "hub:org/z@v1"]

@@ -300,7 +300,7 @@ def test_writing_ends_when_its_reader_is_gone(writer: Model) -> None:
         writer.decoder.step = slow  # type: ignore[assignment]
 
 
-def test_a_long_text_does_not_keep_a_short_one_waiting(writer: Model) -> None:
+def test_long_texts_do_not_keep_a_short_one_waiting(writer: Model) -> None:
     slow, done = writer.decoder.step, []  # type: ignore[operator]
 
     def step(*given: Any) -> Any:
@@ -313,10 +313,13 @@ def test_a_long_text_does_not_keep_a_short_one_waiting(writer: Model) -> None:
 
     async def scene() -> None:
         async with serving(writer) as served:
-            long = asyncio.create_task(ask(served, Generation(max_new_tokens=60)))
+            drawn = [Generation(max_new_tokens=60, temperature=1.0, seed=seed) for seed in range(5)]
+            long = [asyncio.create_task(ask(served, one)) for one in (Generation(max_new_tokens=60), *drawn)]
             await asyncio.sleep(0.05)
             await ask(served, Generation(max_new_tokens=3))
-            await long
+            for one in long[1:]:
+                one.cancel()
+            await long[0]
 
     writer.decoder.step = step  # type: ignore[assignment]
     try:
@@ -382,3 +385,115 @@ def test_a_model_is_described(writer: Model) -> None:
     assert asyncio.run(scene(writer)) == ModelInfo(
         name="m", task="language-modelling", modalities=("text",), writes=True, streams=("",), context=128
     )
+
+
+# Bounds of what is read, and for whom.
+
+
+def listener() -> Model:
+    audio = {"audio": {"use": "cnn", "config": {"sample_rate": 8000, "dim": 16, "channels": [4, 8]}}}
+    return mmhub.compose(encoders=audio, decoder=OF_TEXTS["classification"]).eval()
+
+
+def test_the_items_of_a_request_are_bounded_as_its_samples_are() -> None:
+    sound = flac(1, 0.1)
+
+    async def scene() -> None:
+        async with serving(listener(), limits=Limits(samples=8)) as served:
+            assert len(await served.predict([{"audio": [sound] * 4}, {"audio": [sound] * 4}])) == 2
+            with pytest.raises(InputError, match="more than 8 pictures or sounds in one request") as caught:
+                await served.predict([{"audio": [sound] * 4}, {"audio": [sound] * 5}])
+            assert caught.value.row == 1
+
+    asyncio.run(scene())
+
+
+def test_what_a_request_decodes_to_is_bounded() -> None:
+    sound = flac(1, 1.0)  # 32,000 bytes of fp32
+
+    async def scene() -> None:
+        async with serving(listener(), limits=Limits(waiting=100_000)) as served:
+            assert await served.predict([{"audio": sound}] * 3)
+            with pytest.raises(Refused, match="once decoded") as caught:
+                await served.predict([{"audio": sound}] * 4)
+            assert caught.value.status == 400
+            assert await served.predict([{"audio": sound}] * 3)
+            assert served._batcher._coming == 0
+
+    asyncio.run(scene())
+
+
+def test_reading_a_large_request_lets_others_be_read_and_ends_when_its_client_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, read = listener(), []
+    own = model.processors["audio"].read_row
+
+    def slow(raw: Any, policy: Any) -> Any:
+        read.append(raw)
+        time.sleep(0.03)
+        return own(raw, policy)
+
+    monkeypatch.setattr(model.processors["audio"], "read_row", slow)
+    large, small = flac(1, 0.1), flac(2, 0.1)
+
+    async def scene() -> None:
+        async with serving(model) as served:
+            many = asyncio.create_task(served.predict([{"audio": large}] * 200))
+            await asyncio.sleep(0.05)
+            await served.predict([{"audio": small}])
+            assert len(read) < 50
+            many.cancel()
+            await served.predict([{"audio": small}])
+
+    asyncio.run(scene())
+    assert len(read) < 60
+
+
+def test_conversations_with_a_model_of_texts_fail_for_themselves_alone(writer: Model) -> None:
+    def talk(*texts: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": text} for text in texts]}
+
+    writer.language_model.processor.take_template("plain")
+    settings = Generation(max_new_tokens=4)
+    good, bad = talk("w1"), talk("w1 " * 100)
+
+    async def scene() -> None:
+        async with serving(writer) as served:
+            served._batcher._turns.__enter__()  # until all wait
+            asked = [asyncio.create_task(served.write([one], settings)) for one in (good, bad, good)]
+            await asyncio.sleep(0.05)
+            served._batcher._turns.__exit__()
+            first, fails, last = await asyncio.gather(*asked, return_exceptions=True)
+            assert first == last == [{**first[0], "text": writer.chat(good["messages"], settings)}]
+            assert isinstance(fails, InputError) and fails.row == 0
+            with pytest.raises(InputError) as caught:
+                await served.write([good, bad], settings)
+            assert caught.value.row == 1
+            with pytest.raises(Refused, match="some samples hold messages"):
+                await served.write([good, PROMPTS[0]], settings)
+            with pytest.raises(UsageError, match="no input 'image'"):
+                await served.write([good | {"image": b""}], settings)
+            with pytest.raises(InputError, match="holds messages and 'text'"):
+                await served.write([good | {"text": "w1"}], settings)
+
+    asyncio.run(scene())
+
+
+def test_the_beams_of_a_model_itself_count_for_no_more_texts(writer: Model) -> None:
+    beams = mmhub.compose(
+        "translation",
+        encoders=TEXT,
+        decoder={"use": "seq2seq", "config": {"dim": 16, "depth": 1, "heads": 2, "generation": {"beams": 3}}},
+        values={"text": TEXTS, "target": TEXTS},
+    ).eval()
+    samples = [{"text": text} for text in TEXTS[:4]]
+
+    async def scene() -> Any:
+        async with serving(beams, limits=Limits(samples=4, new_tokens=3)) as served:
+            with pytest.raises(Refused, match="8 texts at a time"):
+                await served.write(samples, Generation(beams=2, max_new_tokens=3))
+            return await served.write(samples, Generation(beams=3, max_new_tokens=3))
+
+    wanted = [beams.generate([one], Generation(beams=3, max_new_tokens=3))[0] for one in samples]
+    assert close(asyncio.run(scene()), wanted)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import shutil
+import signal
 import ssl
 import subprocess
 from collections.abc import Iterator
@@ -15,8 +18,9 @@ from fastapi import FastAPI
 
 from mmhub.errors import MmhubError, NotFoundError, UsageError
 from mmhub_serve.access import check_address, check_origins, read_keys
+from mmhub_serve.app import build_app
 from mmhub_serve.errors import Refused
-from mmhub_serve.run import listen, tls_of
+from mmhub_serve.run import Server, listen, tls_of
 from mmhub_serve.settings import Limits, Settings
 from tests.conftest import Cli
 
@@ -172,6 +176,9 @@ def test_a_server_on_loopback_answers_to_the_names_of_loopback(running: Running,
 def test_a_proxy_vouches_for_the_name(serve: Serving) -> None:
     with serve(behind_proxy=True) as running:
         assert running.ask("GET", "/healthz", Host="models.example").status == 200
+        page = {"Host": "models.example", "Origin": "https://models.example"}
+        assert running.predict("a", **page, X_Forwarded_Proto="https").status == 200
+        assert running.predict("a", **page).status == 403
 
 
 @pytest.mark.parametrize("method", ["POST", "OPTIONS", "DELETE"])
@@ -203,8 +210,13 @@ def test_a_page_that_is_allowed_may_ask_and_read_also_refusals(locked: Running) 
 def test_the_access_log_has_neither_queries_nor_headers(serve: Serving, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="mmhub_serve.access"), serve(access_log=True) as running:
         running.ask("GET", "/nope%0aforged%1b?token=secret", Authorization="Bearer secret")
+        refused = running.ask("GET", "/early?token=secret", Host="evil.example")
+        broken = running.send(b"nonsense\r\n\r\n")
     line = next(record.getMessage() for record in caplog.records if "nope" in record.getMessage())
     assert line.startswith("127.0.0.1 GET /nope\\nforged\\x1b 404 ") and "secret" not in caplog.text
+    assert f"127.0.0.1 GET /early 403 {len(refused.body)} bytes 0.0 ms {refused.headers['x-request-id']}" in caplog.text
+    assert f"127.0.0.1 - - 400 {len(broken.body)} bytes" in caplog.text
+    assert broken.headers["x-content-type-options"] == "nosniff"
 
 
 def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +245,11 @@ def test_key_files_that_let_nobody_or_anybody_in_are_refused(
     with pytest.raises(error, match=words) as caught:
         read_keys(file)
     assert "short" not in str(caught.value)
+
+
+def test_keys_and_no_keys_contradict_each_other() -> None:
+    with pytest.raises(UsageError, match="there are keys"):
+        check_address(Settings(models=("m",), keys=(KEY,)), private=True)
 
 
 def test_only_loopback_is_served_without_keys() -> None:
@@ -276,6 +293,21 @@ def test_metrics_count_requests_by_route_and_status(running: Running) -> None:
     assert any(line.startswith("mmhub_batch_samples_count{") for line in lines)
     assert "mmhub_requests_in_flight 1.0" in lines  # this one
     assert not any("invented" in line.lower() for line in lines)
+
+
+def test_the_labels_of_metrics_are_patterns_whatever_a_model_is_called(running: Running) -> None:
+    for name in ("m", "v1", "models", "", "v1/models", "predict"):
+        running.ask("GET", f"/v1/models/{name}")
+        running.ask("POST", f"/v1/models/{name}/predict", {"samples": []})
+    page = running.ask("GET", "/metrics").body.decode()
+    routes = {line.split('route="')[1].split('"')[0] for line in page.splitlines() if 'route="/v1/models' in line}
+    assert routes == {"/v1/models/{name}", "/v1/models/{name}/predict"}
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+def test_load_balancers_may_ask_with_head(running: Running, path: str) -> None:
+    answer = running.ask("HEAD", path)
+    assert answer.status == 200 and not answer.body
 
 
 # --- the command
@@ -336,6 +368,9 @@ def test_over_tls_predictions_are_answered_and_what_is_not_tls_is_closed(serve: 
         (["toy", "--host", "0.0.0.0"], 2, "without keys only loopback is served"),
         (["toy", "--tls-cert", "cert.pem"], 2, "belong together"),
         (["toy", "--key-file", "missing"], 3, "there is no file missing"),
+        (["toy", "--grace", "nan"], 2, "no finite number"),
+        (["toy", "--timeout", "nan"], 2, "no finite number"),
+        (["toy", "--device", "nope"], 2, "unknown device"),
     ],
 )
 def test_what_cannot_be_served_is_one_line_and_its_exit_code(
@@ -361,6 +396,32 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(toy: str, tmp_path: Path,
     done = cli("serve", str(folder), "--port", "0")
     assert done.returncode == 5, done.stderr
     assert "model.safetensors" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_sigterm_ends_the_command_also_before_the_server_is_there(monkeypatch: pytest.MonkeyPatch, toy: str) -> None:
+    from mmhub.cli.main import main
+
+    before = signal.getsignal(signal.SIGTERM)
+    handlers: list[Any] = []
+    monkeypatch.setattr("mmhub_serve.cli._run", lambda *_: handlers.append(signal.getsignal(signal.SIGTERM)))
+    monkeypatch.setattr("os._exit", handlers.append)
+    with contextlib.suppress(SystemExit):
+        main(["serve", toy])
+    handlers[0](signal.SIGTERM, None)
+    assert handlers[1:] == [0] and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_server_that_cannot_tell_its_address_ends_with_that_error_alone(
+    toy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    with listen("127.0.0.1", 0) as listener:
+        app = build_app(Settings(models=(toy,)))
+        with pytest.raises(OSError, match="No space"):
+            asyncio.run(Server(app, listener).serve(full))
+    assert app.state.health.stopping and not caplog.records
 
 
 def test_the_defaults_that_help_shows_are_those_of_the_server() -> None:

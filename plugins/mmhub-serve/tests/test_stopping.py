@@ -10,13 +10,17 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
-from mmhub_serve.settings import Limits
+from mmhub.errors import UsageError
+from mmhub_serve.pool import Pool
+from mmhub_serve.run import Server
+from mmhub_serve.settings import Limits, Settings
 
 from .conftest import Answer, Process, Running, Serving, read
 
@@ -67,17 +71,23 @@ def _later(call: Callable[..., Any], *args: Any) -> Any:
 def test_what_was_accepted_is_answered_and_readiness_ends_at_once(serve: Serving) -> None:
     with serve(_extend) as running:
         slow, stream = _later(running.ask, "GET", "/wait/0.4"), _later(running.ask, "GET", "/stream")
-        with running.connect() as kept:
+        with running.connect() as kept, running.connect() as waiting, running.connect() as reading:
+            waiting.sendall(REQUEST.replace(b"0.01", b"0.4"))
+            reading.sendall(REQUEST.replace(b"/wait/0.01", b"/stream"))
             kept.sendall(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert read(kept).status == 200
+            assert read(kept).status == 200 and reading.recv(1, socket.MSG_PEEK)
             _stop(running)
             time.sleep(0.1)
             kept.sendall(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n")
             last = read(kept)
             assert last.status == 503 and "stopping" in last.error and last.headers["connection"] == "close"
             assert kept.recv(1) == b""
-        with pytest.raises(ConnectionRefusedError):
-            running.connect()
+            assert read(waiting).headers["connection"] == "close"
+            assert "connection" not in read(reading).headers  # it had begun
+            reading.sendall(REQUEST)
+            assert read(reading).status == 200
+            with pytest.raises(ConnectionRefusedError):
+                running.connect()
         assert slow.result().json == "waited"
         assert stream.result().body.endswith(b"5 \r\n0\r\n\r\n")
 
@@ -117,6 +127,38 @@ def test_grace_is_the_longest_that_requests_are_waited_for(serve: Serving) -> No
         slow = _later(running.ask, "GET", "/wait/30")
         _stop(running)
         assert slow.result().status == 503
+
+
+def test_a_load_that_nobody_waits_for_does_not_hold_up_the_end(
+    toy: str, serve: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr("mmhub_serve.run._leave", left.append)
+    monkeypatch.setattr(Server, "_signals", lambda server: nullcontext(True))
+    with serve() as running:
+        monkeypatch.setattr(Pool, "busy", True)
+        _stop(running)
+    assert left == [0]
+
+
+def test_a_pool_is_busy_while_it_loads_also_when_who_asked_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on = threading.Event()
+
+    def fail(name: str, **options: Any) -> None:
+        goes_on.wait(10)
+        raise UsageError("no such model")
+
+    async def check() -> None:
+        pool = Pool(Settings(models=("m",)))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(pool.use("m").__aenter__(), 0.02)
+        assert pool.busy
+        goes_on.set()
+        while pool.busy:
+            await asyncio.sleep(0.01)
+
+    monkeypatch.setattr("mmhub.load", fail)
+    asyncio.run(check())
 
 
 # --- under load

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mmhub.model import Model
 
 _BARS = 10  # classes that are shown
+_SHOWN_CHARS = 2000  # of what was typed, in the lines that give the same answer
 Answer = dict[str, Any]
 
 
@@ -64,7 +65,8 @@ class Shown:
 
 def show(name: str, model: Model, given: Given, answer: Answer, seconds: float) -> Shown:
     """Return an answer in the form that suits it."""
-    lines = command(name, model, given), python(name, model, given)
+    short = sum(len(text or "") for text in (given.text, given.pair, given.labels)) <= _SHOWN_CHARS
+    lines = (command(name, model, given), python(name, model, given)) if short else ("", "")
     return Shown(**_form(answer, given), raw=answer, seconds=seconds, command=lines[0], python=lines[1])
 
 
@@ -104,7 +106,8 @@ def _tagged(answer: Answer) -> list[tuple[str, str | None]]:
     """The words with their tags; where these make spans, the spans with their kinds."""
     words: Sequence[str] = answer["words"]
     if "entities" not in answer:
-        return [(f"{word} ", tag) for word, tag in zip(words, answer["tags"], strict=False)]
+        tags = [*answer["tags"], *[None] * (len(words) - len(answer["tags"]))]  # a text may have been cut
+        return [(f"{word} ", tag) for word, tag in zip(words, tags, strict=False)]
     found: list[tuple[str, str | None]] = []
     place = 0
     for one in answer["entities"]:
@@ -208,16 +211,20 @@ class AnswerView:
             time,
             gr.update(visible=answered),
             shown.raw,
-            gr.update(visible=answered and self._shows_how),
+            gr.update(visible=bool(shown.python) and self._shows_how),
             gr.update(value=shown.command, visible=bool(shown.command)),
             shown.python,
         ]
 
     def _saved(self, text: str) -> str | None:
-        """A file of subtitles where the app keeps what is downloaded."""
+        """A file of subtitles where the app keeps what is downloaded, and from where it deletes it in time."""
         from gradio.processing_utils import save_bytes_to_cache
 
-        return save_bytes_to_cache(text.encode(), "transcript.srt", self.file.GRADIO_CACHE) if text else None
+        if not text:
+            return None
+        file = save_bytes_to_cache(text.encode(), "transcript.srt", self.file.GRADIO_CACHE)
+        self.file.temp_files.add(file)
+        return file
 
 
 _CODE: dict[str, Any] = {"interactive": False, "wrap_lines": True, "show_line_numbers": False, "buttons": ["copy"]}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from typing import Any
 
 import gradio as gr
@@ -21,8 +25,10 @@ _HEAD = '<div class="mm-head"><h1>mmhub</h1><span>try, compare and look through 
 def build_app(context: Context) -> Any:
     """Return the Gradio app; `launch(**launch_options())` starts it.
 
-    A locked app has no training, and no models but its own.
+    A locked app has no training, and no models but its own. What people hand over lies in a folder that nobody else
+    reads and that goes when Python ends, unless GRADIO_TEMP_DIR names another.
     """
+    _own_folder()
     with gr.Blocks(title="mmhub", analytics_enabled=False, delete_cache=(600, _KEPT_SECONDS)) as app:
         gr.HTML(_HEAD, container=False)
         with gr.Tabs() as tabs:
@@ -38,8 +44,8 @@ def build_app(context: Context) -> Any:
             with gr.Tab("Models", id="models", elem_id="tab-models") as models:
                 browsing = browse_tab(context)
             if not context.locked:
-                with gr.Tab("Training", id="training", elem_id="tab-training"):
-                    monitor_tab(context)
+                with gr.Tab("Training", id="training", elem_id="tab-training") as training:
+                    monitor_tab(context, training, tabs)
         browsing.on_try(trying.name, lambda name: [name, gr.Tabs(selected="try")], [tabs])
         found = [browsing.table, browsing.status]
         gr.on(
@@ -54,6 +60,12 @@ def build_app(context: Context) -> Any:
             app.load(trying.choose, trying.name, trying.shown, show_progress="minimal", api_visibility="private")
     app.queue(max_size=_WAITING, default_concurrency_limit=4)
     return app
+
+
+def _own_folder() -> None:
+    if not os.environ.get("GRADIO_TEMP_DIR"):
+        os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="mmhub-ui-")
+        atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
 
 def launch_options() -> dict[str, Any]:

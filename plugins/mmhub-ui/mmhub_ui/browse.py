@@ -169,6 +169,8 @@ def _facts(name: str, found: Resolved, about: Description) -> str:
         ("Note", about.note),
     ]
     parts = [(role.replace("_", " "), part["use"], size_text(part["bytes"])) for role, part in about.components.items()]
+    if found.path is not None:
+        rows = [(title, value.replace(str(found.path), name)) for title, value in rows]
     shown = table([row for row in rows if row[1]]) + table(parts, ("Part", "Component", "Size"), "Parts")
     return shown + "".join(map(_results, about.results))
 

@@ -56,10 +56,11 @@ def ui(
 ) -> None:
     """Try models, compare them and watch training in a browser, until Ctrl-C.
 
-    The models NAME are offered first. On an address that other machines reach, they are the only ones, and --auth says
-    who may use them.
+    The models NAME are offered first. On an address that other machines reach, and with --auth, they are the only ones;
+    --auth says who may use them.
     """
     if space is not None:
+        _check_alone()
         _write_space(names, space, quiet, as_json)
         return
     local = _is_loopback(host)
@@ -72,7 +73,7 @@ def ui(
         from mmhub_ui.context import Context
 
         number = _free_port(host, port, quiet)
-        app = build_app(Context(names=names, runs=runs, device=device, locked=not local))
+        app = build_app(Context(names=names, runs=runs, device=device, locked=not local or bool(people and names)))
         with _running(app, launch_options() | {"server_name": host, "server_port": number, "auth": people}):
             url = f"http://{f'[{host}]' if ':' in host else host}:{number}"
             emit({"url": url, "models": list(names)}, as_json, "")
@@ -81,6 +82,15 @@ def ui(
             if not no_browser and _has_browser():
                 webbrowser.open(url)
             _wait(quiet)
+
+
+def _check_alone() -> None:
+    """Refuse what has no effect on a Space."""
+    context = click.get_current_context()
+    for option in ("host", "port", "runs", "auth", "no_browser", "device"):
+        if context.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE:
+            name = f"--{option.replace('_', '-')}"
+            raise UsageError(f"{name} has no effect on a Space", f"leave out {name}, or --export-space")
 
 
 def _write_space(names: tuple[str, ...], space: Path, quiet: bool, as_json: bool) -> None:
@@ -202,13 +212,14 @@ def _has_browser() -> bool:
 
 
 def _wait(quiet: bool) -> None:
-    """Wait for Ctrl-C, which ends with 130, or SIGTERM, which is the usual end of a service."""
+    """Wait for Ctrl-C, which ends with 130, or SIGTERM or SIGHUP: the end of a service or of its terminal."""
     ended = Event()
 
     def end(number: int, frame: FrameType | None) -> None:
         ended.set()
 
-    previous = signal.signal(signal.SIGTERM, end)
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    previous = {one: signal.signal(one, end) for one in numbers if signal.getsignal(one) is not signal.SIG_IGN}
     try:
         while not ended.wait(0.5):
             pass
@@ -216,4 +227,5 @@ def _wait(quiet: bool) -> None:
         note("\nStopping.", quiet)
         raise SystemExit(130) from None
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for one, handler in previous.items():
+            signal.signal(one, handler)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
@@ -13,7 +13,16 @@ from mmhub_ui.answers import AnswerView, Shown, asked
 from mmhub_ui.context import Context
 from mmhub_ui.inputs import Fields, Given, Wants
 from mmhub_ui.page import escaped, failure, note
-from mmhub_ui.tryout import model_field
+from mmhub_ui.tryout import check_given, model_field
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What the models of these names said, and how far they agree."""
+
+    names: tuple[str | None, str | None]
+    shown: Sequence[Shown]
+    agreement: str
 
 
 class CompareTab:
@@ -40,15 +49,19 @@ class CompareTab:
         hidden: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 4, "concurrency_id": "models"}
         answers = [part for view in self.views for part in view.all]
         shows = [self.status, *self.fields.all, self.run, self.agreement, *answers]
-        gr.on([name.change for name in self.names], self.choose, self.names, shows, show_progress="minimal", **hidden)
-        gr.on(
+        found = gr.State(None)
+        asked = gr.on(
             [self.run.click, self.fields.text.submit],
             self.answered,
             [*self.names, *self.fields.all],
-            [self.status, self.agreement, *answers],
+            found,
             show_progress_on=self.agreement,
             **hidden,
         )
+        told: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+        asked.success(self.told, [*self.names, found], [self.agreement, *answers], **told)
+        changes: dict[str, Any] = {"show_progress": "minimal", "cancels": [asked]}
+        gr.on([name.change for name in self.names], self.choose, self.names, shows, **changes, **hidden)
 
     def choose(self, first: str | None, second: str | None) -> list[Any]:
         """Load both models, and show the fields that one of them needs."""
@@ -66,19 +79,26 @@ class CompareTab:
         nothing = [update for view in self.views for update in view.updates(Shown())]
         return [status, *self.fields.fit(*asks), gr.update(visible=ready), "", *nothing]
 
-    def answered(self, first: str | None, second: str | None, *values: Any) -> list[Any]:
+    def answered(self, first: str | None, second: str | None, *values: Any) -> _Answers:
         """Ask both models, each for what it takes of the input."""
         given = Given(*values)
         shown, problems = [], []
         for name in (first, second):
             try:
+                check_given(self.context, given)
                 with self.context.use(name or "") as model:
                     shown.append(asked((name or "").strip(), model, given, self.context.bounds(model)))
             except MmhubError as error:
                 problems.append(failure(error, given.files))
                 shown.append(Shown(said=problems[-1]))
-        updates = [update for view, one in zip(self.views, shown, strict=True) for update in view.updates(one)]
-        return [gr.update(), "" if problems else agreement(shown[0], shown[1]), *updates]
+        return _Answers((first, second), shown, "" if problems else agreement(shown[0], shown[1]))
+
+    def told(self, first: str | None, second: str | None, found: _Answers) -> list[Any]:
+        """Show the answers, unless others were chosen while the models were asked."""
+        if found.names != (first, second):
+            return [gr.skip()] * (1 + sum(len(view.all) for view in self.views))
+        updates = [update for view, one in zip(self.views, found.shown, strict=True) for update in view.updates(one)]
+        return [found.agreement, *updates]
 
 
 def agreement(first: Shown, second: Shown) -> str:

@@ -17,6 +17,7 @@ from mmhub_ui.page import escaped
 
 COLOURS = 8
 
+_TINY = 1e-30  # what is nearer to 0 is drawn there
 _POINTS = 300  # that a line keeps; of more, means
 _STOPS = 40  # places at which the pointer finds values
 _WIDTH, _HEIGHT = 480.0, 220.0
@@ -151,7 +152,7 @@ def _powers(low: float, high: float) -> list[float]:
 
 
 def _thinned(line: Line) -> Line:
-    points = list(line.points)
+    points = [(x, y if abs(y) >= _TINY else 0.0) for x, y in line.points]
     if len(points) > _POINTS:
         groups = [points[i * len(points) // _POINTS : (i + 1) * len(points) // _POINTS] for i in range(_POINTS)]
         points = [(group[-1][0], math.fsum(y for _, y in group) / len(group)) for group in groups]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shlex
+from abc import ABCMeta
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+
+from mmhub.errors import InputError
+from mmhub_ui.context import TEXT_CHARS
 
 if TYPE_CHECKING:
     from mmhub.interfaces import Generation
@@ -160,28 +165,47 @@ def _timed(model: Model, given: Given) -> bool:
 
 
 def picture(**options: Any) -> Any:
-    """Return a field for a picture that is handed on as the file that was uploaded, for the model's own reader.
+    """Return a field for a picture that is handed on as the file that was uploaded, for the model's own reader."""
+    sources = ["upload", "clipboard", "webcam"]
+    return _picture_class()(type="filepath", image_mode=None, sources=sources, buttons=[], **options)
 
-    It is no class of its own: for each of those gradio writes a file beside the module.
+
+@cache
+def _picture_class() -> Any:
+    """gr.Image with a `preprocess` of its own.
+
+    A class, because gradio makes its fields anew whenever it changes them; and one that its metaclass does not see,
+    because that writes a file beside the module of each class.
     """
-    field = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"], buttons=[], **options)
-    usual = field.preprocess
 
-    def uploaded(payload: Any) -> Any:
+    def preprocess(self: Any, payload: Any) -> Any:
         if payload is not None and payload.path and not (payload.url or "").startswith("data:"):
             return payload.path
-        return usual(payload)
+        return gr.Image.preprocess(self, payload)
 
-    field.preprocess = uploaded
-    return field
+    return ABCMeta.__new__(type(gr.Image), "Image", (gr.Image,), {"preprocess": preprocess})
+
+
+def check_uploaded(files: Sequence[str]) -> None:
+    """Refuse files that nobody uploaded: who asks without a page may name any of this machine.
+
+    Raises:
+        InputError: one lies elsewhere.
+    """
+    from gradio.utils import get_upload_folder
+
+    folder = Path(get_upload_folder()).resolve()
+    if not all(Path(file).resolve().is_relative_to(folder) for file in files):
+        raise InputError("this file was not uploaded here", "upload it first")
 
 
 class Fields:
     """The fields of a tab, whose ids start with its name."""
 
     def __init__(self, tab: str) -> None:
-        self.text = gr.Textbox(label="Text", lines=3, visible=False, elem_id=f"{tab}-text")
-        self.pair = gr.Textbox(label="Second text", lines=3, visible=False, elem_id=f"{tab}-pair")
+        long: dict[str, Any] = {"lines": 3, "visible": False, "max_length": TEXT_CHARS}
+        self.text = gr.Textbox(label="Text", elem_id=f"{tab}-text", **long)
+        self.pair = gr.Textbox(label="Second text", elem_id=f"{tab}-pair", **long)
         with gr.Row():
             self.image = picture(label="Image", height=260, visible=False, elem_id=f"{tab}-image")
             self.audio = gr.Audio(
@@ -196,6 +220,7 @@ class Fields:
             label="Labels to tell apart",
             info="Two or more, with commas between them. The model need not have learnt them.",
             visible=False,
+            max_length=TEXT_CHARS,
             elem_id=f"{tab}-labels",
         )
 
@@ -221,11 +246,14 @@ SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "beams", "repetit
 
 
 class Settings:
-    """How a model writes; what is not touched stays as the model has it."""
+    """How a model writes, at most `tokens` at once; what is not touched stays as the model has it."""
 
-    def __init__(self, tab: str) -> None:
+    def __init__(self, tab: str, tokens: int | None = None) -> None:
+        self.tokens = tokens
         with gr.Accordion("How it writes", open=False, visible=False, elem_id=f"{tab}-settings") as self.box:
-            self.system = gr.Textbox(label="System message", lines=2, visible=False, elem_id=f"{tab}-system")
+            self.system = gr.Textbox(
+                label="System message", lines=2, visible=False, max_length=TEXT_CHARS, elem_id=f"{tab}-system"
+            )
             self.times = gr.Radio(
                 [("No times", "none"), ("Times of segments", "segment")],
                 value="none",
@@ -235,7 +263,7 @@ class Settings:
             )
             parts: dict[str, Any] = {}
             with gr.Row():
-                parts["max_new_tokens"] = _number("Tokens at most", 64, 1)
+                parts["max_new_tokens"] = _number("Tokens at most", 64, 1, maximum=tokens)
                 parts["temperature"] = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest token")
                 parts["top_p"] = gr.Slider(0.01, 1, 1, step=0.01, label="Top-p", info="1: off")
                 parts["top_k"] = _number("Top-k", 0, 0, info="0: off")
@@ -263,8 +291,12 @@ class Settings:
             gr.update(visible=wants.writes),
             gr.update(visible=wants.chats),
             gr.update(visible=wants.times, value="none"),
-            *(gr.update() if own is None else gr.update(value=getattr(own, name)) for name in self.fields),
+            *(gr.update() if own is None else gr.update(value=self._own(own, name)) for name in self.fields),
         ]
+
+    def _own(self, own: Generation, name: str) -> Any:
+        value = getattr(own, name)
+        return min(value, self.tokens) if name == "max_new_tokens" and self.tokens else value
 
 
 def _number(label: str, value: int, minimum: int, **options: Any) -> Any:

@@ -38,8 +38,8 @@ _STYLE = """
 """
 
 
-def monitor_tab(context: Context) -> None:
-    """Add the components of this tab to the one that is being built."""
+def monitor_tab(context: Context, tab: Any, tabs: Any) -> None:
+    """Add the components of this tab to the one that is being built; they are kept up to date while it is open."""
     runs = Runs(Path(context.runs))
 
     def choices(chosen: list[str] | None, known: list[str]) -> Any:
@@ -74,8 +74,11 @@ def monitor_tab(context: Context) -> None:
         recipe = gr.HTML()
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "once"}
     inputs, outputs = [choice, axis, log, smooth, seen], [table, drawn, recipe, seen]
-    clock = gr.Timer(_EVERY)
-    gr.on(None, choices, [choice, known], [choice, known], **quiet).then(shown, inputs, outputs, **quiet)
+    clock = gr.Timer(_EVERY, active=False)
+    tab.select(choices, [choice, known], [choice, known], **quiet).then(shown, inputs, outputs, **quiet)
+    here: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+    tabs.change(lambda: gr.Timer(active=False), None, clock, **here)
+    tab.select(lambda: gr.Timer(active=True), None, clock, **here)
     clock.tick(choices, [choice, known], [choice, known], **quiet).then(shown, inputs, outputs, **quiet)
     changes = [choice.change, axis.change, log.change, smooth.release]
     gr.on(changes, shown, inputs, outputs, **quiet | {"trigger_mode": "always_last"})
@@ -91,11 +94,17 @@ def overview(logs: Sequence[RunLog], picked: Sequence[RunLog], root: Path) -> st
         start = f"mmhub train recipe.toml --out {root / 'first'}"
         return f"<p>No training run is in {escaped(where)} yet. To start one: <code>{escaped(start)}</code></p>"
     colours = {log.name: number for number, log in enumerate(picked)}
-    rows = "".join(_row(log, colours.get(log.name)) for log in logs)
-    head = "".join(
-        f"<th scope=col>{name}</th>" for name in ("run", "state", "task", "stage", "step", "best", "written")
-    )
+    rows = "".join(_told(log, colours.get(log.name)) for log in logs)
+    head = "".join(f"<th scope=col>{name}</th>" for name in _COLUMNS)
     return f'<style>{STYLE}{_STYLE}</style><div class="colours runs"><table><tr>{head}</tr>{rows}</table></div>'
+
+
+def _told(log: RunLog, colour: int | None) -> str:
+    """The row of a run; whatever is odd in its files costs the others nothing."""
+    try:
+        return _row(log, colour)
+    except Exception:
+        return f"<tr><td>{escaped(log.name)}</td><td colspan={len(_COLUMNS) - 1}>cannot be read</td></tr>"
 
 
 def _row(log: RunLog, colour: int | None) -> str:
@@ -181,7 +190,10 @@ def recipes(picked: Sequence[RunLog]) -> str:
     """Return the recipes as HTML, without logins and folders."""
     parts = []
     for run in picked:
-        text = tomlkit.dumps(public(run.recipe(), run.folder.resolve()))
+        try:
+            text = tomlkit.dumps(public(run.recipe(), run.folder.resolve()))
+        except (ValueError, RecursionError):
+            text = "cannot be read"
         title = f"<p><b>{escaped(run.name)}</b></p>" if len(picked) > 1 else ""
         parts.append(f"{title}<pre>{escaped(text)}</pre>")
     return f'<div class="runs">{"".join(parts)}</div>' if parts else ""

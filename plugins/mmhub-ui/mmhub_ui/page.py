@@ -26,10 +26,16 @@ def note(text: str) -> str:
 
 def failure(error: MmhubError, files: Iterable[str] = ()) -> str:
     """Return what is wrong and what to do, as HTML. Of the `files` of this machine the names alone are said."""
+    lines = "".join(f"<p>{escaped(one)}</p>" for one in failure_lines(error, files))
+    return f'<div class="mm-error" role="alert">{lines}</div>'
+
+
+def failure_lines(error: MmhubError, files: Iterable[str] = ()) -> list[str]:
+    """Return what is wrong and what to do, in words."""
     lines = [error.message, error.hint or ""]
     for file in files:
         lines = [line.replace(file, Path(file).name) for line in lines]
-    return '<div class="mm-error" role="alert">' + "".join(f"<p>{escaped(one)}</p>" for one in lines if one) + "</div>"
+    return [line for line in lines if line]
 
 
 def told(action: Callable[[], str], files: Iterable[str] = ()) -> str:

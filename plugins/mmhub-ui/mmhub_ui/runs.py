@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 import time
 import tomllib
@@ -27,6 +26,8 @@ _MOST_RUNS = 500
 _MOST_POINTS = 4000  # of a series; beyond, every second goes
 _LARGE = 4 * 2**20  # bytes; of a longer piece a sample of its lines is read
 _SAMPLES = 3000
+_LONGEST = 2**26  # bytes of a line
+_HUGE = 1e30  # numbers beyond are none that a run measures, and some of them break arithmetic
 _FRESH = 120.0  # seconds without a word after which a run counts as stopped, unless its lines are far apart
 
 
@@ -119,27 +120,37 @@ def _whole(file: BinaryIO, start: int, size: int) -> Iterator[tuple[int, bytes]]
 
 
 def _sampled(file: BinaryIO, start: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """Lines spread evenly over a long piece, evaluations where they are, and the last; as `_whole` gives them."""
-    with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as data:
-        end = data.rfind(b"\n", start) + 1
-        gap = max((end - start) // _SAMPLES, 1)
-        begins = {_line_start(data, start, place) for place in range(start, end, gap)}
-        place = data.find(b'"valid"', start, end)
+    """Lines spread evenly over a long piece, every evaluation, and the last; as `_whole` gives them."""
+    gap = max((size - start) // _SAMPLES, 1)
+    for begin, data in _pieces(file, start, size):
+        wanted = {_line_start(data, place) for place in range((start - begin) % gap, len(data), gap)}
+        place = data.find(b'"valid"')
         while place >= 0:
-            begins.add(_line_start(data, start, place))
-            place = data.find(b'"valid"', max(data.find(b"\n", place), place + gap), end)
-        begins.add(_line_start(data, start, end - 1))
-        for begin in sorted(begins):
-            if begin < end:
-                yield begin, data[begin : data.find(b"\n", begin) + 1]
+            wanted.add(_line_start(data, place))
+            place = data.find(b'"valid"', data.find(b"\n", place))
+        wanted.add(_line_start(data, len(data) - 1))
+        for place in sorted(wanted):
+            yield begin + place, data[place : data.find(b"\n", place) + 1]
 
 
-def _line_start(data: mmap.mmap, start: int, place: int) -> int:
-    return max(data.rfind(b"\n", start, place) + 1, start)
+def _pieces(file: BinaryIO, start: int, size: int) -> Iterator[tuple[int, bytes]]:
+    """Complete lines, some megabytes of them at a time, with where they begin."""
+    file.seek(start)
+    rest, left = b"", size - start
+    while len(rest) < _LONGEST and (read := file.read(min(_LARGE, left))):
+        left -= len(read)
+        lines, newline, rest = (rest + read).rpartition(b"\n")
+        if newline:
+            yield start, lines + newline
+            start += len(lines) + 1
+
+
+def _line_start(data: bytes, place: int) -> int:
+    return data.rfind(b"\n", 0, place) + 1
 
 
 def _flat(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:
-    """The finite numbers of a table; those of tables in a table, "outer inner", as reports name them."""
+    """The numbers of a table; those of tables in a table, "outer inner", as reports name them."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{above}{key}{' ' if above else '/'}")
@@ -149,7 +160,7 @@ def _flat(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, floa
 
 def _number(value: Any) -> float | None:
     with suppress(OverflowError):
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _HUGE:
             return float(value)
     return None
 
@@ -160,8 +171,11 @@ class _Part:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.metrics, self.sessions = LineFile(folder / _METRICS), LineFile(folder / _SESSIONS)
+        self.touched = 0.0  # when it last gave a sign of life, in seconds since 1970
 
     def read(self) -> bool:
+        names = (_METRICS, _SESSIONS, "checkpoints", "recipe.toml")
+        self.touched = max(_modified(self.folder / name) for name in names)
         return any([self.metrics.read(), self.sessions.read()])
 
     @property
@@ -174,11 +188,6 @@ class _Part:
 
     def starts(self) -> list[dict[str, Any]]:
         return [entry for entry in self.sessions.entries if "end" not in entry]
-
-    def touched(self) -> float:
-        """When it last gave a sign of life, in seconds since 1970."""
-        names = (_METRICS, _SESSIONS, "checkpoints", "recipe.toml")
-        return max((_modified(self.folder / name) for name in names), default=0.0)
 
 
 class RunLog:
@@ -194,12 +203,16 @@ class RunLog:
         self.series: dict[str, list[tuple[float, float]]] = {}
         self.marks: list[float] = []
         self._parts: dict[Path, _Part] = {}
-        self._offset = 0.0
+        self._offsets = [0.0]  # the steps before each of them
+        self._known: tuple[tuple[int, int] | None, dict[str, Any]] = None, {}
 
     def read(self) -> bool:
         """Read what came since; say whether anything changed."""
-        folders = sorted((self.folder / _STAGES).glob("[0-9]*-*"), key=_stage_number) or [self.folder]
-        same = folders == list(self._parts)
+        stages = (path for path in (self.folder / _STAGES).glob("*-*") if _stage_number(path) is not None)
+        folders = sorted(stages, key=lambda path: _stage_number(path) or 0) or [self.folder]
+        known = self._known
+        self._known = self._read_recipe()
+        same = self._known[0] == known[0] and folders == list(self._parts)
         self._parts = {folder: self._parts.get(folder) or _Part(folder) for folder in folders}
         changed = [part.read() for part in self._parts.values()]
         if same and not any(changed):
@@ -210,8 +223,9 @@ class RunLog:
 
     def _join(self) -> None:
         series: dict[str, list[tuple[float, float]]] = {}
-        marks, offset, before = [], 0.0, {"seconds": 0.0, "epoch": 0.0}
+        marks, offset, before, offsets = [], 0.0, {"seconds": 0.0, "epoch": 0.0}, []
         for number, part in enumerate(self._parts.values()):
+            offsets.append(offset)
             steps = [step for entry in part.starts() if (step := _number(entry["step"])) is not None]
             marks += [offset + step for step in (steps if number else steps[1:])]
             for name, points in part.metrics.points.items():
@@ -220,7 +234,7 @@ class RunLog:
             before = {name: series[name][-1][1] if series.get(name) else 0.0 for name in before}
             if number + 1 < len(self._parts):
                 offset += part.steps
-        self.series, self.marks, self._offset = series, marks, offset  # whoever draws meanwhile has the old ones
+        self.series, self.marks, self._offsets = series, marks, offsets  # whoever draws meanwhile has the old ones
 
     # -- what is said of it ---------------------------------------------------------------------------------------
 
@@ -240,13 +254,13 @@ class RunLog:
 
     @property
     def step(self) -> int:
-        return int(self._offset + self._current.metrics.last_step) if self._parts else 0
+        return int(self._offsets[-1] + self._current.metrics.last_step) if self._parts else 0
 
     @property
     def total(self) -> int | None:
         """The steps it is to make, as far as known."""
         number = _number(self.facts.get("total_steps"))
-        return None if number is None else int(self._offset + number)
+        return None if number is None else int(self._offsets[-1] + number)
 
     @property
     def stage(self) -> str:
@@ -257,25 +271,25 @@ class RunLog:
     def best(self) -> tuple[str, float, float] | None:
         """The main metric, its best value, and at which step; the last loss where nothing was evaluated yet."""
         name = str(self.facts.get("monitor", ""))
-        found = self.series.get(f"valid/{name}")
+        higher = self.facts.get("higher_is_better", True)
+        found = []
+        for offset, part in zip(self._offsets, self._parts.values(), strict=False):
+            if points := part.metrics.points.get(f"valid/{name}"):  # they know it also where the series was thinned
+                step, value = points.most if higher else points.least
+                found.append((value, offset + step))
         if not found:
             loss = self.series.get("loss")
             return ("loss", loss[-1][1], loss[-1][0]) if loss else None
-        points = self._current.metrics.points.get(f"valid/{name}")
-        if self._current.folder == self.folder and points:  # exact, also of a series that was thinned
-            step, value = points.most if self.facts.get("higher_is_better", True) else points.least
-            return name, value, step
-        sign = 1 if self.facts.get("higher_is_better", True) else -1
-        step, value = max(found, key=lambda point: (sign * point[1], -point[0]))
+        value, step = max(found, key=lambda one: one[0] if higher else -one[0])
         return name, value, step
 
     def state(self, now: float | None = None) -> tuple[State, str]:
         """Whether it runs, and what is known of how it ended."""
         ends = [str(entry["end"]) for entry in self._current.sessions.entries[-1:] if "end" in entry]
-        last = self._current.folder == self.folder or int(_stage_number(self._current.folder)) >= len(self._stages())
+        last = self._current.folder == self.folder or (_stage_number(self._current.folder) or 0) >= len(self._stages())
         if ends and (ends[0] != "finished" or last):
             return ("finished", "") if ends[0] == "finished" else ("stopped", ends[0])
-        silent = (time.time() if now is None else now) - self._current.touched()
+        silent = (time.time() if now is None else now) - self._current.touched
         if silent <= max(_FRESH, 4 * self._gap()):
             return "running", ""
         if not self._current.sessions.entries and (self.folder / "model" / "config.json").is_file():
@@ -289,9 +303,16 @@ class RunLog:
 
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe, {} where it cannot be read."""
-        with suppress(OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-            return tomllib.loads((self.folder / "recipe.toml").read_text(encoding="utf-8"))
-        return {}
+        return self._known[1]
+
+    def _read_recipe(self) -> tuple[tuple[int, int] | None, dict[str, Any]]:
+        """The recipe, and what tells whether the file is another."""
+        file, stamp = self.folder / "recipe.toml", None
+        with suppress(OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError):
+            found = file.stat()
+            stamp = found.st_mtime_ns, found.st_size
+            return self._known if stamp == self._known[0] else (stamp, tomllib.loads(file.read_text(encoding="utf-8")))
+        return stamp, {}
 
     def _stages(self) -> list[Any]:
         train = self.recipe().get("train")
@@ -299,7 +320,7 @@ class RunLog:
         return stages if isinstance(stages, list) else []
 
     def touched(self) -> float:
-        return max((part.touched() for part in self._parts.values()), default=0.0)
+        return max((part.touched for part in self._parts.values()), default=0.0)
 
 
 class Runs:
@@ -328,13 +349,22 @@ def _find(root: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for place, folders, _ in os.walk(root):
         at = Path(place).relative_to(root)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _is_link(place, name))
         runs = [name for name in folders if _is_run(Path(place) / name)]
-        found |= {(at / name).as_posix(): Path(place) / name for name in runs}
+        found |= {_readable((at / name).as_posix()): Path(place) / name for name in runs}
         folders[:] = [name for name in folders if name not in runs] if len(at.parts) < _DEPTH else []
         if len(found) >= _MOST_RUNS:
             break
     return found
+
+
+def _is_link(place: str, name: str) -> bool:
+    return Path(place, name).is_symlink()
+
+
+def _readable(name: str) -> str:
+    """A name of which every character can be sent: those of folders may be any bytes."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def _is_run(folder: Path) -> bool:
@@ -343,8 +373,9 @@ def _is_run(folder: Path) -> bool:
     )
 
 
-def _stage_number(folder: Path) -> float:
-    return float(folder.name.partition("-")[0]) if folder.name.partition("-")[0].isdigit() else math.inf
+def _stage_number(folder: Path) -> int | None:
+    number = folder.name.partition("-")[0]
+    return int(number) if number.isascii() and number.isdecimal() else None
 
 
 def _modified(path: Path) -> float:

@@ -71,6 +71,8 @@ def export_space(names: Sequence[str], folder: Path, *, quiet: bool = False) -> 
     """
     if len(names) != 1:
         raise UsageError("a Space is for one model", "mmhub ui NAME --export-space DIR")
+    if folder.resolve() == Path.cwd():
+        raise UsageError(f"'{folder}' is the current folder", "name a new folder with --export-space")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"'{folder}' exists", "name a new folder with --export-space")
     from mmhub.hub.pull import resolve_name
@@ -80,7 +82,7 @@ def export_space(names: Sequence[str], folder: Path, *, quiet: bool = False) -> 
         raise UsageError(f"'{names[0]}' is a part, and a Space shows a whole model", "leave out '#...'")
     if found.kind == "compose":
         raise UsageError(f"'{names[0]}' is a composition, not a checkpoint", "train it from a recipe first")
-    with disk_errors("the Space", folder.parent), new_folder(folder) as new:
+    with disk_errors("the Space", folder), new_folder(folder) as new:
         size = _write(new, names[0], found)
     if size > _LARGE:
         note(f"the weights take {size_text(size)}: push the model (mmhub push) and make the Space from its name", quiet)

@@ -11,7 +11,7 @@ import gradio as gr
 
 from mmhub.errors import InputError, MmhubError
 from mmhub_ui.context import Context
-from mmhub_ui.inputs import Given
+from mmhub_ui.inputs import Given, check_uploaded
 from mmhub_ui.page import failure, note
 from mmhub_ui.work import Stream, follow
 
@@ -70,6 +70,8 @@ def reply(
     before = list(talk)
 
     def work(stream: Stream) -> dict[str, Any]:
+        check_uploaded(files)
+        context.check_length(str(message.get("text") or ""), system)
         with context.use(name) as model:
             asked = [*before, {"role": "user", "content": contents(model, message)}]
             head = [{"role": "system", "content": system.strip()}] if system.strip() else []

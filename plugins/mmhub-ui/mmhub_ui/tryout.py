@@ -10,11 +10,11 @@ from typing import Any
 import gradio as gr
 
 from mmhub.errors import MmhubError
-from mmhub_ui.answers import AnswerView, Shown, asked
+from mmhub_ui.answers import AnswerView, Shown, ask, asked
 from mmhub_ui.context import Context
-from mmhub_ui.inputs import Fields, Given, Settings, Wants, writing_of
+from mmhub_ui.inputs import Fields, Given, Settings, Wants, check_uploaded, writing_of
 from mmhub_ui.listing import offered
-from mmhub_ui.page import failure, note
+from mmhub_ui.page import escaped, failure, failure_lines, note
 from mmhub_ui.talk import TalkView, reply, shown
 from mmhub_ui.work import Stream, follow
 
@@ -28,19 +28,22 @@ class TryTab:
         self.context = context
         self.name = model_field(context, "Model", "try-model")
         self.status = gr.HTML(elem_id="try-status", container=False, elem_classes="mm-line")
-        self.fields = Fields("try")
         self.talk = TalkView("try")
-        self.settings = Settings("try")
         with gr.Row():
-            self.run = gr.Button("Run", variant="primary", visible=False, elem_id="try-run")
-            self.stop = gr.Button("Stop", visible=False, elem_id="try-stop")
-            self.clear = gr.Button("Clear", visible=False, elem_id="try-clear")
-        self.answer = AnswerView("try")
+            with gr.Column(min_width=320):
+                self.fields = Fields("try")
+                self.settings = Settings("try", context.tokens)
+                with gr.Row():
+                    self.run = gr.Button("Run", variant="primary", visible=False, elem_id="try-run")
+                    self.stop = gr.Button("Stop", visible=False, elem_id="try-stop")
+                    self.clear = gr.Button("Clear", visible=False, elem_id="try-clear")
+            with gr.Column(min_width=320, visible=False) as self.beside:
+                self.answer = AnswerView("try")
         self._listen()
+        self._serve()
 
     def _listen(self) -> None:
         hidden: dict[str, Any] = {"api_visibility": "private"}
-        self.name.change(self.choose, self.name, self.shown, show_progress="minimal", api_name="choose", **_LIMIT)
         inputs = [self.name, *self.fields.all, self.settings.times, *self.settings.values]
         outputs = [self.status, *self.answer.all]
         run = gr.on(
@@ -49,7 +52,7 @@ class TryTab:
             inputs,
             outputs,
             show_progress_on=self.answer.time,
-            api_name="run",
+            **hidden,
             **_LIMIT,
         )
         self.stop.click(None, cancels=[run], **hidden)
@@ -57,17 +60,43 @@ class TryTab:
         said = [self.name, self.talk.message, self.talk.said, self.settings.system, *self.settings.values]
         seen = [self.talk.chat, self.talk.said, self.talk.message, self.talk.status]
         talk = self.talk.message.submit(self.said, said, seen, show_progress="hidden", **hidden, **_LIMIT)
+        chooses: dict[str, Any] = {"show_progress": "minimal", "api_name": "choose", "cancels": [run, talk]}
+        self.name.change(self.choose, self.name, self.shown, **chooses, **_LIMIT)
         self.talk.stop.click(None, cancels=[talk], **hidden).then(
             lambda: note("Stopped."), None, self.talk.status, queue=False, **hidden
         )
         forget = [self.talk.forget.click, self.talk.chat.clear]
         gr.on(forget, lambda: ([], [], None, ""), None, seen, queue=False, cancels=[talk], **hidden)
 
+    def _serve(self) -> None:
+        """Let programs ask, without a page."""
+        asks, found = gr.Button(visible=False), gr.JSON(visible=False)
+        asks.click(self.predicted, [self.name, *self.fields.all], found, api_name="run", **_LIMIT)
+
+    def predicted(
+        self,
+        model: str,
+        text: str | None = None,
+        second_text: str | None = None,
+        image: str | None = None,
+        audio: str | None = None,
+        labels: str | None = None,
+    ) -> dict[str, Any]:
+        """Return what `mmhub predict` answers, with the model's own settings."""
+        given = Given(text, second_text, image, audio, labels)
+        try:
+            check_given(self.context, given)
+            with self.context.use(model) as loaded:
+                return ask(loaded, given, self.context.bounds(loaded))
+        except MmhubError as error:
+            said = ". ".join(failure_lines(error, given.files))
+            raise gr.Error(escaped(said), print_exception=False) from None
+
     @property
     def shown(self) -> list[Any]:
         """What `choose` changes."""
         parts = [self.status, *self.fields.all, *self.talk.all, *self.settings.all]
-        return [*parts, self.run, self.stop, self.clear, *self.answer.all]
+        return [*parts, self.run, self.stop, self.clear, self.beside, *self.answer.all]
 
     def choose(self, name: str | None) -> Iterator[list[Any]]:
         """Load a model and show the fields that it needs; an error is told instead."""
@@ -86,13 +115,14 @@ class TryTab:
         asks = bool(wants.modalities) and not wants.chats
         parts = [status, *self.fields.fit(wants), *self.talk.fit(wants.chats, model), *self.settings.fit(wants, model)]
         buttons = [gr.update(visible=asks), gr.update(visible=asks and wants.writes), gr.update(visible=asks)]
-        return [*parts, *buttons, *self.answer.updates(Shown())]
+        return [*parts, *buttons, gr.update(visible=asks), *self.answer.updates(Shown())]
 
     def answered(self, name: str | None, *values: Any) -> Iterator[list[Any]]:
         """Answer what stands in the fields, a text piece by piece."""
         given = given_of(values)
 
         def work(stream: Stream) -> tuple[str, Shown]:
+            check_given(self.context, given)
             with self.context.use(name or "") as model:
                 found = asked((name or "").strip(), model, given, self.context.bounds(model), stream)
                 return _facts(name or "", model), found
@@ -146,6 +176,16 @@ def given_of(values: Sequence[Any]) -> Given:
     text, pair, image, audio, labels, times, *writing = values
     given = Given(text=text, pair=pair, image=image, audio=audio, labels=labels, times=times)
     return replace(given, writing=writing_of(writing)) if writing else given
+
+
+def check_given(context: Context, given: Given) -> None:
+    """Refuse what may not be asked, and more than may be at once.
+
+    Raises:
+        InputError: a text is too long, there are too many labels, or a file was not uploaded.
+    """
+    check_uploaded(given.files)
+    context.check_length(given.text, given.pair, given.labels, labels=len(given.names))
 
 
 def _facts(name: str, model: Any) -> str:

@@ -94,6 +94,13 @@ def _loads() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """The files of a test count as uploaded, but not in an app that a slow test starts."""
+    if not request.node.get_closest_marker("slow"):
+        monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+
+
 @pytest.fixture
 def picture(tmp_path: Path) -> str:
     """A picture file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,12 @@ def test_a_model_is_opened_with_its_facts_card_and_button(tab: BrowseTab) -> Non
     assert "did you mean" in tab.opened("digist")[1]
 
 
+def test_a_warning_names_the_model_and_not_its_folder(tab: BrowseTab, project: Path) -> None:
+    (project / "digits/README.md").unlink()
+    facts = tab.opened("digits")[1]
+    assert "no licence is given for digits" in facts and str(project) not in facts
+
+
 def test_what_is_not_here_is_told_from_the_registry(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
@@ -112,6 +119,22 @@ def test_a_card_is_shown_and_not_obeyed() -> None:
     assert "src=" not in found.replace("&lt;img src=", "") and "${" not in found and "{{" not in found
     assert "[a picture]" in found and '<a href="https://example.org/a?b=1&amp;c=2" target="_blank" rel=' in found
     assert "<h2>Title</h2>" in found and "<td>1</td>" in found and "license" not in found and "comment" not in found
+
+
+def test_a_card_that_is_long_or_made_to_be_slow_is_shown_in_time() -> None:
+    assert card("a <!-- b --> c <!-- d -->").count("<!--") == 0 and "&lt;!--" in card("a <!-- b")
+    for piece in ("<!--", "[a]("):
+        begin = time.process_time()
+        assert "The rest is left out" in card(piece * 20_000)
+        assert time.process_time() - begin < 4, piece
+
+
+def test_no_more_of_a_card_is_read_than_is_shown(tab: BrowseTab, project: Path, monkeypatch: Any) -> None:
+    (project / "digits/README.md").write_text("word " * 100_000)
+    read: list[str] = []
+    monkeypatch.setattr("mmhub_ui.browse.card", lambda text: read.append(text) or "")
+    tab.opened("digits")
+    assert 60_000 < len(read[0]) < 70_000
 
 
 def test_facts_that_strangers_wrote_are_text(tab: BrowseTab, project: Path) -> None:

@@ -184,12 +184,13 @@ def test_two_models_are_compared(page: Any, folder: Path) -> None:
 
 
 def test_curves_grow_while_a_run_goes_on(page: Any, folder: Path) -> None:
+    open_tab(page, "Training")
+    expect(page.locator("#training-charts svg").first).to_be_visible()
     run = folder / "runs" / "second"
     shutil.copytree(folder / "runs" / "first", run)
     start = (run / "sessions.jsonl").read_text().splitlines()[0]
     (run / "sessions.jsonl").write_text(start + "\n")
     (run / "metrics.jsonl").write_text(_line(10))
-    open_tab(page, "Training")
     expect(page.locator("#training-table")).to_contain_text("second")
     expect(page.locator("#training-table .running")).to_have_count(1)
     expect(page.locator("#training-charts svg").first).to_be_visible()

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from mmhub.errors import MmhubError, UsageError
-from mmhub_ui.cli import _free_port, _people, ui
+from mmhub_ui.cli import _free_port, _people, _wait, ui
 
 
 def refused(*args: str) -> MmhubError:
@@ -67,6 +68,38 @@ def test_gradio_that_is_missing_is_told_with_the_line_that_installs_it(monkeypat
     assert error.exit_code == 4 and "pip install" in str(error.hint)
 
 
+def test_an_app_with_passwords_offers_the_named_models_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked: list[bool] = []
+
+    def build(context: Any) -> None:
+        locked.append(context.locked)
+        raise UsageError("enough")
+
+    monkeypatch.setattr("mmhub_ui.app.build_app", build)
+    (tmp_path / "people").write_text("ada:x\n")
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for args in (["./model"], ["--auth", "people"], ["./model", "--auth", "people"]):
+        assert refused(*args, "--port", "0").message == "enough"
+    assert locked == [False, False, True]
+
+
+@pytest.mark.parametrize("option", [["--host", "::1"], ["--port", "1"], ["--auth", "x"], ["--no-browser"]])
+def test_an_option_that_a_space_does_not_have_is_told(option: list[str], tmp_path: Path) -> None:
+    assert f"{option[0]} has no effect" in refused("./x", "--export-space", str(tmp_path / "space"), *option).message
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_the_end_of_a_service_and_of_a_terminal_end_it_in_order(name: str) -> None:
+    number = getattr(signal, name)
+    before = signal.signal(number, lambda *_: pytest.fail(f"{name} would have killed it"))
+    try:
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+        _wait(quiet=True)
+    finally:
+        signal.signal(number, before)
+
+
 def test_the_app_shares_tracks_and_keeps_nothing() -> None:
     from mmhub_ui.app import launch_options
 
@@ -101,10 +134,8 @@ def test_the_app_answers_as_the_library_keeps_its_files_to_itself_and_ends_at_ct
             url = json.loads(lines)["url"]
             client = Client(url, verbose=False, analytics_enabled=False)
             assert "classification" in client.predict("./model", api_name="/choose")[0]
-            fields = ["./model", None, None, handle_file(picture), None, None, "none", 64, 0, 1, 0, 1, 1, 0]
-            found = client.predict(*fields, api_name="/run")
-            want = tiny("image").predict([{"image": picture}])[0]
-            assert want in found
+            found = client.predict(model="./model", image=handle_file(picture), api_name="/run")
+            assert found == tiny("image").predict([{"image": picture}])[0]
             for path in (
                 "/etc/passwd",
                 str(tmp_path / "registry.toml"),
@@ -114,9 +145,12 @@ def test_the_app_answers_as_the_library_keeps_its_files_to_itself_and_ends_at_ct
                 assert httpx.get(f"{url}/gradio_api/file={path}").status_code in (403, 404)
             big = {"files": ("big.png", b"0" * (65 * 2**20))}
             assert httpx.post(f"{url}/gradio_api/upload", files=big, timeout=60).status_code == 413
-            given = {"data": [*fields[:3], {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, *fields[4:]]}
-            call = httpx.post(f"{url}/gradio_api/call/run", json=given).json()["event_id"]
-            assert "event: error" in httpx.get(f"{url}/gradio_api/call/run/{call}", timeout=60).text
+            secret = tmp_path / "secret.png"
+            secret.write_bytes(Path(picture).read_bytes())
+            for meta in ({"meta": {"_type": "gradio.FileData"}}, {}):
+                given = {"data": ["./model", None, None, {"path": str(secret), **meta}, None, None]}
+                call = httpx.post(f"{url}/gradio_api/call/run", json=given).json()["event_id"]
+                assert "event: error" in httpx.get(f"{url}/gradio_api/call/run/{call}", timeout=60).text
             client.close()
         finally:
             app.send_signal(signal.SIGINT)

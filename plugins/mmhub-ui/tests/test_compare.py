@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +22,9 @@ def tab(in_blocks: Any) -> CompareTab:
 
 
 def run(tab: CompareTab, seen: Seen, first: str, second: str, *fields: Any) -> dict[str, Any]:
-    parts = [tab.status, tab.agreement, *(part for view in tab.views for part in view.all)]
-    return seen(parts, tab.answered(first, second, *fields, *[None] * (5 - len(fields))))
+    parts = [tab.agreement, *(part for view in tab.views for part in view.all)]
+    found = tab.answered(first, second, *fields, *[None] * (5 - len(fields)))
+    return seen(parts, tab.told(first, second, found))
 
 
 def test_the_fields_of_both_appear_and_what_one_lacks_is_said(tab: CompareTab, seen: Seen) -> None:
@@ -51,6 +53,22 @@ def test_an_error_of_one_leaves_the_other_its_answer(tab: CompareTab, seen: Seen
     found = run(tab, seen, "image", "text", None, None, picture)
     assert found["compare-json-a"] and found["compare-json-b"] is None
     assert "the sample is empty" in found["compare-said-b"] and not found["compare-agreement"]
+
+
+def test_a_file_that_was_not_uploaded_is_read_by_none(
+    tab: CompareTab, seen: Seen, picture: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    found = run(tab, seen, "image", "both", None, None, picture)
+    for side in "ab":
+        assert "not uploaded" in found[f"compare-said-{side}"] and found[f"compare-json-{side}"] is None
+
+
+def test_answers_of_models_that_are_no_longer_chosen_are_dropped(tab: CompareTab, picture: str) -> None:
+    import gradio as gr
+
+    found = tab.answered("image", "both", None, None, picture, None, None)
+    assert all(update == gr.skip() for update in tab.told("image", "text", found))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from html.parser import HTMLParser
@@ -121,8 +122,18 @@ def test_runs_are_found_in_folders_but_not_in_runs_and_not_behind_links(tmp_path
     make_run(tmp_path / "runs" / ".hidden", line(1))
     make_run(tmp_path / "elsewhere", line(1))
     (tmp_path / "runs" / "link").symlink_to(tmp_path)
+    (tmp_path / "runs" / "linked-run").symlink_to(tmp_path / "elsewhere")
     assert list(Runs(tmp_path / "runs").look()) == ["a/first"]
     assert list(Runs(tmp_path / "elsewhere").look()) == ["elsewhere"]
+
+
+def test_a_folder_whose_name_is_no_text_has_one_that_can_be_sent(tmp_path: Path) -> None:
+    try:
+        make_run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff")), line(1))
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    (log,) = Runs(tmp_path).look().values()
+    assert log.name.encode() and log.name.startswith("odd") and losses(log) == [1]
 
 
 def test_the_newest_run_is_first(tmp_path: Path) -> None:
@@ -190,6 +201,67 @@ def test_a_long_file_is_sampled_with_all_its_evaluations_and_its_end(tmp_path: P
     append(run, " off\n" + line(5000))
     assert log.read()
     assert losses(log)[-1] == 5000
+
+
+def test_no_evaluation_of_a_long_file_is_passed_over(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("mmhub_ui.runs._LARGE", 50_000)
+    monkeypatch.setattr("mmhub_ui.runs._SAMPLES", 20)
+    lines = [line(step) if step % 20 else evaluation(step, 0.9 if step == 1980 else 0.1) for step in range(4000)]
+    log = read(make_run(tmp_path / "run", *lines, sessions=(START | MONITOR,)))
+    assert len(log.series["valid/accuracy"]) == 200
+    assert log.best() == ("accuracy", 0.9, 1980)
+    assert losses(log)[-1] == 3999
+
+
+def test_the_best_value_of_all_stages_is_exact(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("mmhub_ui.runs._MOST_POINTS", 50)
+    run = make_run(tmp_path / "run")
+    first = make_run(run / "stages" / "1-one", *(evaluation(step, 0.9 if step == 333 else 0.1) for step in range(500)))
+    (first / "done.json").write_text('{"steps": 500}')
+    stage = make_run(run / "stages" / "2-two", evaluation(1, 0.5), sessions=(START | MONITOR,))
+    log = read(run)
+    assert log.best() == ("accuracy", 0.9, 333)
+    append(stage, evaluation(2, 0.95))
+    assert log.read()
+    assert log.best() == ("accuracy", 0.95, 502)
+
+
+@pytest.mark.parametrize("name", ["1a-q", "1²-q", "٣-q", "x-q"])
+def test_a_folder_that_is_no_stage_is_passed_over(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path / "run", line(10))
+    make_run(run / "stages" / name, line(99))
+    log = read(run)
+    assert losses(log) == [10]
+    assert "running" in overview([log], [log], tmp_path)
+
+
+@pytest.mark.parametrize("values", [(1e308, -1e308), (5e-324, 0.0), (1e-320, 2e-320), (1e300, 1e-300), (1e29, -1e29)])
+def test_odd_numbers_break_no_chart(tmp_path: Path, values: tuple[float, float]) -> None:
+    log = read(make_run(tmp_path / "run", line(10), *(line(20 + n, loss=value) for n, value in enumerate(values))))
+    for scale in (False, True):
+        text = charts([log], "steps", log=scale, smooth=0.6) + overview([log], [log], tmp_path)
+        assert not re.search(r"\b(nan|inf)\b", text)
+
+
+def test_an_odd_run_costs_the_others_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    deep = make_run(tmp_path / "deep", line(10))
+    (deep / "recipe.toml").write_text("a = " + "[" * 3000 + "]" * 3000)
+    logs = [read(deep), read(make_run(tmp_path / "good", line(10))), read(make_run(tmp_path / "bad", line(10)))]
+    monkeypatch.setattr(RunLog, "best", lambda log: 1 / 0 if log.name == "bad" else None)
+    rows = overview(logs, logs, tmp_path).split("<tr>")
+    assert [("cannot be read" in row) for row in rows[2:]] == [False, False, True]
+    assert recipes(logs)
+
+
+def test_a_recipe_is_read_again_where_it_changed_alone(tmp_path: Path, monkeypatch: Any) -> None:
+    run = make_run(tmp_path / "run", line(10))
+    log = read(run)
+    with monkeypatch.context() as patch:
+        patch.setattr("tomllib.loads", lambda text: pytest.fail("read again"))
+        assert not log.read()
+    (run / "recipe.toml").write_text('task = "regression"\n')
+    assert log.read()
+    assert log.task == "regression"
 
 
 def test_a_series_that_grows_on_is_thinned_evenly_and_keeps_its_best(tmp_path: Path, monkeypatch: Any) -> None:

@@ -138,6 +138,20 @@ def test_a_folder_with_something_in_it_is_left_alone(toy: Path, tmp_path: Path) 
     assert (tmp_path / "empty" / "app.py").is_file()
 
 
+def test_the_current_folder_is_refused_and_kept(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is the current folder"):
+        export_space([str(toy)], Path("."))
+    assert Path.cwd().samefile(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mmhub_ui.space._write", lambda *_: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    with pytest.raises(MmhubError, match="cannot write the Space to 'space'"):
+        export_space([str(toy)], Path("space"))
+
+
 def test_a_secret_or_a_damaged_file_is_not_published(toy: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -175,9 +189,7 @@ def test_the_space_answers_as_the_model_does_and_to_nothing_else(space: Path, to
     with running(space) as url:
         app = Client(url, verbose=False)
         shown = ask(app, "toy", **sample)
-        assert {row["label"]: row["confidence"] for row in shown["confidences"]} == pytest.approx(
-            expected["scores"], abs=1e-5
-        )
+        assert shown["label"] == expected["label"] and shown["scores"] == pytest.approx(expected["scores"], abs=1e-5)
         for name in (str(toy), "./model", "hub:org/other"):
             with pytest.raises((AppError, ValueError)):
                 ask(app, name, **sample)
@@ -186,12 +198,10 @@ def test_the_space_answers_as_the_model_does_and_to_nothing_else(space: Path, to
 
 
 def ask(app: Client, name: str, *, text: str | None = None, image: str | None = None) -> dict[str, Any]:
-    """What the Space shows as label: the app's fields are named as they are on the page."""
+    """What the Space answers."""
     picture = handle_file(image) if image else None
-    found = app.predict(name, text, None, picture, None, None, api_name="/run")
-    (label,) = [part for part in found if isinstance(part, dict) and "confidences" in (part.get("value") or part)]
-    value: dict[str, Any] = label.get("value") or label
-    return value
+    found: dict[str, Any] = app.predict(model=name, text=text, image=picture, api_name="/run")
+    return found
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 
 from mmhub.errors import InputError, NotFoundError, UsageError
 from mmhub_ui import talk as talk_module
-from mmhub_ui.answers import Shown, asked
+from mmhub_ui.answers import Shown, _tagged, asked
 from mmhub_ui.context import Context
 from mmhub_ui.inputs import SETTINGS, Given, command
 from mmhub_ui.inputs import picture as picture_field
@@ -107,8 +107,10 @@ def test_a_picture_is_answered_as_the_file_itself(
     exif[274] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
     file = str(tmp_path / "turned.jpg")
-    given = in_blocks(picture_field).preprocess(_uploaded(file))
-    assert given == file
+    field = in_blocks(picture_field)
+    remade = type(field)(**field.constructor_args | {"render": False})  # as gradio does to change it
+    assert field.preprocess(_uploaded(file)) == remade.preprocess(_uploaded(file)) == file
+    assert remade.preprocess(_uploaded("no picture.txt")) == "no picture.txt"
     assert not list(Path(talk_module.__file__).parent.glob("*.pyi")), "gradio writes one for each class of a component"
     assert run(tab, seen, "image", None, None, file)["try-json"] == tiny("image").predict([{"image": file}])[0]
 
@@ -125,6 +127,61 @@ def _wide(path: Path) -> Path:
 
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8)).save(path)
     return path
+
+
+def test_a_file_that_was_not_uploaded_is_not_read(
+    tab: TryTab, seen: Seen, tmp_path: Path, picture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gradio as gr
+
+    uploads = tmp_path / "uploads"
+    uploads.mkdir()
+    (uploads / "link.png").symlink_to(picture)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(uploads))
+    for file in (picture, f"{uploads}/../cat.png", str(uploads / "link.png"), "/dev/zero", str(tmp_path / "nothing")):
+        found = run(tab, seen, "image", None, None, file)
+        assert "was not uploaded" in found["try-status"] and found["try-json"] is None
+        with pytest.raises(gr.Error, match="was not uploaded"):
+            tab.predicted("image", image=file)
+        assert "was not uploaded" in talk(Context(), {"text": "x", "files": [file]})[-1][1]
+
+
+def test_programs_get_what_predict_answers(tab: TryTab, tiny: Tiny, picture: str) -> None:
+    import gradio as gr
+
+    assert tab.predicted("image", image=picture) == tiny("image").predict([{"image": picture}])[0]
+    assert tab.predicted("writer", "a good") == tiny("writer").generate([{"text": "a good"}])[0]
+    with pytest.raises(gr.Error, match="no folder"):
+        tab.predicted("./nothing")
+
+
+def test_what_would_take_for_ever_is_refused(tab: TryTab, seen: Seen, in_blocks: Any) -> None:
+    found = run(tab, seen, "text", "good " * 30_000)
+    assert "more than the limit of 100000" in found["try-status"] and found["try-json"] is None
+    labels = ",".join(map(str, range(1001)))
+    assert "1001 labels" in run(tab, seen, "pictures", "a", None, None, None, labels)["try-status"]
+    assert "more than the limit" in talk(Context(), {"text": "a" * 200_000})[-1][1]
+    assert "more than the limit" in chosen(tab, "x" * 200_000, seen)["try-status"]
+    assert tab.settings.fields["max_new_tokens"].maximum is None
+    locked: TryTab = in_blocks(lambda: TryTab(Context(names=("writer",), locked=True)))
+    assert locked.settings.fields["max_new_tokens"].maximum == 1024
+
+
+def test_a_long_text_is_answered_without_lines_that_hold_it(tab: TryTab, seen: Seen) -> None:
+    found = run(tab, seen, "text", "good " * 1000)
+    assert found["try-json"] and found["try-command"] is None and found["try-python"] == ""
+
+
+def test_a_new_model_ends_what_the_old_one_was_asked(in_blocks: Any) -> None:
+    import gradio as gr
+
+    def wired() -> tuple[Any, list[set[str]]]:
+        tab = TryTab(Context())
+        fns = gr.context.Context.root_block.fns
+        stops = [fn for fn in fns.values() if (tab.name._id, "change") in fn.targets and fn.cancels]
+        return tab, [{fns[number].name for number in fn.cancels} for fn in stops]
+
+    assert in_blocks(wired)[1] == [{"answered", "said"}]
 
 
 def test_a_modality_that_is_left_out_is_missing(tab: TryTab, seen: Seen, tiny: Tiny, picture: str, sound: str) -> None:
@@ -163,6 +220,11 @@ def test_words_are_marked_with_their_tags(tiny: Tiny, kind: str) -> None:
     assert found.marked and "".join(text for text, _ in found.marked).strip() == "a good film"
     known = {"PER"} if kind == "spans" else {"NOUN", "VERB"}
     assert {tag for _, tag in found.marked if tag} and {tag for _, tag in found.marked if tag} <= known
+
+
+def test_words_that_have_no_tag_are_shown() -> None:
+    found = _tagged({"words": ["a", "b", "c"], "tags": ["X", "Y"]})
+    assert found == [("a ", "X"), ("b ", "Y"), ("c ", None)]
 
 
 def test_an_answer_is_marked_in_its_context(tiny: Tiny) -> None:
@@ -223,6 +285,7 @@ def test_subtitles_are_those_of_the_command_line(tab: TryTab) -> None:
     file = next(
         update["value"] for update in updates if isinstance(update, dict) and str(update.get("value")).endswith("srt")
     )
+    assert file in tab.answer.file.temp_files, "gradio deletes these in time"
     assert Path(file).name == "transcript.srt" and Path(file).read_text().startswith("1\n00:00:00,000")
 
 
@@ -333,6 +396,57 @@ def test_models_are_loaded_once_and_two_are_kept(monkeypatch: pytest.MonkeyPatch
     context.model("a")
     context.model("b")
     assert loaded[4:] == ["wrong"]
+
+
+def test_a_model_whose_folder_was_written_anew_is_loaded_again(tiny: Tiny, tmp_path: Path) -> None:
+    context, folder = Context(), tmp_path / "model"
+    tiny("text").save(folder)
+    first = context.model(str(folder))
+    assert context.model(str(folder)) is first
+    tiny("image").save(folder)
+    assert context.model(str(folder)).modalities == ("image",)
+
+
+def test_a_model_that_fails_to_load_for_one_is_kept_for_who_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mmhub
+
+    loaded: list[str] = []
+    waiting = threading.Event()
+
+    def load(name: str, device: str) -> Any:
+        loaded.append(name)
+        if len(loaded) == 1:
+            assert waiting.wait(5)
+            time.sleep(0.05)
+            raise NotFoundError("not yet")
+        return object()
+
+    def second() -> None:
+        waiting.set()
+        context.model("a")
+
+    monkeypatch.setattr(mmhub, "load", load)
+    context = Context()
+    thread = threading.Thread(target=second)
+    threading.Timer(0.05, thread.start).start()
+    with pytest.raises(NotFoundError):
+        context.model("a")
+    thread.join()
+    context.model("a")
+    assert loaded == ["a", "a"]
+
+
+def test_a_model_that_is_in_use_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mmhub
+
+    loaded: list[str] = []
+    monkeypatch.setattr(mmhub, "load", lambda name, device: loaded.append(name) or object())
+    context = Context()
+    with context.use("a"):
+        for name in ("b", "c", "d"):
+            context.model(name)
+    context.model("a")
+    assert loaded == ["a", "b", "c", "d"]
 
 
 def test_a_model_serves_one_at_a_time() -> None:
