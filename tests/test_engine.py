@@ -459,6 +459,7 @@ def test_a_copied_run_folder_holds_a_recipe_that_can_be_run_again(
     assert (first.model / "model.safetensors").read_bytes() == (second.model / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_of_equally_accurate_models_the_one_with_the_lower_loss_is_best(tables: Path, tmp_path: Path) -> None:
     result = train(recipe(tables, epochs=6), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -226,6 +226,7 @@ def wait_for(condition: Any, seconds: float = 60.0) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_killed_pull_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = 40 * 2**20
     with FaultyHub({"model.safetensors": random.Random(1).randbytes(size)}) as server:

@@ -77,6 +77,7 @@ for width in (100, 300, 341):
 """
 
 
+@pytest.mark.slow
 def test_widths_that_the_kernel_reads_beyond_are_multiplied_without_it() -> None:
     done = subprocess.run([sys.executable, "-c", ODD_WIDTHS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr  # in a process of its own, for reading on ended it

@@ -120,6 +120,7 @@ def test_windows_make_the_same_text_in_batches_of_any_size(whisper: Model) -> No
     assert transcribe(whisper, samples, batch_size=1) == transcribe(whisper, samples, batch_size=32)
 
 
+@pytest.mark.slow
 def test_a_long_recording_is_read_as_it_is_heard(whisper: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     from mmhub.speech import writing
 
@@ -171,6 +172,7 @@ def test_what_is_drawn_depends_on_the_numbers_of_sample_and_window_alone(whisper
     assert same[0] == together[0] != same[1]
 
 
+@pytest.mark.slow
 def test_a_saved_model_transcribes_the_same(whisper: Model, tmp_path: Path) -> None:
     clip = noise(2.7, 7)
     again = mmhub.load(str(whisper.save(tmp_path / "model")))

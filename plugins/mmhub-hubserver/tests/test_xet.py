@@ -393,6 +393,7 @@ def test_a_shard_that_announces_billions_of_terms_is_refused(hub: HubServer, api
     assert Client(hub).shard(body)[0] == 413
 
 
+@pytest.mark.slow
 def test_a_small_shard_cannot_fill_the_disk(hub: HubServer, api: HfApi, data: Path) -> None:
     client, chunks = Client(hub), [bytes(128 << 10)] * 512
     xorb = client.send(*chunks)
