@@ -672,7 +672,7 @@ def test_windows_grow_with_the_speed_and_shrink_when_rows_are_slow(monkeypatch: 
     monkeypatch.setattr(mmhub.bulk.windows, "MOST_ROWS", 4096)
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    pace, sizes = Pace(), list[int]()
+    pace, sizes = Pace(first=256), list[int]()
     for seconds in (1, 1, 1, 4096, 10):
         now[0] += seconds
         pace.tell(pace.rows)

@@ -21,7 +21,7 @@ from mmhub.data.cells import all_parts
 from mmhub.errors import InputError, Interrupted, MmhubError, UsageError
 from mmhub.interfaces import Policy, TextDecoder
 
-TOKENS = 4096  # of a batch, padding included, on a CPU; measured by benchmarks/batch_predict.py
+TOKENS = 1024  # of a batch, padding included, on a CPU; measured by benchmarks/batch_predict.py
 _GPU_TOKENS = 32768
 _RUN = 4  # batches in a run of rows that are answered together
 _ANSWER_KEYS = (  # kept columns of these names are told apart from what was answered, in every row

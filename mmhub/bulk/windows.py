@@ -18,7 +18,7 @@ MOST_ROWS = 4096
 MOST_BYTES = 64 * 2**20  # of its rows, and of its answers
 _LOOKED_AT = 32  # answers by which the size of all is told
 SECONDS = 30.0
-_FIRST = 256  # rows of the first window, before it is known how fast they are answered
+_FIRST = 1024  # rows of the first window, before it is known how fast they are answered
 _GROWTH = 8  # times a window may have more rows than the one before
 
 Answer = dict[str, Any]
