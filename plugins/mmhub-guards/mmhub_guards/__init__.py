@@ -1,0 +1,1 @@
+"""Guards for mmhub models."""
