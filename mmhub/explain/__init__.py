@@ -1,4 +1,4 @@
-"""Why did a model answer so? Attributions to tokens, patches and frames, shares of modalities, and how faithful they are."""
+"""Why did a model answer so? Attributions to tokens, patches and frames, and the shares of modalities."""
 
 from __future__ import annotations
 

@@ -74,10 +74,10 @@ class Step:
 class Explanation:
     """Why a model answered one sample as it did.
 
-    `target` is what is explained: a label, "value" of a regression, a written text. `value` is the number the
+    `target` is what is explained: a label, "value" of a regression, a written text. `value` is the number that the
     attributions are about (`unit`: "logit", "log-probability in nats", "value", "cosine similarity"), `baseline` the
-    same without any input. `shares` are the modalities' Shapley values: they add up to `value` - `baseline`. `gap` is how
-    far a method whose attributions must add up to the difference is from it (integrated gradients), else None.
+    same without any input. `shares` are the modalities' Shapley values: they add up to `value` - `baseline`. `gap` is
+    how far a method whose attributions must add up to the difference is from it (integrated gradients), else None.
     `steps` are there for texts that were written.
     """
 
