@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ import msgspec
 import torch
 
 from mmhub.checkpoint import load_decoder, load_encoder, read_config
-from mmhub.config import ModelRecipe, PartRecipe
+from mmhub.config import GuardRecipe, ModelRecipe, PartRecipe
 from mmhub.errors import InputError, UsageError, did_you_mean
+from mmhub.guard import read_guards
 from mmhub.hub.pull import find_pretrained, load, pull
 from mmhub.interfaces import Encoder, Stream, Task, TextDecoder, decode_config, encode_config, find_task
 from mmhub.lineage import parent_of
@@ -33,13 +34,15 @@ def compose(
     tokenizer: Mapping[str, Any] | None = None,
     values: Mapping[str, Iterable[Any]] | None = None,
     texts: Iterable[str] | None = None,
+    guards: Sequence[str | Mapping[str, Any]] = (),
     seed: int = 0,
 ) -> Model:
     """Compose a model by names, untrained apart from parts with `init`.
 
     A part is a component name or a mapping with `use`, `config`, `init`, `freeze`. `values` are training inputs by
     modality, from which processors that need it learn (a vocabulary, a scale); `texts` is short for those of text. A
-    decoder that learns from targets wants its `config` complete, e.g. `{"labels": ["no", "yes"]}`.
+    decoder that learns from targets wants its `config` complete, e.g. `{"labels": ["no", "yes"]}`. `guards` are names
+    or mappings with `use` and `config`, as in a recipe.
 
     >>> compose(encoders={"image": {"use": "timm", "config": {"architecture": "resnet18"}}},
     ...         decoder={"use": "classification", "config": {"labels": ["cat", "dog"]}})  # doctest: +SKIP
@@ -54,7 +57,10 @@ def compose(
     given = dict(values or {}) | ({} if texts is None else {"text": list(texts)})
     said = ({"role": "user", "content": text} for text in given.get("text", ()))
     given.setdefault("messages", [[message] for message in said])
-    return build_model(find_task(task), recipe, lambda name: given.get(name, ()), seed=seed)
+    model = build_model(find_task(task), recipe, lambda name: given.get(name, ()), seed=seed)
+    tables = [{"use": guard} if isinstance(guard, str) else dict(guard) for guard in guards]
+    add_guards(model, [decode_config(GuardRecipe, table, "compose: guards") for table in tables])
+    return model
 
 
 def _as_part(part: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -111,6 +117,16 @@ def build_model(
     if recipe.decoder is not None and recipe.decoder.freeze:
         decoder.requires_grad_(False)
     return model
+
+
+def add_guards(model: Model, tables: Sequence[GuardRecipe], folder: Path | None = None) -> None:
+    """Let guards {use, config} watch a model besides its own, and be saved with it; none stands there twice.
+
+    Raises:
+        PluginError, NotFoundError: nobody provides a guard. UsageError: its configuration is wrong.
+    """
+    known = [source.record for source in model.guards]
+    model.guards = model.guards + [one for one in read_guards(tables, "recipe", folder) if one.record not in known]
 
 
 def reads_text_itself(task: Task, recipe: ModelRecipe, folder: Path | None) -> bool:

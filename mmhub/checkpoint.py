@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import re
 import shutil
 import stat
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,32 +35,38 @@ from mmhub.adapters import (
 )
 from mmhub.errors import MmhubError, NotFoundError, PluginError, TrustError, UsageError, did_you_mean
 from mmhub.files import disk_errors, new_folder, sha256, write_file
+from mmhub.guard import GuardRecord, GuardSource
 from mmhub.hashes import Facts, remember, sha256_of
 from mmhub.interfaces import Encoder, Stream, TextDecoder, decode_config, encode_config, find_task
 from mmhub.model import Columns, Model
 from mmhub.plugins import Component, get_index
+from mmhub.reading import CONFIG_BYTES, TOKENIZER_BYTES, parse_json, read_plain
 from mmhub.records import cause
 from mmhub.registry import find_component
 from mmhub.requirements import explain_unmet, unmet_requirements
 from mmhub.weights import (
+    Amount,
     Stored,
     all_finite,
+    amount_in,
     assign,
+    check_sizes,
+    few_modules,
     fill,
     meta_parameters,
     named_tensors,
-    no_constant,
     state_of,
     tie,
     weight_files,
     write_weights,
 )
 
-FORMAT = 2  # the newest that is read
-PLAIN = 1  # what is written where no weight is quantised: older versions read it, too
+FORMAT = 3  # the newest that is read
+PLAIN = 1  # what is written where no weight is quantised and nothing is guarded: older versions read it, too
+QUANTIZED, GUARDED = 2, 3  # from which on checkpoints may be that: older versions must not read over it
 
 ALLOWED = re.compile(
-    r"README\.md|config\.json|provenance\.json|export\.json|eval/[\w.-]+\.json|LICENSE(\.txt|\.md)?"
+    r"README\.md|config\.json|provenance\.json|export\.json|model\.sig|eval/[\w.-]+\.json|LICENSE(\.txt|\.md)?"
     r"|model\.safetensors(\.index\.json)?|model-[A-Za-z0-9_-]+\.safetensors"
     r"|(tokenizer|tokenizer_config|preprocessor_config|processor_config|generation_config)(-[A-Za-z0-9_-]+)?\.json"
     r"|chat_template(-[A-Za-z0-9_-]+)?\.jinja|adapter_config(-[A-Za-z0-9_-]+)?\.json|adapter_model(-[A-Za-z0-9_-]+)?\.safetensors"
@@ -69,7 +75,7 @@ _PROCESSOR_FILE = re.compile(
     r"(tokenizer|tokenizer_config|preprocessor_config|processor_config)\.json|chat_template\.jinja"
 )
 _USERS = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")  # a new save keeps them, and whatever is not ours
-_UNHASHED = (*_USERS, "config.json", "provenance.json", "export.json")
+_UNHASHED = (*_USERS, "config.json", "provenance.json", "export.json", "model.sig")
 
 
 class ProcessorRecord(msgspec.Struct):
@@ -119,6 +125,7 @@ class CheckpointConfig(msgspec.Struct):
     files: dict[str, FileRecord] = {}
     data: DataRecord = msgspec.field(default_factory=DataRecord)
     quantized: str | msgspec.UnsetType = msgspec.UNSET  # "int8": see `mmhub.weights.quantized_state`
+    guards: list[GuardRecord] | msgspec.UnsetType = msgspec.UNSET
 
 
 # -- saving -----------------------------------------------------------------------------------------------------
@@ -170,7 +177,8 @@ def _write_checkpoint(
     state, tied = state_of(model.parts()) if tensors is None else (tensors, named_tensors(model.parts())[1])
     structure = structure_of(model, tied)
     if quantized:
-        structure.config.mmhub_format, structure.config.quantized = FORMAT, quantized
+        structure.config.mmhub_format = max(QUANTIZED, structure.config.mmhub_format)
+        structure.config.quantized = quantized
     state, adapters = write_adapters(model.parts(), state, folder)
     for role, record in adapters.items():
         structure.config.components[role].adapter = record
@@ -194,7 +202,7 @@ def structure_of(model: Model, tied: Mapping[str, str]) -> Structure:
     """Describe a model, some of whose tensors are `tied` {alias: first}."""
     files: dict[str, bytes] = {}
     config = CheckpointConfig(
-        mmhub_format=PLAIN,
+        mmhub_format=GUARDED if model.guards else PLAIN,
         task=model.task.name,
         components={
             role: msgspec.structs.replace(_record(model, role, part, files), adapter=adapter_of(part) or msgspec.UNSET)
@@ -209,6 +217,7 @@ def structure_of(model: Model, tied: Mapping[str, str]) -> Structure:
             columns=list(model.columns.names),
             document=model.columns.document,
         ),
+        guards=[source.record for source in model.guards] or msgspec.UNSET,
     )
     return Structure(config, files)
 
@@ -266,7 +275,7 @@ def _add_shared(shared: dict[str, bytes], name: str, content: bytes, role: str) 
 def _requires(model: Model) -> list[dict[str, Any]]:
     by_distribution: dict[str, list[str]] = {}
     versions = {}
-    for component in model.sources.values():
+    for component in (*model.sources.values(), *(source.component for source in model.guards)):
         by_distribution.setdefault(component.distribution, []).append(f"{component.spec.kind}:{component.spec.name}")
         versions[component.distribution] = component.version
     return [
@@ -293,8 +302,8 @@ def compatible_range(version: str) -> str:
 def is_checkpoint(folder: Path) -> bool:
     """Is there a config.json written by mmhub?"""
     try:
-        table = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        table = json.loads(read_plain(folder / "config.json", CONFIG_BYTES))
+    except (OSError, TrustError, ValueError, RecursionError):
         return False
     return isinstance(table, dict) and "mmhub_format" in table
 
@@ -307,7 +316,7 @@ def read_config(folder: Path) -> CheckpointConfig:
     """
     path = folder / "config.json"
     try:
-        content = path.read_bytes()
+        content = read_plain(path, CONFIG_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         what = "holds no config.json" if folder.is_dir() else "does not exist"
         raise NotFoundError(f"'{folder}' {what}", "name the folder of an mmhub checkpoint") from None
@@ -319,8 +328,8 @@ def read_config(folder: Path) -> CheckpointConfig:
 def parse_config(content: bytes, where: str) -> CheckpointConfig:
     """Validate the content of a config.json."""
     try:
-        table = json.loads(content, parse_constant=no_constant, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
+        table = parse_json(content)
+    except ValueError as error:
         raise TrustError(f"'{where}' is not valid JSON: {error}", "fetch the checkpoint again") from None
     if not isinstance(table, dict) or "mmhub_format" not in table:
         raise TrustError(f"'{where}' is not an mmhub checkpoint", "mmhub loads what `mmhub train` or `save` wrote")
@@ -339,16 +348,30 @@ def parse_config(content: bytes, where: str) -> CheckpointConfig:
     return config
 
 
+_TASK = re.compile(r"[a-z0-9-]{1,64}")
+_USE = re.compile(r"[A-Za-z0-9._?-]+/[A-Za-z0-9._-]+")
+_MOST = {"components": 100, "requires": 1000, "files": 10_000}
+
+
 def _config_problem(config: CheckpointConfig) -> str | None:
     """Say what in a config.json of the right form makes no sense, or None."""
-    if config.quantized is not msgspec.UNSET and (config.mmhub_format < FORMAT or config.quantized != "int8"):
-        return f"says that its weights are quantised as {config.quantized!r}; format {FORMAT} knows 'int8' alone"
+    many = [key for key, most in _MOST.items() if len(getattr(config, key)) > most]
+    if many:
+        return f"holds more than {_MOST[many[0]]:,} {many[0]}"
+    if not _TASK.fullmatch(config.task):
+        return f"is for the task {config.task[:80]!r}, which is no name"
+    if config.quantized is not msgspec.UNSET and (config.mmhub_format < QUANTIZED or config.quantized != "int8"):
+        return f"says that its weights are quantised as {config.quantized!r}; format {QUANTIZED} knows 'int8' alone"
+    if config.guards is not msgspec.UNSET and config.mmhub_format < GUARDED:
+        return f"names guards, and has format {config.mmhub_format} instead of {GUARDED}"
     forbidden = [name for name in config.files if not ALLOWED.fullmatch(name)]
     if forbidden:
         return f"lists the file {forbidden[0]!r}, which no checkpoint may hold"
     for role, record in config.components.items():
         if role not in ("fusion", "decoder") and not role.endswith("_encoder"):
-            return f"lists the component {role!r}, which is no encoder, fusion or decoder"
+            return f"lists the component {role[:80]!r}, which is no encoder, fusion or decoder"
+        if not _USE.fullmatch(record.use):
+            return f"builds the {role} by {record.use[:80]!r}, which is not plugin/name"
         unlisted = sorted(part_files(record) - config.files.keys())
         if unlisted:
             return f"uses the file {unlisted[0]!r}, which it does not list"
@@ -359,6 +382,9 @@ def _config_problem(config: CheckpointConfig) -> str | None:
     homeless = [name for name in tensors if name.partition(".")[0] not in config.components]
     if homeless:
         return f"ties the tensor {homeless[0]!r}, which belongs to no component"
+    both = sorted(config.tied.keys() & set(config.tied.values()))
+    if both:
+        return f"ties the tensor {both[0]!r} to one that is tied itself"
     missing = {"fusion", "decoder"} - set(config.components)
     if missing:
         return f"lacks {' and '.join(sorted(missing))}"
@@ -381,13 +407,6 @@ def part_files(record: ComponentRecord) -> set[str]:
     processor = set(record.processor.files.values()) if record.processor else set()
     adapter = record.adapter.weights if record.adapter else ""
     return (processor | {record.weights, adapter}) - {""}
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is too large a number")
-    return number
 
 
 def check_requirements(name: str, config: CheckpointConfig, role: str | None = None) -> None:
@@ -455,11 +474,13 @@ def load(folder: Path, *, allow_partial: bool = False, name: str = "", verified:
     check_requirements(name or str(folder), config)
     if not verified:
         verify_files(folder, config)
+    stored = stored_weights(folder, config)
+    limit = _checked_amount(stored, config, config.components).modules
     # What a partial load leaves without values must have started fresh, so that nothing is built on meta then.
-    model = _build_model(config, folder, nullcontext if allow_partial else meta_parameters)
+    model = _build_model(config, folder, partial(few_modules if allow_partial else meta_parameters, limit))
     model.name = name or str(folder)
     known = _adapt(model.parts(), config, folder, model.fusion.outputs)
-    fill(model.parts(), stored_weights(folder, config), allow_partial=allow_partial, known=known)
+    fill(model.parts(), stored, allow_partial=allow_partial, known=known)
     return model.eval()
 
 
@@ -482,6 +503,26 @@ def load_structure(folder: Path) -> Model:
     for alias, source in config.tied.items():
         tie(parts, alias, source)
     return model.eval()
+
+
+_ELSEWHERE = Amount(tensors=20_000, numbers=2**40)  # what the base of an adapter may hold
+
+
+def _checked_amount(stored: Stored, config: CheckpointConfig, roles: Iterable[str]) -> Amount:
+    """How much the weights of these parts are; nothing in their settings may be larger.
+
+    Raises:
+        TrustError: a size is. It is found before anything is built, for building takes what the settings say.
+    """
+    roles = set(roles)
+    held = amount_in(stored.folder / file for file in weight_files(stored, roles))
+    records = [config.components[role] for role in roles]
+    if any(record.adapter and record.adapter.weights for record in records):
+        held = _ELSEWHERE
+    for record in records:
+        state = record.processor.state if record.processor else {}
+        check_sizes([record.config, state], held, f"'{stored.folder}' asks too much of {record.use}")
+    return held
 
 
 def _adapt(
@@ -549,7 +590,7 @@ def _build_model(config: CheckpointConfig, folder: Path, building: Callable[[], 
     }
     streams = {modality: encoder.stream for modality, encoder in encoders.items()}
     record = config.components["decoder"]
-    with building():
+    with _buildable(folder), building():
         if sources["decoder"].load().reads_text:
             decoder = _build_decoder(sources["decoder"], record, folder, {})
             fusion = _build(sources["fusion"], config.components["fusion"], {**streams, "text": Stream(decoder.dim)})
@@ -557,7 +598,18 @@ def _build_model(config: CheckpointConfig, folder: Path, building: Callable[[], 
             fusion = _build(sources["fusion"], config.components["fusion"], streams)
             decoder = _build_decoder(sources["decoder"], record, folder, fusion.outputs)
     columns = Columns(config.data.inputs, config.data.target, tuple(config.data.columns), config.data.document)
-    return Model(task, encoders, fusion, decoder, sources, columns)
+    model = Model(task, encoders, fusion, decoder, sources, columns)
+    model.guards = _guards(config, folder)
+    return model
+
+
+def _guards(config: CheckpointConfig, folder: Path) -> list[GuardSource]:
+    """The guards that a checkpoint names: a model is not loaded without them."""
+    found = []
+    for record in config.guards or ():
+        component = find_component("guard", record.use)
+        found.append(GuardSource(component, _decode(component, component.load(), record), folder))
+    return found
 
 
 def load_encoder(folder: Path, role: str) -> tuple[Encoder, Component]:
@@ -570,7 +622,8 @@ def load_encoder(folder: Path, role: str) -> tuple[Encoder, Component]:
     verify_files(folder, config, part_files(record))
     stored = stored_weights(folder, config)
     verify_files(folder, config, weight_files(stored, {role}))
-    encoder = _build_encoder(component, record, folder, meta_parameters)
+    limit = _checked_amount(stored, config, {role}).modules
+    encoder = _build_encoder(component, record, folder, partial(meta_parameters, limit))
     fill({role: encoder}, stored, allow_partial=False, known=_adapt({role: encoder}, config, folder, {}))
     return encoder, component
 
@@ -584,7 +637,8 @@ def load_decoder(folder: Path, streams: Mapping[str, Any]) -> tuple[Any, Compone
     verify_files(folder, config, part_files(record))
     stored = stored_weights(folder, config)
     verify_files(folder, config, weight_files(stored, {role}))
-    with meta_parameters():
+    limit = _checked_amount(stored, config, {role}).modules
+    with _buildable(folder), meta_parameters(limit):
         decoder = _build_decoder(component, record, folder, streams)
     fill({role: decoder}, stored, allow_partial=False, known=_adapt({role: decoder}, config, folder, streams))
     return decoder, component
@@ -605,17 +659,27 @@ def _build_encoder(
     cls: Any = component.load()
     config = _decode(component, cls, record)
     processor = _load_processor(component, cls, config, record, folder)
-    with building():
+    with _buildable(folder), building():
         encoder: Encoder = cls(config, processor)
     return encoder
 
 
+@contextmanager
+def _buildable(folder: Path) -> Iterator[None]:
+    """Say what torch makes of sizes that no memory has room for, or that overflow, as an error of the checkpoint."""
+    try:
+        yield
+    except (MemoryError, OverflowError, RecursionError, RuntimeError) as error:
+        what = f"'{folder}' asks for a model that cannot be built: {cause(error)}"
+        raise TrustError(what, "fetch the checkpoint again") from error
+
+
 def _load_processor(component: Component, cls: Any, config: Any, record: ComponentRecord, folder: Path) -> Any:
     saved = record.processor or ProcessorRecord()
-    files = {name: (folder / place).read_bytes() for name, place in saved.files.items()}
     try:
+        files = {name: read_plain(folder / place, TOKENIZER_BYTES) for name, place in saved.files.items()}
         return cls.load_processor(config, saved.state, files)
-    except (UsageError, KeyError, TypeError, ValueError) as error:
+    except (UsageError, KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
         raise TrustError(
             f"'{folder}' holds a state that the processor of {component.id} cannot read: {error!r}",
             "fetch the checkpoint again",
@@ -635,7 +699,7 @@ def _build(component: Component, record: ComponentRecord, streams: Mapping[str, 
     return cls(_decode(component, cls, record), streams)
 
 
-def _decode(component: Component, cls: Any, record: ComponentRecord) -> Any:
+def _decode(component: Component, cls: Any, record: ComponentRecord | GuardRecord) -> Any:
     known = component.spec.schema
     if record.schema > known:
         raise PluginError(
@@ -651,7 +715,7 @@ def _decode(component: Component, cls: Any, record: ComponentRecord) -> Any:
         raise TrustError(error.message, f"{error.hint or 'fetch the checkpoint again'}; {changed}") from None
 
 
-def _migrated(component: Component, cls: Any, record: ComponentRecord) -> Any:
+def _migrated(component: Component, cls: Any, record: ComponentRecord | GuardRecord) -> Any:
     """Bring a configuration of an older schema up to date by the component's own `migrate`.
 
     Raises:

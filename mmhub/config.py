@@ -87,7 +87,7 @@ class DataRecipe(_Table):
     columns: list[str] = []
     document: str = ""
     on_error: Literal["stop", "skip"] = "stop"
-    allow_urls: bool = False
+    allow_urls: bool | list[str] = False  # or the hosts that may be fetched from, as `Policy.hosts` says
     noise: str = ""  # folder of recordings for encoders that add noise in training
     workers: int | Literal["auto"] = "auto"
 
@@ -172,12 +172,22 @@ class TrainRecipe(_Table):
 
 
 class CardRecipe(_Table):
-    """What the model card says beyond what training knows."""
+    """What the model card says beyond what training knows; without the statements, sentences from what it knows."""
 
     license: str = ""
     summary: str = ""
+    intended_use: str = ""
+    limits: str = ""
+    training_data: str = ""
     language: list[str] = []
     datasets: list[str] = []
+
+
+class GuardRecipe(_Table):
+    """A guard around the model's answers: `use` names it, `config` is its own configuration."""
+
+    use: str = ""
+    config: dict[str, Any] = {}
 
 
 class Recipe(_Table):
@@ -185,6 +195,7 @@ class Recipe(_Table):
 
     task: str
     seed: int = 0
+    guards: list[GuardRecipe] = []
     model: ModelRecipe = msgspec.field(default_factory=ModelRecipe)
     data: DataRecipe = msgspec.field(default_factory=DataRecipe)
     train: TrainRecipe = msgspec.field(default_factory=TrainRecipe)
@@ -206,7 +217,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"cannot read the recipe '{path}': {getattr(error, 'strerror', None) or error}") from None
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"'{path}' is not valid TOML: {error}") from None
     for override in overrides:
         apply_override(table, override)
@@ -404,7 +415,7 @@ def _step_into(table: Any, step: str, override: str) -> Any:
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

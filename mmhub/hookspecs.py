@@ -48,11 +48,13 @@ def mmhub_datasets() -> Iterable[DataSource]:  # type: ignore[empty-body]
 def mmhub_generation_guards(model: Model) -> Iterable[Guard]:  # type: ignore[empty-body]
     """Return (or yield) `Guard` objects that watch what goes into `model` and what it answers.
 
-    Called once per model, before its first answer through `predict`, in the library and on the command line alike. Each
-    sample passes every guard's `check`; the first that objects makes the answer `{"refused": REASON, "guard": NAME}`,
-    and the model never sees the sample. Then every guard may change the answer in `review`. `eval` and training measure
-    the model itself, without guards. A plugin that fails here stops `predict`: an installed guard is never left out in
-    silence.
+    Called once per model, before its first answer through `predict`, `generate` or `chat`, in the library, on the
+    command line and in the server alike. They stand behind the model's own guards, components that its recipe or
+    checkpoint names, and those of MMHUB_GUARDS. Guard by guard, each sample may be rewritten (`rewrite`, if there is
+    one) and passes `check`; the first that objects makes the answer `{"refused": REASON, "guard": NAME}`, and the model
+    never sees the sample. Then every guard may change or refuse the answer in `review`. Refusals and changes are logged
+    (logger "mmhub.guards", and the file MMHUB_GUARD_LOG). `eval` and training measure the model itself, without guards.
+    A plugin that fails here stops `predict`: an installed guard is never left out in silence.
 
     Args:
         model: the model, for guards that only watch some: `model.task.name`, `model.modalities`.

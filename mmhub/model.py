@@ -29,7 +29,7 @@ from mmhub.batch import (
 )
 from mmhub.conversation import compose, media_of, pack_scripts, read_messages, read_script
 from mmhub.errors import InputError, UsageError, did_you_mean
-from mmhub.guard import Guards
+from mmhub.guard import Guards, GuardSource
 from mmhub.interfaces import (
     Decoder,
     Encoder,
@@ -45,6 +45,7 @@ from mmhub.interfaces import (
 from mmhub.layers import summary
 
 if TYPE_CHECKING:
+    from mmhub.explain.records import Explanation
     from mmhub.plugins import Component
 
 
@@ -84,7 +85,8 @@ class Model(nn.Module):
         self.stand_ins: dict[str, Items] = {}  # an item of each modality for ranks that have none; see `_absent`
         self.unimodal_loss = 0.0  # share of the training loss that comes from each modality alone
         self.name = ""
-        self._guards: Guards | None = None  # found when it is first asked to predict
+        self.guards: list[GuardSource] = []  # its own, which a checkpoint keeps; others may join them
+        self._guards: Guards | None = None  # all of them, built when it is first asked to predict
         self.parents: list[dict[str, str]] = []  # what its weights started from, as `mmhub.lineage` says it
         if isinstance(decoder, TextDecoder) and not decoder.reads_text and "text" in encoders:
             source: Any = getattr(encoders["text"], "processor", None)
@@ -345,7 +347,7 @@ class Model(nn.Module):
     ) -> list[dict[str, Any]]:
         """Answer samples, in order. A missing key or None is a missing modality.
 
-        A model that converses takes {"messages": [...]} as well, and answers the last question. What a plugin's guard
+        A model that converses takes {"messages": [...]} as well, and answers the last question. What a guard
         refuses is answered `{"refused": reason, "guard": name}`.
 
         Raises:
@@ -359,7 +361,7 @@ class Model(nn.Module):
         if isinstance(self.decoder, TextDecoder):
             return self.generate(samples, batch_size=batch_size, policy=policy)
 
-        def answer(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        def answer(samples: Sequence[Mapping[str, Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
             found: list[dict[str, Any]] = []
             for batch in self._batches(samples, batch_size, policy):
                 try:
@@ -368,7 +370,7 @@ class Model(nn.Module):
                     raise _at_sample(error, len(found) + (error.row or 0)) from None
             return found
 
-        return self.guarded(samples, answer)
+        return self.guarded(samples, answer, policy=policy)
 
     def answers(self, batch: Batch, output: Output, details: bool = True) -> list[dict[str, Any]]:
         """Return what the decoder answers to a batch, one a row."""
@@ -378,22 +380,38 @@ class Model(nn.Module):
     def guarded(
         self,
         samples: Sequence[Mapping[str, Any]],
-        answer: Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]],
+        answer: Callable[[Sequence[Mapping[str, Any]], Sequence[int]], list[dict[str, Any]]],
+        seen: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda sample: sample,
+        policy: Policy | None = None,
     ) -> list[dict[str, Any]]:
-        """Answer samples by `answer`, as far as the guards of plugins let through."""
+        """Answer samples by `answer(samples, rows)`, as far as guards let through: `rows` are their positions.
+
+        Guards may rewrite samples; `seen` says what they are shown of one when they check it, and `policy` what they
+        may read of its media.
+        """
         if not self.has_guards:
-            return answer(samples)
+            return answer(samples, range(len(samples)))
         for row, sample in enumerate(samples):
-            self.check_sample(row, sample)
+            self.check_sample(row, seen(sample) if isinstance(sample, Mapping) else sample)
         assert self._guards is not None
-        return self._guards.answer(samples, answer)
+        return self._guards.answer(samples, answer, seen, policy)
 
     @property
     def has_guards(self) -> bool:
-        """Do plugins guard this model? They are found when first asked for."""
+        """Is this model guarded, by guards of its own, MMHUB_GUARDS or plugins? They are found when first asked for."""
         if self._guards is None:
             self._guards = Guards(self)
         return bool(self._guards)
+
+    def without_guards(self) -> Self:
+        """Let nobody guard this model, which is one that guards use themselves."""
+        self._guards = Guards.none()
+        return self
+
+    @property
+    def reviews_answers(self) -> bool:
+        """Do guards look at answers, so that a text must not be shown before it is complete?"""
+        return self.has_guards and getattr(self._guards, "review_answers", True)
 
     # -- from texts to texts; the modules that do it stand above this one -----------------------------------------
 
@@ -449,6 +467,12 @@ class Model(nn.Module):
         from mmhub.perplexity import score_texts
 
         return [found.logprob for found in score_texts(self, [texts] if isinstance(texts, str) else texts, end=end)]
+
+    def explain(self, sample: Mapping[str, Any], **options: Any) -> Explanation:
+        """Say what of a sample speaks for the model's answer; see `mmhub.explain.explain` for the options."""
+        from mmhub.explain import explain
+
+        return explain(self, sample, **options)
 
     @property
     def language_model(self) -> LanguageModel:

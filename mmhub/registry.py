@@ -30,12 +30,26 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who signs without a key of their own: an identity, such as a mail address, and the OpenID issuer it is from."""
+
+    identity: str
+    issuer: str
+
+
 class HubSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[hub]`: where models come from (HF_ENDPOINT wins), which repositories are allowed, must they be pinned."""
+    """`[hub]`: where models come from (HF_ENDPOINT wins), which are allowed, must they be pinned or signed.
+
+    `signers` says who signs which repositories: {"org/*": a public key's file, or an identity}; the first that matches
+    counts.
+    """
 
     endpoint: str = ""
     allow: tuple[str, ...] | None = None
     require_pinned: bool = False
+    require_signed: bool = False
+    require_statements: bool = False
+    signers: dict[str, str | Identity] = {}
 
 
 class PluginEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -121,6 +135,30 @@ class Registries:
                     f"pin it with `mmhub models lock {repo_id}`, or write '{repo_id}@<40 hex digits>'",
                 )
 
+    def signers(self, repo_id: str) -> list[Path | Identity]:
+        """Return who must have signed a Hub repository, one of a scope at most: a project can tighten, never loosen.
+
+        Raises:
+            TrustError: `require_signed` is set, and no scope names a signer of it.
+        """
+        found: list[Path | Identity] = []
+        for file in self.files:
+            matching = (who for one, who in file.hub.signers.items() if fnmatch.fnmatchcase(repo_id, one))
+            who = next(matching, None)
+            if who is not None:
+                found.append(file.path.parent / os.path.expanduser(who) if isinstance(who, str) else who)
+        strict = next((file.path for file in self.files if file.hub.require_signed), None)
+        if strict and not found:
+            raise TrustError(
+                f"{strict} sets [hub] require_signed, and nobody is named who signs '{repo_id}'",
+                f'add the key you trust: [hub] signers = {{"{repo_id.partition("/")[0]}/*" = "KEY.pub"}}',
+            )
+        return found
+
+    def wants_statements(self) -> Path | None:
+        """Return the file that sets `require_statements`: nothing is pushed that says not what it was trained on."""
+        return next((file.path for file in self.files if file.hub.require_statements), None)
+
     def named(self) -> Iterator[Named]:
         """Yield every model name of every scope, in order of precedence; aliases are not expanded."""
         for file in self.files:
@@ -197,7 +235,7 @@ def read_registry(path: Path, scope: str) -> Registry:
 def _parse(text: str, path: Path, scope: str) -> Registry:
     try:
         table = tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
     _check_schema(table.pop("schema", None), SCHEMA, path)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
@@ -15,6 +15,7 @@ API = 1  # the hook interface this core speaks; plugins declare theirs as `api`
 
 __all__ = [
     "API",
+    "Change",
     "CommandSpec",
     "ComponentSpec",
     "DataRequest",
@@ -22,6 +23,7 @@ __all__ = [
     "Guard",
     "Manifest",
     "ModelSpec",
+    "Refusal",
     "Tracker",
     "hookimpl",  # noqa: F822 - made on first use
 ]
@@ -30,9 +32,10 @@ __all__ = [
 class ComponentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One part a plugin offers.
 
-    `kind` is `<modality>_encoder`, `fusion` or `decoder`; `factory` and `config` are `module:attribute` inside the
-    plugin's own package; `schema` is the version of the component's configuration. `example` is a small configuration,
-    with which `mmhub plugins check` builds the component; it may be left out where all keys have defaults.
+    `kind` is `<modality>_encoder`, `fusion`, `decoder` or `guard`; `factory` and `config` are `module:attribute`
+    inside the plugin's own package; `schema` is the version of the component's configuration. `example` is a small
+    configuration, with which `mmhub plugins check` builds the component; it may be left out where all keys have
+    defaults.
     """
 
     kind: str
@@ -109,19 +112,53 @@ class Tracker(Protocol):
         """Training is over."""
 
 
-class Guard(Protocol):
-    """What stands between people and a model (hook `mmhub_generation_guards`); base classes are not needed.
+class Refusal(msgspec.Struct, frozen=True):
+    """Why a guard refuses, and by which rule. Neither repeats what was said: both are logged.
 
-    Whatever goes wrong inside a guard refuses the sample: a guard that fails does not let through.
+    `beside` stands beside the reason in the answer, such as the scores of one that is withheld as uncertain.
+    """
+
+    reason: str
+    rule: str = ""
+    action: Literal["refused", "abstained"] = "refused"
+    beside: Mapping[str, Any] = {}
+
+
+class Change(msgspec.Struct, frozen=True):
+    """A sample or an answer as a guard has changed it, and by which rule; the reason repeats nothing of what it was."""
+
+    value: Mapping[str, Any]
+    rule: str = ""
+    reason: str = ""
+
+
+class Guard(Protocol):
+    """What stands between people and a model; base classes are not needed.
+
+    Whatever goes wrong inside a guard refuses the sample: a guard that fails does not let through. What it refuses or
+    changes is logged: the reason of a `Refusal` as it is, that of a text unless it repeats what was said.
+
+    Besides what is below, a guard may have
+
+    - `on`, a tuple of "input" and "output", both by default: where it watches. `rewrite` and `check` are called for
+      inputs, `review` for outputs. Where no guard of a model watches outputs, texts are streamed as they are written.
+    - `rewrite(sample) -> sample | Change`, called before its `check` and before later guards: the sample as it may
+      reach the model, the same object if it stays as it is. A conversation is {"messages": [...]} there, and for
+      `check` and `review` {"text": all that is said, ...}. `mmhub.guard.with_texts` changes texts of any shape.
+    - `check_all(samples) -> list`, what `check` says of each of them, faster.
+
+    Guards come by the hook `mmhub_generation_guards`, for every model, or as components of the kind "guard", for models
+    that name them: then a class with a `Config` is built as `cls(config, model=model, folder=folder)`, `folder` being
+    that of the file which names it, or None.
     """
 
     name: str
 
-    def check(self, sample: Mapping[str, Any]) -> str:
+    def check(self, sample: Mapping[str, Any]) -> str | Refusal:
         """Return why this sample (modality to raw input) must not be answered, or '' to let it pass."""
 
-    def review(self, sample: Mapping[str, Any], answer: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the answer as it may be given: unchanged, or with something taken out or replaced."""
+    def review(self, sample: Mapping[str, Any], answer: Mapping[str, Any]) -> Mapping[str, Any] | Change | Refusal:
+        """Return the answer as it may be given: unchanged, or with something taken out or replaced; or a `Refusal`."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

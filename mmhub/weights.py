@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mmhub.errors import MmhubError, TrustError
 from mmhub.files import write_file
 from mmhub.hashes import facts_of, remember
+from mmhub.reading import INDEX_BYTES, Twice, no_constant, parse_json, read_plain, unique
 
 SINGLE_FILE_BYTES = 64 * 2**20  # larger models are split by component, so that parts can be fetched alone
 SHARD_BYTES = 5 * 10**9
@@ -249,14 +250,17 @@ _patching = threading.RLock()
 
 
 @contextmanager
-def meta_parameters() -> Iterator[None]:
+def meta_parameters(limit: int | None = None) -> Iterator[None]:
     """Put every parameter that this thread registers inside the block on the meta device: no memory, no initialisation.
 
     Buffers stay real, because some are tables that no checkpoint holds (rotary angles, position indices). Nothing is
-    drawn for meta tensors: torch imports its compiler for normal ones, which takes seconds.
+    drawn for meta tensors: torch imports its compiler for normal ones, which takes seconds. `limit` is that of
+    `few_modules`.
     """
     thread = threading.get_ident()
     with _patching, ExitStack() as undo:
+        if limit is not None:
+            undo.enter_context(few_modules(limit))
         register = nn.Module.register_parameter
 
         def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -270,6 +274,85 @@ def meta_parameters() -> Iterator[None]:
         for owner, name in _DRAWS:
             _replace(undo, owner, name, _real_only(getattr(owner, name), thread))
         yield
+
+
+@contextmanager
+def few_modules(limit: int) -> Iterator[None]:
+    """Raise TrustError once this thread has made more than `limit` modules inside the block.
+
+    What a stranger's config.json asks for is built before its weights are read: three million layers would take hours.
+    """
+    thread, left = threading.get_ident(), [limit]
+    start, register = nn.Module.__init__, nn.Module.register_parameter
+
+    def count() -> None:
+        left[0] -= threading.get_ident() == thread
+        if left[0] < 0:
+            what = f"config.json asks for more than {limit:,} layers and weights, far more than its weights are"
+            raise TrustError(what, "fetch the checkpoint again")
+
+    def counted_start(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        count()
+        start(module, *args, **kwargs)
+
+    def counted_register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        count()
+        register(module, name, param)
+
+    with _patching, ExitStack() as undo:
+        _replace(undo, nn.Module, "__init__", counted_start)
+        _replace(undo, nn.Module, "register_parameter", counted_register)
+        yield
+
+
+@dataclass(frozen=True)
+class Amount:
+    """What safetensors files hold, by their headers."""
+
+    tensors: int
+    numbers: int
+
+    @property
+    def modules(self) -> int:
+        """How many modules and parameters a model of so many tensors may have."""
+        return 10 * self.tensors + 10_000
+
+
+def amount_in(paths: Iterable[Path]) -> Amount:
+    """Return how much files hold, by their headers and sizes.
+
+    Raises:
+        TrustError: one is missing, or its header is not sound.
+    """
+    tensors = numbers = 0
+    for path in paths:
+        start, table = _checked_header(path)
+        tensors += len(table)
+        numbers += max(0, path.stat().st_size - start)  # the smallest take a byte
+    return Amount(tensors, numbers)
+
+
+_LARGE = 2**25  # a table of so many numbers takes 256 MB at most
+_NO_SIZES = ("length", "theta", "seed", "rate")  # settings that may be large and make nothing large
+
+
+def check_sizes(table: Any, held: Amount, where: str) -> None:
+    """Refuse settings with a size that no tensor among those `held` can have, before anything is built by them.
+
+    Raises:
+        TrustError: names the setting.
+    """
+    limit = max(_LARGE, held.numbers)
+    todo: list[tuple[str, Any]] = [("", table)]
+    while todo:
+        name, value = todo.pop()
+        if isinstance(value, Mapping):
+            todo += [(str(key), one) for key, one in value.items()]
+        elif isinstance(value, list):
+            todo += [(name, one) for one in value]
+        elif isinstance(value, (int, float)) and value > limit and not any(word in name for word in _NO_SIZES):
+            what = f"{where}: {name} is {str(value)[:24]}, and all its weights are {held.numbers:,} bytes"
+            raise TrustError(what, "fetch the checkpoint again")
 
 
 def _replace(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
@@ -332,9 +415,9 @@ def _read_index(stored: Stored, name: str) -> dict[str, set[str]]:
     index = stored.folder / name
     found: dict[str, set[str]] = {}
     try:
-        for tensor, file in json.loads(index.read_bytes())["weight_map"].items():
+        for tensor, file in parse_json(read_plain(index, INDEX_BYTES))["weight_map"].items():
             found.setdefault(tensor.partition(".")[0], set()).add(str(file))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrustError(f"'{index}' is damaged: {error}", "fetch the checkpoint again") from None
     for file in set[str]().union(*found.values()) - stored.listed:
         raise TrustError(f"'{index}' points to {file!r}, which config.json does not list", "fetch the checkpoint again")
@@ -371,15 +454,21 @@ def fill(
             mine[role][key] = tensor
     for role, part in parts.items():
         problems += _assign(role, part, mine[role], allow_partial)
+    names = {f"{role}.{key}" for role, part in parts.items() for key in part.state_dict()} if tied else set()
+    problems += [f"{alias} is tied and unknown" for alias in tied if alias not in names]
+    problems += [f"{one} is tied to and unknown" for one in tied.values() if _role(one) in parts and one not in names]
     if problems:
         line = _misfit_line(f"'{stored.folder}'", problems)
         if not allow_partial:
             raise TrustError(line, "fetch the checkpoint again")
         print(f"warning: {line}", file=sys.stderr)
-    names = {f"{role}.{key}" for role, part in parts.items() for key in part.state_dict()} if tied else set()
     for alias, source in tied.items():
         if {alias, source} <= names:
             tie(parts, alias, source)
+
+
+def _role(tensor: str) -> str:
+    return tensor.partition(".")[0]
 
 
 def assign(role: str, part: nn.Module, found: Mapping[str, Tensor], source: str) -> None:
@@ -607,7 +696,9 @@ def _view(mapped: mmap.mmap, start: int, entry: Mapping[str, Any]) -> Tensor | N
         return None
     begin, end = entry["data_offsets"]
     count = (end - begin) // dtype.itemsize
-    if not count or (start + begin) % dtype.itemsize:
+    if not count:
+        return torch.empty(entry["shape"], dtype=dtype)
+    if (start + begin) % dtype.itemsize:
         return None
     view = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin).view(entry["shape"])
     ours = start % ALIGNMENT == 0  # other libraries' weights stand anywhere, and copying all of them would take long
@@ -640,9 +731,9 @@ def _read_header(file: BinaryIO, size: int) -> dict[str, Any] | str:
     if len(head) < size or size < 2:
         return "it is truncated"
     try:
-        table = json.loads(head, object_pairs_hook=_unique, parse_constant=no_constant)
-    except _Twice as error:
-        return f"it names {error.args[0]!r} twice"
+        table = json.loads(head, object_pairs_hook=unique, parse_constant=no_constant)
+    except Twice as error:
+        return str(error)
     except (ValueError, RecursionError):
         return "its header is not JSON"
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
@@ -655,20 +746,3 @@ def _read_header(file: BinaryIO, size: int) -> dict[str, Any] | str:
     if any(isinstance(shape, list) and len(shape) > 16 for shape in shapes):
         return "a tensor has more than 16 dimensions"
     return table
-
-
-class _Twice(Exception):
-    """A JSON table has a key twice."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Twice(next(name for name in names if names.count(name) > 1))
-    return table
-
-
-def no_constant(name: str) -> Any:
-    """Refuse NaN and Infinity, which Python's reader takes for JSON."""
-    raise ValueError(f"{name} is not JSON")

@@ -515,7 +515,7 @@ def test_a_newer_format_says_to_upgrade(saved: Path) -> None:
     change_config(
         saved, lambda table: table.update(mmhub_format=checkpoint.FORMAT + 1, task="telepathy", components=[])
     )
-    with pytest.raises(PluginError, match="has format 3, this mmhub reads up to 2; upgrade mmhub"):
+    with pytest.raises(PluginError, match="has format 4, this mmhub reads up to 3; upgrade mmhub"):
         load(saved)
 
 
@@ -616,7 +616,7 @@ def test_no_folder_and_no_checkpoint_are_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"holds no config\.json"):
         load(tmp_path)
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(MmhubError, match="cannot read"):
+    with pytest.raises(TrustError, match=r"config\.json' is no plain file"):
         load(tmp_path)
 
 

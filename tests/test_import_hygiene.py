@@ -37,7 +37,7 @@ print(*sys.modules, file=sys.stderr)
 # From the bottom up; modules of one line know nothing of each other. `mmhub` itself (the version) is below them all.
 LAYERS = """
 errors lazy
-files stdout
+files stdout reading
 spec hookspecs
 records
 manifests
@@ -45,7 +45,7 @@ distributions
 discovery
 hashes feature_cache
 plugins
-registry guard requirements
+registry requirements
 names
 install
 config
@@ -53,6 +53,7 @@ device batch
 interfaces
 layers conversation
 fusion embedding
+guard
 model
 weights
 adapters
@@ -69,7 +70,7 @@ zero_shot
 evaluation
 perplexity
 bulk
-index verification report
+index verification report overlap
 engine explain
 testing demo
 cli
@@ -82,6 +83,7 @@ LATE = {
     ("model", "generate"): "Model.generate and Model.chat are where people look for them",
     ("model", "speech"): "recordings are longer than what a model hears at once",
     ("model", "perplexity"): "Model.score is where people look for it",
+    ("model", "explain"): "Model.explain is where people look for it",
     ("evaluation", "perplexity"): "what is measured of a language model is perplexity",
     ("checkpoint", "hub"): "the base of an adapter may have to be fetched",
 }

@@ -34,6 +34,7 @@ from mmhub.errors import UsageError
 )
 @click.option("--details", is_flag=True, help="Each label's scores and the confusion matrix; in --json.")
 @click.option("--report", "folder", metavar="DIR", help="Write a page with pictures and the worst mistakes.")
+@click.option("--against", metavar="DATA", help="Training data: say how many of the rows are in it, too.")
 @click.option("--verification", is_flag=True, help="How well vectors tell rows of one label from others: EER.")
 @labels_options
 @device_option
@@ -58,6 +59,7 @@ def evaluate(
     top_k: int,
     details: bool,
     folder: str | None,
+    against: str | None,
     verification: bool,
     labels: str | None,
     templates: tuple[str, ...],
@@ -105,7 +107,7 @@ def evaluate(
         details=details or folder is not None,
         keep=kept.append if folder is not None else None,
     )
-    source: Any = sorted(data.split(",")) if "," in data and not Path(data).exists() else data
+    source: Any = _several(data)
     model = load(name, device=device, quantize=quantize)
     if target is not None:
         source = _parallel(model, data, target)
@@ -113,9 +115,11 @@ def evaluate(
         model, source = _zero_shot(model, source, names, templates, parse_names(columns), target_column or "")
     if folder is not None:
         check_report(folder, model.task.name)
+    overlap = _overlap(model, source, against, mapping, parse_names(columns), options) if against else {}
     report = (verify if verification else run)(
         model, source, inputs=mapping, target=target_column or "", columns=parse_names(columns), options=options
     )
+    report |= {"overlap": overlap} if overlap else {}
     for text in [report["definition"]] if "definition" in report else _signatures(report["metrics"]):
         note(text, quiet)
     emit(report, as_json, _text(report))  # whatever becomes of the page, the numbers are out
@@ -125,6 +129,31 @@ def evaluate(
 
         page = write_report(folder, model, report, kept[0] if kept else None, data_name(source))
         note(f"report: {page}", quiet)
+
+
+def _several(data: str) -> Any:
+    """A data set, or several files of it."""
+    return sorted(data.split(",")) if "," in data and not Path(data).exists() else data
+
+
+def _overlap(
+    model: Any, source: Any, against: str, inputs: dict[str, str] | None, names: list[str], options: Any
+) -> dict[str, Any]:
+    """How many rows are in the data that a model was trained on; both are read before it is measured."""
+    from mmhub.data.sources import Rows, open_rows, require_columns
+    from mmhub.evaluation import input_columns
+    from mmhub.overlap import measure_overlap
+
+    known = names or list(model.columns.names) or None
+    rows = source if isinstance(source, Rows) else open_rows(source, columns=known)
+    wanted = input_columns(model, rows, inputs)
+    train: Any = _several(against)
+    if isinstance(source, dict) and isinstance(train, str):  # one side of parallel text is compared
+        train = dict.fromkeys(wanted.values(), train)
+    trained = open_rows(train, columns=known)
+    require_columns(trained, wanted.values(), "name the columns with --inputs")
+    document = (options.document or model.columns.document) if model.task.reads_text else "row"
+    return measure_overlap(trained, rows, wanted, document=document, policy=options.policy)
 
 
 def _check_verification() -> None:
@@ -214,9 +243,16 @@ def _text(report: dict[str, Any]) -> str:
         text = table(["metric", *(k for k, *_ in known)], lines)
     text += f"\n{more} more numbers by label: see --json or --report" if more else ""
     text += f"\nwithheld from all rows: {', '.join(report['withheld'])}" if report.get("withheld") else ""
+    text += f"\n{_overlap_line(report['overlap'])}" if report.get("overlap") else ""
     text += f"\n{report['shortened']} conversations lost their oldest turns" if report.get("shortened") else ""
     why = "unreadable rows" if not report.get("withheld") else "rows, unreadable or with nothing left to answer,"
     return text + (f"\n{report['skipped']} {why} were skipped" if report["skipped"] else "")
+
+
+def _overlap_line(overlap: dict[str, Any]) -> str:
+    from mmhub.hub.statements import overlap_line
+
+    return f"overlap: {overlap_line(overlap)}"
 
 
 def _few(names: list[str]) -> tuple[list[str], int]:

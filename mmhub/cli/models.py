@@ -224,6 +224,7 @@ def _about_text(name: str, found: Resolved, about: Description) -> str:
         "size": size_text(about.size) if about.size is not None else "",
         "updated": about.updated[:10],
         "downloads": "" if about.downloads is None else str(about.downloads),
+        "guards": ", ".join(about.guards),
         "base": ", ".join(map(_base_text, about.bases)),
         "needs": ", ".join(about.requires),
         "missing": ", ".join(about.unmet),

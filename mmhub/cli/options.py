@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -24,8 +25,20 @@ def quantize_option(command: F) -> F:
 
 
 def urls_option(command: F) -> F:
-    """Add `--allow-urls`."""
-    return click.option("--allow-urls", is_flag=True, help="Fetch inputs that are http(s) addresses.")(command)
+    """Add `--allow-urls` and `--allow-host`, passed on together as `allow_urls`, which `Policy(urls=...)` takes."""
+
+    @wraps(command)
+    def call(*args: Any, allow_urls: bool, allow_host: tuple[str, ...], **options: Any) -> Any:
+        return command(*args, allow_urls=allow_host or allow_urls, **options)
+
+    flag = click.option("--allow-urls", is_flag=True, help="Fetch inputs that are public http(s) addresses.")
+    hosts = click.option(
+        "--allow-host",
+        multiple=True,
+        metavar="HOST",
+        help="Fetch, but only from such hosts: example.org, *.example.org; 10.0.0.7 or 10.0.0.0/8 may be private.",
+    )
+    return cast(F, flag(hosts(call)))
 
 
 def columns_options(command: F) -> F:

@@ -30,6 +30,27 @@ _OPTIONS = (
 )
 
 
+_KEY_SOURCES = "@FILE reads it from a file, - takes MMHUB_WATERMARK_KEY"
+
+
+def read_key(value: str) -> str:
+    """Return the key of a watermark: `value` itself, what the file in "@FILE" holds, or "" for "-", the environment's.
+
+    Raises:
+        NotFoundError: there is no such file. UsageError: there is no key.
+    """
+    if value == "-":
+        return ""
+    key = value
+    if value.startswith("@"):
+        if not Path(value[1:]).is_file():
+            raise NotFoundError(f"no file '{value[1:]}' with a key", "check the path")
+        key = Path(value[1:]).read_text(encoding="utf-8", errors="surrogateescape").strip()
+    if not key:
+        raise UsageError("the key of the watermark is empty", f"give a secret text; {_KEY_SOURCES}")
+    return key
+
+
 def writing_options(command: F) -> F:
     """Add the options of `mmhub.interfaces.Generation`, passed on as one dict `writing` of those that were given."""
     for name, kind, text in reversed(_OPTIONS):
@@ -38,7 +59,9 @@ def writing_options(command: F) -> F:
         )
         command = option(command)
     stop = "End the text before this one (repeatable); \\n is a line break."
-    option = click.option("--stop", multiple=True, help=stop, callback=_collect, expose_value=False)
+    command = click.option("--stop", multiple=True, help=stop, callback=_collect, expose_value=False)(command)
+    mark = f"Mark what is drawn with this key, for `mmhub detect`; {_KEY_SOURCES}."
+    option = click.option("--watermark", metavar="KEY", help=mark, callback=_collect, expose_value=False)
     return option(command)
 
 
@@ -46,6 +69,8 @@ def _collect(context: click.Context, parameter: click.Parameter, value: Any) -> 
     given = context.params.setdefault("writing", {})
     if parameter.name == "stop":
         value = tuple(part.replace("\\n", "\n").replace("\\t", "\t") for part in value) or None
+    if parameter.name == "watermark" and value is not None:
+        value = read_key(value)
     if value is not None:
         given[parameter.name] = value
 
@@ -61,6 +86,8 @@ def read_settings(model: Any, writing: dict[str, Any], samples: int = 1) -> Gene
     from mmhub.generate.samples import text_decoder
 
     own = text_decoder(model).generation
+    if "watermark" in writing:
+        writing = writing | {"watermark": _marked(own, writing["watermark"])}
     if writing.get("temperature"):  # drawing and beams exclude each other: what was asked for wins
         writing = {"beams": 1} | writing
     elif writing.get("beams", 1) > 1:
@@ -70,9 +97,19 @@ def read_settings(model: Any, writing: dict[str, Any], samples: int = 1) -> Gene
     try:
         settings: Generation = msgspec.structs.replace(own, **writing)
     except ValueError as error:
-        raise UsageError(str(error), "see --help") from None
+        hint = "draw tokens, e.g. with --temperature 1" if "watermark" in str(error) else "see --help"
+        raise UsageError(str(error), hint) from None
     _check_effect(settings, writing, samples)
     return settings
+
+
+def _marked(own: Generation, key: str) -> Any:
+    """The model's own watermark, or the usual one, with another key."""
+    import msgspec
+
+    from mmhub.interfaces import Watermark
+
+    return msgspec.structs.replace(own.watermark, key=key) if own.watermark else Watermark(key=key)
 
 
 def _check_effect(settings: Generation, writing: dict[str, Any], samples: int) -> None:

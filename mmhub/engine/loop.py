@@ -21,6 +21,7 @@ import torch
 from mmhub.checkpoint import load, read_config, save
 from mmhub.config import Recipe, dump_recipe, override_recipe, read_recipe
 from mmhub.data.corpus import Corpus
+from mmhub.data.sources import Rows
 from mmhub.data.stream import Stream, join_states
 from mmhub.device import find_device
 from mmhub.engine.calibration import calibrate
@@ -39,9 +40,12 @@ from mmhub.errors import InputError, Interrupted, MmhubError
 from mmhub.evaluation import EvalOptions, EvaluationStopped, data_name, evaluate
 from mmhub.files import disk_errors, write_file
 from mmhub.hub.card import merge_card
+from mmhub.hub.statements import KINDS as STATEMENTS
+from mmhub.hub.statements import overlap_line
 from mmhub.lineage import code_state
 from mmhub.metrics import flat
 from mmhub.model import Model
+from mmhub.overlap import training_overlap
 from mmhub.perplexity import measure_corpus, read_corpus
 from mmhub.weights import copy_parameters
 
@@ -545,10 +549,27 @@ class _Run:
             code=self.code,
             stages=[one.facts() for one in stages],
         )
+        if self.valid is not None:
+            facts["overlap"] = {"valid": self._overlap(self.valid)}
+        said = {key: getattr(self.recipe.card, key) for key in ("summary", *STATEMENTS)}
+        facts |= {"card": known} if (known := {key: text for key, text in said.items() if text}) else {}
         with disk_errors("the model", folder):
             write_file(folder / "provenance.json", json.dumps(facts, indent=2) + "\n")
             write_file(folder / "README.md", self._card(folder))
         return metrics
+
+    def _overlap(self, valid: Rows) -> dict[str, Any]:
+        """How many of the validation rows were trained on, in any stage."""
+        inputs, document = dict(self.model.columns.inputs), self.setup.data.document
+        found = training_overlap(self._trained_on(), valid, inputs, document=document, policy=self.setup.policy)
+        if found.get("exact"):
+            self.reporter.say(overlap_line(found))
+        return found
+
+    def _trained_on(self) -> Iterator[Rows | Stream]:
+        yield self.rows
+        for data in self.stage.other_data(self.task, self.setup.folder) if self.stage else ():
+            yield data.rows
 
     def _card(self, folder: Path) -> str:
         card = self.recipe.card

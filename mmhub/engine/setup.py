@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmhub.batch import Batch
-from mmhub.build import build_model
+from mmhub.build import add_guards, build_model
 from mmhub.checkpoint import load
 from mmhub.config import Recipe, read_recipe
 from mmhub.data.corpus import Corpus, documents
@@ -237,6 +237,7 @@ class Setup:
                 raise
             raise self.data.at_target(error.row, error) from None
         copy_parameters(model)
+        add_guards(model, self.recipe.guards, self.folder)
         for data in (self.data, *others):
             data.check_targets(model)
         if self.stage is not None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mmhub.generate.watermark import Mark
 from mmhub.interfaces import Generation
 
 _BLOCK = 64  # random numbers that are drawn at once for each row
@@ -100,8 +101,10 @@ class Draw:
     They come from Python's generator, which gives the same numbers on every machine and device.
     """
 
-    def __init__(self, settings: Generation, rows: Sequence[tuple[int, int]], device: torch.device) -> None:
-        self._settings, self._device = settings, device
+    def __init__(
+        self, settings: Generation, rows: Sequence[tuple[int, int]], device: torch.device, mark: Mark | None = None
+    ) -> None:
+        self._settings, self._device, self._mark = settings, device, mark
         self._sources = [random.Random(f"{settings.seed} {row} {sample}") for row, sample in rows]
         self._numbers = torch.zeros(0)
         self._used = _BLOCK
@@ -113,11 +116,19 @@ class Draw:
             self._numbers, self._used = torch.tensor(drawn, device=self._device) * (1 - 1e-6), 0  # 1 is never drawn
         number = self._numbers[:, self._used : self._used + 1]
         self._used += 1
-        reached = filtered(scores, self._settings).softmax(1).cumsum(1)
+        kept = filtered(scores, self._settings)
+        if self._mark is not None:
+            kept = self._mark(kept)
+        reached = kept.softmax(1).cumsum(1)
         ids = torch.searchsorted(reached, number * reached[:, -1:], right=True).squeeze(1)
-        return ids.clamp_(max=scores.shape[1] - 1)  # scores that are no numbers reach nothing
+        ids.clamp_(max=scores.shape[1] - 1)  # scores that are no numbers reach nothing
+        if self._mark is not None:
+            self._mark.take(ids)
+        return ids
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows, in this order."""
         self._sources = [self._sources[row] for row in rows]
         self._numbers = self._numbers[list(rows)]
+        if self._mark is not None:
+            self._mark.select(rows)

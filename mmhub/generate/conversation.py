@@ -34,7 +34,7 @@ def chat(
     "image", "image": raw input} and the like, in any order and number; `policy` bounds what is read.
 
     With `truncate` the oldest turns are left out of a conversation that is longer than the context, else that is an
-    error. `stream` gets the answer piece by piece, or whole where plugins' guards review it.
+    error. `stream` gets the answer piece by piece, or whole where guards review it.
 
     Raises:
         UsageError: the model writes no text, or has no chat template.
@@ -70,20 +70,24 @@ def answer(
     lay, memory = Layout(model, policy), memory or Memory(model, policy)
     memory.media.look_again()
     lead = Lead(stream) if stream is not None else None
-    guarded = model.has_guards
+    reviewed = model.reviews_answers
 
-    def reply(passed: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        give = None if lead is None or guarded else lambda row, sample, text: lead(text)
+    def reply(passed: Sequence[Mapping[str, Any]], places: Sequence[int]) -> list[dict[str, Any]]:
+        give = None if lead is None or reviewed else lambda row, sample, text: lead(text)
+        talks = [read_talk(model, sample["messages"]) for sample in passed]  # which guards may have rewritten
 
         def read(rows: Sequence[int]) -> tuple[Bundle, list[int]]:
-            kept, script, left_out = lay.fitted(talk, settings, memory.media.size, truncate)
+            kept, script, left_out = lay.fitted(talks[0], settings, memory.media.size, truncate)
             return memory.bundle(kept, script), [left_out]
 
         found = write_rows(model, read, [0] * len(passed), settings, stream=give, source=memory)
         return list(map(stripped, found))
 
-    (found,) = model.guarded([as_sample(model, talk)], reply)
-    if lead is not None and guarded and "text" in found:
+    def seen(sample: Mapping[str, Any]) -> dict[str, Any]:
+        return as_sample(model, read_talk(model, sample["messages"]))
+
+    (found,) = model.guarded([{"messages": talk}], reply, seen, policy)
+    if lead is not None and reviewed and "text" in found:
         lead(found["text"])
     return found
 

@@ -12,7 +12,16 @@ from mmhub.batch import Batch, Bundle
 from mmhub.conversation import Message
 from mmhub.errors import InputError, UsageError
 from mmhub.generate.media import Media
-from mmhub.generate.talks import Layout, Lead, as_sample, kept_tokens, stripped, with_stops, without_answer
+from mmhub.generate.talks import (
+    Layout,
+    Lead,
+    as_sample,
+    kept_tokens,
+    read_talk,
+    stripped,
+    with_stops,
+    without_answer,
+)
 from mmhub.generate.write import Stream, Written, write
 from mmhub.interfaces import Generation, LanguageModel, Policy, TextDecoder
 
@@ -42,10 +51,10 @@ def generate(
     An answer is {"text", "finish": "end" | "stop" | "length", "score"}; with `n` > 1 texts a sample it is {"texts",
     "finish", "score"}, all lists. `score` is the log-probability in nats. A prompt longer than the model's context is
     an error, or with `truncate` loses its first tokens, whose number is then in the answer as `truncated`; a text that
-    is translated loses its last ones, and a conversation its oldest turns, of which that is the number. What a plugin's
-    guard refuses is answered `{"refused": reason, "guard": name}`; where there are guards, `stream` gets a text once
-    they have seen it, else piece by piece: stream(row, sample number, text). Rows are numbered from `first`; random
-    choices depend on the seed and these two numbers alone.
+    is translated loses its last ones, and a conversation its oldest turns, of which that is the number. What a
+    guard refuses is answered `{"refused": reason, "guard": name}`; where guards look at answers, `stream` gets a text
+    once they have seen it, else piece by piece: stream(row, sample number, text). Rows are numbered from `first`;
+    random choices depend on the seed and these two numbers alone.
 
     Raises:
         UsageError: the model writes no text. InputError: a sample cannot be read; `row` is its position.
@@ -53,49 +62,54 @@ def generate(
     decoder = text_decoder(model)
     settings = with_stops(model.language_model, settings) if model.converses else settings or decoder.generation
     policy = policy or Policy()
-    talks: dict[int, list[Message]] = {}  # of a model that converses, by the samples' ids
     samples = [dict(sample) if isinstance(sample, Mapping) else sample for sample in samples]
     if model.converses:
-        samples, talks = _conversations(model, samples)
+        samples = _conversations(model, samples)
         stream = None if stream is None else _leading(stream)
-    numbers = {id(sample): row for row, sample in enumerate(samples, first)}  # guards may leave only some of them
-    guards = model.has_guards
+    reviewed = model.reviews_answers
 
-    def answer(part: Sequence[Sample]) -> list[Answer]:
+    def answer(part: Sequence[Sample], places: Sequence[int]) -> list[Answer]:  # guards may leave only some of them
+        talks = [read_talk(model, sample["messages"]) for sample in part] if model.converses else []
+
         def bundle_at(rows: Sequence[int]) -> tuple[Bundle, list[int]]:
             taken = [part[row] for row in rows]
             if model.converses:
-                return _asked_bundle(model, [talks[id(sample)] for sample in taken], settings, policy, truncate)
+                return _asked_bundle(model, [talks[row] for row in rows], settings, policy, truncate)
             if isinstance(decoder, LanguageModel):
                 return _prompt_bundle(model, decoder, taken, settings, policy, truncate)
             batch, lost = _cut(model, taken, policy) if truncate else (model.collate(taken, policy), [0] * len(rows))
             return model.fused(batch.to(model.device)), lost
 
-        sizes = [len(text) if isinstance(text := _text(sample), str) else 0 for sample in part]
-        rows = [numbers[id(sample)] for sample in part]
-        return write_rows(model, bundle_at, sizes, settings, n, batch_size, None if guards else stream, rows)
+        asked = [seen(sample) for sample in part] if model.converses else part
+        sizes = [len(text) if isinstance(text := _text(sample), str) else 0 for sample in asked]
+        rows = [first + place for place in places]
+        return write_rows(model, bundle_at, sizes, settings, n, batch_size, None if reviewed else stream, rows)
 
-    answers = model.guarded(samples, answer) if n == 1 or not guards else _each_guarded(model, samples, answer, n)
+    def seen(sample: Sample) -> Sample:
+        return as_sample(model, read_talk(model, sample["messages"])) if model.converses else sample
+
+    if n == 1 or not model.has_guards:
+        answers = model.guarded(samples, answer, seen, policy)
+    else:
+        answers = _each_guarded(model, samples, answer, seen, policy, n)
     answers = list(map(stripped, answers)) if model.converses else answers
-    if guards and stream is not None:
+    if reviewed and stream is not None:
         _stream_reviewed(answers, stream, first)
     return answers
 
 
-def _conversations(model: Model, samples: Sequence[Sample]) -> tuple[list[dict[str, Any]], dict[int, list[Message]]]:
-    """The samples as guards see them, and what each of them asks."""
-    seen, talks = [], {}
+def _conversations(model: Model, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """The samples as conversations up to what each of them asks."""
+    talks = []
     for row, sample in enumerate(samples):
         model.check_sample(row, sample)
         talk = model.messages_of(sample, row)
         try:
-            talk = without_answer(talk)
+            talks.append({"messages": without_answer(talk)})
         except InputError as error:
             error.row = row
             raise
-        seen.append(as_sample(model, talk))
-        talks[id(seen[-1])] = talk
-    return seen, talks
+    return talks
 
 
 def _asked_bundle(
@@ -230,24 +244,30 @@ def _joined(answers: Iterable[Answer]) -> Answer:
 
 
 def _each_guarded(
-    model: Model, samples: Sequence[Sample], answer: Callable[[Sequence[Sample]], list[Answer]], n: int
+    model: Model,
+    samples: Sequence[Sample],
+    answer: Callable[[Sequence[Sample], Sequence[int]], list[Answer]],
+    seen: Callable[[Sample], Sample],
+    policy: Policy,
+    n: int,
 ) -> list[Answer]:
     """Let the guards see each of a sample's texts by itself: what one is refused for does not concern the others."""
 
-    def apart(passed: Sequence[Sample]) -> list[Answer]:
-        once = list({id(sample): sample for sample in passed}.values())
+    def apart(passed: Sequence[Sample], places: Sequence[int]) -> list[Answer]:
+        asked = [place // n for place in places]
+        once = dict(zip(asked, passed, strict=True))
         try:
-            found = answer(once)
+            found = answer(list(once.values()), list(once))
         except InputError as error:
-            error.row = next(row for row, sample in enumerate(passed) if sample is once[error.row or 0])
+            error.row = asked.index(list(once)[error.row or 0])
             raise
-        texts = {id(sample): iter(_split(one, n)) for sample, one in zip(once, found, strict=True)}
-        return [next(texts[id(sample)]) for sample in passed]
+        texts = {row: iter(_split(one, n)) for row, one in zip(once, found, strict=True)}
+        return [next(texts[row]) for row in asked]
 
     for row, sample in enumerate(samples):
-        model.check_sample(row, sample)
+        model.check_sample(row, seen(sample) if isinstance(sample, Mapping) else sample)
     try:
-        answers = model.guarded([sample for sample in samples for _ in range(n)], apart)
+        answers = model.guarded([sample for sample in samples for _ in range(n)], apart, seen, policy)
     except InputError as error:
         error.row = (error.row or 0) // n
         error.__notes__ = [f"in sample {error.row}"]

@@ -15,6 +15,7 @@ from mmhub.generate.beams import search
 from mmhub.generate.choice import Draw, Rules
 from mmhub.generate.growing import GrowingText
 from mmhub.generate.recompute import Recomputed
+from mmhub.generate.watermark import Mark
 from mmhub.interfaces import Generation, LanguageModel, TextDecoder, own_stream
 
 Stream = Callable[[int, int, str], None]  # row number, sample number, the text that came
@@ -54,7 +55,8 @@ def write(
     the decoder's own.
 
     Raises:
-        InputError: a prompt leaves no room in the decoder's context; `row` is set. UsageError: more samples than beams.
+        InputError: a prompt leaves no room in the decoder's context; `row` is set. UsageError: more samples than beams,
+            or no key for a watermark.
     """
     settings = settings or decoder.generation
     numbers = list(rows) if rows is not None else list(range(_size(bundle)))
@@ -81,7 +83,10 @@ def write(
         each = torch.arange(len(numbers), device=logits.device).repeat_interleave(samples)
         logits, state = logits[each], source.select(state, each)
     rules = Rules(settings, [ids for ids in prompts for _ in range(samples)], ends, limit)
-    draw = Draw(settings, [(w.row, w.sample) for w in writers], logits.device) if settings.temperature else None
+    draw = None
+    if settings.temperature:
+        mark = Mark(settings.watermark, len(writers), logits.device) if settings.watermark else None
+        draw = Draw(settings, [(w.row, w.sample) for w in writers], logits.device, mark)
     _loop(source, logits, state, writers, rules, draw, frozenset(ends))
     done = [writer.written() for writer in writers]
     return [done[start : start + samples] for start in range(0, len(done), samples)]

@@ -11,8 +11,9 @@ from typing import Any
 from mmhub.checkpoint import CheckpointConfig
 from mmhub.errors import TrustError, UsageError
 from mmhub.hub.cache import as_table, read_json
-from mmhub.hub.readme import strings
+from mmhub.hub.readme import parse_metadata, strings
 from mmhub.hub.search import read_modalities
+from mmhub.hub.statements import intended_use, limits, rows_of, stated_in, training_data
 from mmhub.interfaces import TASKS, Task, find_task
 
 START, END = "<!-- mmhub: generated from here -->", "<!-- mmhub: to here; text outside is kept -->"
@@ -20,15 +21,13 @@ START, END = "<!-- mmhub: generated from here -->", "<!-- mmhub: to here; text o
 
 def read_card(text: str) -> tuple[dict[str, Any], str]:
     """Split a README into its YAML metadata and its text."""
-    import yaml
-
     text = text.removeprefix("\ufeff")
-    found = re.match(r"\A---\s*\n(.*?\n)---\s*(\n|\Z)", text, re.DOTALL)
+    found = re.match(r"\A---[ \t]*\r?\n(.*?\n)---[ \t]*(\r?\n|\Z)", text, re.DOTALL)
     if not found:
         return {}, text
     try:
-        data = yaml.safe_load(found[1])
-    except yaml.YAMLError as error:
+        data = parse_metadata(found[1])
+    except ValueError as error:
         raise UsageError(f"the metadata at the top of README.md is not YAML: {error}", "correct it") from None
     return (data if isinstance(data, dict) else {}), text[found.end() :]
 
@@ -86,8 +85,15 @@ def merge_card(
     if results:
         data["model-index"] = [_model_index(name, config.task, tag, results)]
     use = _own_use(config, task, name, modalities) if library == "mmhub" else _library_use(library, architecture, name)
-    intro = summary or f"A {config.task} model that takes {' and '.join(modalities)}, made with mmhub."
-    section = f"{START}\n{_section(facts, config, [intro, '', '## Use', '', *use], results)}\n{END}"
+    said = {key: text.replace(START, "").replace(END, "").strip() for key, text in stated_in(facts).items()}
+    said = {
+        "intended_use": intended_use(config, modalities, strings(data.get("language"))),
+        "limits": limits(config, facts, results),
+        "training_data": training_data(facts) or "Not recorded.",
+    } | said
+    made = f"A {config.task} model that takes {' and '.join(modalities)}, made with mmhub."
+    intro = summary or said.get("summary") or made
+    section = f"{START}\n{_section(facts, config, [intro, '', '## Use', '', *use], results, said)}\n{END}"
     body = _replace_section(text, section, name)
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n{body}"
 
@@ -167,7 +173,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def _replace_section(text: str, section: str, name: str) -> str:
-    before, after = _around_section(text)
+    before, after = around_section(text)
     if not before or _TITLE.fullmatch(before):  # ours; the name may have changed since
         before = f"# {name}"
     return f"\n{before}\n\n{section}\n" + (f"\n{after}\n" if after else "")
@@ -176,14 +182,15 @@ def _replace_section(text: str, section: str, name: str) -> str:
 _TITLE = re.compile(r"# \S+")
 
 
-def _around_section(text: str) -> tuple[str, str]:
+def around_section(text: str) -> tuple[str, str]:
+    """Return what people wrote before and after the generated section of a card without its metadata."""
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     return (before.strip(), after.strip()) if start and end else (text.strip(), "")
 
 
 def _own_text(text: str) -> bool:
-    before, after = _around_section(text)
+    before, after = around_section(text)
     return bool(after) or bool(before and not _TITLE.fullmatch(before))
 
 
@@ -215,13 +222,18 @@ def _section(
     config: CheckpointConfig,
     start: Sequence[str],
     results: Sequence[Mapping[str, Any]],
+    said: Mapping[str, str],
 ) -> str:
     lines = [*start, "## Parts", "", "| part | component |", "|---|---|"]
     lines += [f"| {role} | `{record.use}` |" for role, record in config.components.items()]
+    if config.guards:
+        names = ", ".join(f"`{record.use}`" for record in config.guards)
+        lines += ["", f"Guards, without which it is not loaded: {names}."]
     for result in results:
         lines += ["", f"## Results on {result.get('data', 'held-out data')} ({result['rows']} rows)", ""]
         lines += _table(result)
-    lines += ["", "## Training", "", *_training(facts), "", "## Intended use and limits", ""]
+    lines += ["", "## Training data", "", said["training_data"], "", "## Training", "", *_training(facts)]
+    lines += ["", "## Intended use and limits", "", said["intended_use"], "", said["limits"], ""]
     lines += [
         "Measured on the data named above and on nothing else. Check it on your own data, for each group of",
         "people it affects, before you rely on it, and do not let it decide about people where nobody can overrule it.",
@@ -282,11 +294,11 @@ def _training(facts: Mapping[str, Any]) -> list[str]:
         return [*origins, "Not trained by mmhub." if origins else "Not recorded."]
     how = f"seed {facts.get('seed', '?')}, in {facts.get('seconds', '?')} s on {facts.get('hardware', '?')}"
     stages = facts.get("stages") or ()
-    what = "" if stages else f" over {_rows_of(facts)}"
+    what = "" if stages else f" over {rows_of(facts)}"
     lines = [f"{facts.get('steps', '?')} optimizer steps{what}, {how}."]
     for number, stage in enumerate(stages, 1):
         parts = ", ".join(stage.get("parts", ()))
-        steps = f"{stage.get('steps', '?')} steps on {parts}, over {_rows_of(stage)}"
+        steps = f"{stage.get('steps', '?')} steps on {parts}, over {rows_of(stage)}"
         lines.append(f"Stage {number}, {stage.get('name', '?')}: {steps}.")
     lines += origins
     code = facts.get("code")
@@ -297,14 +309,3 @@ def _training(facts: Mapping[str, Any]) -> list[str]:
     if versions:
         lines.append("Versions: " + ", ".join(f"{key} {value}" for key, value in versions.items()) + ".")
     return lines
-
-
-def _rows_of(facts: Mapping[str, Any]) -> str:
-    """What a run, or a stage of it, was trained on."""
-    data = facts.get("data", {}).get("train", {})
-    source = ", ".join(f"`{file['name']}` ({file['sha256'][:12]})" for file in data.get("files", []))
-    if data.get("readers"):
-        source = f"{source or '`' + data['id'] + '`'} (read by {', '.join(data['readers'])})"
-    elif data.get("id"):
-        source = f"`{data['id']}` ({str(data.get('revision', '?'))[:12]})"
-    return f"{data.get('rows', '?')} rows of {source or 'unrecorded data'}"

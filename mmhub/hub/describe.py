@@ -34,7 +34,7 @@ _DESCRIBING = re.compile(
     rf"config\.json|modules\.json|README\.md|provenance\.json|model\.safetensors\.index\.json|{_RESULTS.pattern}"
 )
 _SECONDS = 10
-FORMAT = 2  # of checkpoints; `mmhub.checkpoint` has it from where importing it costs seconds
+FORMAT = 3  # of checkpoints; `mmhub.checkpoint` has it from where importing it costs seconds
 
 
 @dataclass(kw_only=True)
@@ -47,6 +47,7 @@ class Description:
     license: str = ""
     modalities: list[str] = field(default_factory=list)
     components: dict[str, dict[str, Any]] = field(default_factory=dict)
+    guards: list[str] = field(default_factory=list)
     bases: list[dict[str, Any]] = field(default_factory=list)  # what its adapters are for, fetched with it
     requires: list[str] = field(default_factory=list)
     unmet: list[str] = field(default_factory=list)
@@ -113,6 +114,8 @@ class _Folder:
 
     def tensors(self, name: str) -> dict[str, int]:
         try:
+            if not (self.folder / name).is_file():  # to open a pipe would wait for ever
+                return {}
             with (self.folder / name).open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size)) if size <= _HEADER_BYTES else {}
@@ -285,6 +288,8 @@ def _add_checkpoint(about: Description, config: dict[str, Any], files: _Files, f
         role: {"use": str(one.get("use", "")), "config": one.get("config") or {}, "bytes": sizes_by_role.get(role)}
         for role, one in parts.items()
     }
+    listed = config.get("guards")
+    about.guards = [str(as_table(one).get("use", "")) for one in listed] if isinstance(listed, list) else []
     about.bases = [base for role, one in parts.items() if (base := _base(role, one))]
     about.loadable = _unreadable(config, set(parts)) or ("not before what it needs is installed" if unmet else "yes")
 

@@ -6,6 +6,8 @@ here knows other libraries by the keys of their config.json alone. Weights are f
 
 from __future__ import annotations
 
+import errno
+import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mmhub.errors import MmhubError, PluginError, TrustError, UsageError
 from mmhub.hub.cache import as_table, read_json
 from mmhub.plugins import call_hook
+from mmhub.reading import CONFIG_BYTES, check_plain, read_plain
 from mmhub.records import cause
 from mmhub.registry import find_component
 
@@ -55,6 +58,7 @@ def find_reader(name: str, folder: Path) -> ForeignReader:
         TrustError: the model needs code of its own, or is no model at all.
         PluginError: the plugin that reads it, or a part of it, is missing. MmhubError: a plugin refuses it.
     """
+    _check_plain(folder)
     config = as_table(read_json(folder / "config.json"))
     if config.get("auto_map"):
         what = f"'{name}' brings code of its own (auto_map in config.json), which mmhub never runs"
@@ -76,6 +80,26 @@ def find_reader(name: str, folder: Path) -> ForeignReader:
         except MmhubError as error:
             raise type(error)(f"'{name}' is a {readers[0].library} model: {error.message}", error.hint) from None
     return readers[0]
+
+
+def _check_plain(folder: Path) -> None:
+    """Refuse pipes, devices and links in a circle: libraries open what has the right name, and would wait forever.
+
+    Raises:
+        TrustError: there is one, or config.json holds what is not a number.
+    """
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        try:
+            status = path.stat()
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise TrustError(f"'{path}' is a link that leads in a circle", "fetch the model again") from None
+            continue  # a link that leads nowhere is no file
+        if not stat.S_ISDIR(status.st_mode) or path.name.endswith((".json", ".safetensors")):
+            check_plain(path, status)
+    path = folder / "config.json"
+    if path.is_file() and b"NaN" in read_plain(path, CONFIG_BYTES):
+        raise TrustError(f"'{path}' holds NaN, which is no number", "fetch the model again")
 
 
 def why_not(folder: Path) -> str:
@@ -111,13 +135,15 @@ def load_foreign(name: str, folder: Path) -> Model:
     Raises:
         MmhubError: see `find_reader`; or the folder is damaged or holds no safetensors weights.
     """
-    from mmhub.weights import check_header
+    from mmhub.weights import amount_in, check_sizes, few_modules
 
     reader = find_reader(name, folder)
-    for path in sorted(folder.rglob("*.safetensors")):
-        check_header(path)
+    held = amount_in(sorted(folder.rglob("*.safetensors")))
+    check_sizes(as_table(read_json(folder / "config.json")), held, f"'{folder / 'config.json'}' asks too much")
     try:
-        return join(reader.read(folder), name)
+        with few_modules(held.modules):
+            parts = reader.read(folder)
+        return join(parts, name)
     except (MmhubError, KeyboardInterrupt):
         raise
     except BaseException as error:
@@ -206,6 +232,8 @@ def write_layout(model: Model, folder: str | Path, layout: str = "transformers")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"'{folder}' exists and is not empty", "name another folder")
+    if model.guards:
+        raise UsageError(f"the {layout} layout keeps no guards, and this model has some", "push the model as it is")
     if len(model.modalities) != 1:
         parts = ", ".join(model.modalities)
         raise UsageError(f"the {layout} layout holds one encoder, and this model has {parts}", "push it as it is")

@@ -5,13 +5,13 @@ The cache names each blob by the ETag the server gave: the SHA-256 of a large fi
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 
 from mmhub.errors import TrustError
 from mmhub.hashes import git_sha1_of, sha256_of
+from mmhub.reading import INDEX_BYTES, parse_json, read_plain
 
 _NAME = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -56,9 +56,9 @@ def read_index(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        shards = json.loads(path.read_bytes())["weight_map"]
+        shards = parse_json(read_plain(path, INDEX_BYTES))["weight_map"]
         files = {str(tensor): file for tensor, file in shards.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise TrustError(f"'{path}' is no index of safetensors files") from None
     for file in files.values():
         plain = isinstance(file, str) and not re.search(r"[/\\:]", file)

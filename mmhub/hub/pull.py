@@ -36,12 +36,13 @@ from mmhub.device import find_device
 from mmhub.errors import MmhubError, NetworkError, NotFoundError, TrustError, UsageError
 from mmhub.files import disk_errors, new_folder
 from mmhub.hashes import facts_of, remember, sha256_of
-from mmhub.hub.client import cache_dir, endpoint, hub_errors, is_offline
+from mmhub.hub.client import api, cache_dir, endpoint, hub_errors, is_offline
 from mmhub.hub.download import (
     REPUBLISH,
     Place,
     Remote,
     beside,
+    check_commit,
     check_names,
     contradiction,
     fetch,
@@ -51,6 +52,8 @@ from mmhub.hub.download import (
 )
 from mmhub.hub.foreign import VOCABULARIES, find_reader, join, load_foreign
 from mmhub.hub.integrity import blob_name, check_blob
+from mmhub.hub.signed import Signed, check_folder, check_repo, signers_of
+from mmhub.hub.signing import Signer, read_signer
 from mmhub.interfaces import ForeignParts
 from mmhub.lineage import digest, parent_of
 from mmhub.model import Model
@@ -58,7 +61,7 @@ from mmhub.names import Resolved, resolve
 from mmhub.quantize import quantize as _quantized
 from mmhub.weights import weight_files
 
-_EXTRAS = re.compile(r"README\.md|LICENSE(\.txt|\.md)?|provenance\.json|eval/[\w.-]+\.json")
+_EXTRAS = re.compile(r"README\.md|LICENSE(\.txt|\.md)?|provenance\.json|eval/[\w.-]+\.json|model\.sig")
 _LIBRARY_FILES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors",
     "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt",
@@ -110,19 +113,30 @@ def _load_part(name: str, folder: Path, component: str) -> Model:
     return join(ForeignParts(encoder=encoder, encoder_id=source.id), name)
 
 
-def pull(name: str | os.PathLike[str], *, revision: str | None = None, local_dir: str | Path | None = None) -> Path:
+def pull(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    local_dir: str | Path | None = None,
+    verify: str | os.PathLike[str] | None = None,
+) -> Path:
     """Make the checkpoint called `name` available and return its folder, every file checked against its hash.
 
     A local checkpoint is returned as it is. `local_dir` puts the files there instead of into the cache, replacing an
     older checkpoint at once or not at all. `revision` is what `name@revision` says. `name#component` fetches only what
     that part needs. A download that was interrupted goes on from where it ended.
 
+    `verify` is the file of the public key that must have signed every file, or "sigstore:IDENTITY,ISSUER". The bases
+    of adapters are checked as registries ask. A signature does not tell an older version from the newest.
+
     Raises:
         PluginError: a plugin it needs is missing; nothing but config.json was fetched.
-        TrustError: a file is damaged, also after fetching it again, or server and config.json disagree about it.
+        TrustError: a file is damaged, also after fetching it again, or server and config.json disagree about it; or it
+            is not signed, as `verify` or a registry asks for, or not what was signed.
         NetworkError: the server cannot be reached or stalls, and the files are not in the cache.
     """
-    return locate(name, resolve_name(name, revision), Path(local_dir) if local_dir else None)[0]
+    signer = None if verify is None else read_signer(verify)
+    return locate(name, resolve_name(name, revision), Path(local_dir) if local_dir else None, signer)[0]
 
 
 def resolve_name(name: str | os.PathLike[str], revision: str | None = None) -> Resolved:
@@ -130,16 +144,20 @@ def resolve_name(name: str | os.PathLike[str], revision: str | None = None) -> R
     return resolve(_at_revision(name if isinstance(name, str) else f"local:{os.fspath(name)}", revision))
 
 
-def locate(name: str | os.PathLike[str], resolved: Resolved, local_dir: Path | None = None) -> tuple[Path, bool]:
+def locate(
+    name: str | os.PathLike[str], resolved: Resolved, local_dir: Path | None = None, signer: Signer | None = None
+) -> tuple[Path, bool]:
     """Return the folder of a checkpoint as `pull` does, and whether its files were verified just now."""
     if resolved.kind == "local":
         assert resolved.path is not None
         if local_dir is not None:
             raise UsageError(f"'{os.fspath(name)}' is a local folder already", "leave out --out, or copy the folder")
+        if signer:
+            check_folder(resolved.path, signer)
         return resolved.path, False
     if resolved.kind != "hub":
         raise UsageError(f"'{os.fspath(name)}' is a composition, not a checkpoint", "train it from a recipe first")
-    return pull_repo(os.fspath(name), resolved, local_dir), True
+    return pull_repo(os.fspath(name), resolved, local_dir, signer), True
 
 
 def _at_revision(name: str, revision: str | None) -> str:
@@ -158,12 +176,12 @@ def at_commit(resolved: Resolved) -> tuple[Resolved, Path]:
     return replace(resolved, commit=folder.name), folder
 
 
-def pull_repo(name: str, resolved: Resolved, local_dir: Path | None = None) -> Path:
-    """Fetch a checkpoint repository, or what one part of it needs."""
+def pull_repo(name: str, resolved: Resolved, local_dir: Path | None = None, signer: Signer | None = None) -> Path:
+    """Fetch a checkpoint repository, or what one part of it needs; `signer` must have signed it."""
     place = in_cache(resolved.repo_id or "")
-    folder = _fetch_config(place, resolved.commit or resolved.revision).parent
+    folder, signed = _begin(place, resolved, signer)
     if not is_checkpoint(folder):
-        return _pull_foreign(name, resolved, place, folder, local_dir)
+        return _pull_foreign(name, resolved, place, folder, local_dir, signed)
     config = read_config(folder)
     role = None
     if resolved.component:
@@ -174,14 +192,52 @@ def pull_repo(name: str, resolved: Resolved, local_dir: Path | None = None) -> P
     bases = _bases(name, config, role)
     if local_dir is not None:
         _check_target(local_dir)
-        _pull_into(place, folder, config, local_dir)
+        _pull_into(place, folder, config, local_dir, signed)
     else:
         _make_sound(place, folder.name, config, _first_files(config, role), role is None)
         if role is not None:
             _make_sound(place, folder.name, config, weight_files(stored_weights(folder, config), {role}), False)
+        if signed:
+            signed.check(folder, _present(folder) | (_promised(signed) if role is None else set()))
     for owner, base in bases.items():
         find_base(base, owner)
     return local_dir or folder
+
+
+def _begin(place: Place, resolved: Resolved, signer: Signer | None = None) -> tuple[Path, Signed | None]:
+    """The snapshot with its config.json and, where a signature is asked for, what was signed, before any of it is used.
+
+    Raises:
+        TrustError: it is not signed, or not what was signed; also where the configuration was removed.
+    """
+    signers, revision = signers_of(place.repo, signer), resolved.commit or resolved.revision
+    try:
+        commit = _fetch_config(place, revision).parent.name
+    except NotFoundError:
+        if not signers or is_offline():
+            raise
+        with hub_errors(place.repo, revision):
+            commit = check_commit(place.repo, api().model_info(place.repo, revision=revision).sha)
+        check_repo(place, commit, signers, is_known, fresh=True)
+        raise
+    folder = place.snapshot(commit)
+    if not signers:
+        return folder, None
+    signed = check_repo(place, commit, signers, is_known, fresh=signer is not None)
+    if signer and signed.others:
+        names = ", ".join(map(ascii, signed.others[:20]))
+        print(f"note: '{place.repo}' also holds what nobody signed and nothing fetches: {names}", file=sys.stderr)
+    return folder, signed
+
+
+def is_known(name: str) -> bool:
+    """May a file of this name be fetched?"""
+    return bool(ALLOWED.fullmatch(name)) or _matches(name, _LIBRARY_FILES)
+
+
+def _promised(signed: Signed) -> set[str]:
+    """What a whole checkpoint must hold because it was signed."""
+    return {name for name in signed.digests if ALLOWED.fullmatch(name)} if signed.fresh else set()
 
 
 def _bases(name: str, config: CheckpointConfig, role: str | None) -> dict[str, BaseRecord]:
@@ -375,7 +431,7 @@ def _listing(repo: str, commit: str, config: CheckpointConfig, folder: Path) -> 
 # -- into a folder of one's own ---------------------------------------------------------------------------------
 
 
-def _pull_into(cached: Place, snapshot: Path, config: CheckpointConfig, target: Path) -> None:
+def _pull_into(cached: Place, snapshot: Path, config: CheckpointConfig, target: Path, signed: Signed | None) -> None:
     """Fill `target`, replacing an older checkpoint at once; only config.json goes through the cache."""
     staging = beside(cached.repo, Path(os.path.realpath(target)))
     names = _present(snapshot)
@@ -389,6 +445,8 @@ def _pull_into(cached: Place, snapshot: Path, config: CheckpointConfig, target: 
             _copy_known(cached, staging, snapshot, config)
             _make_sound(staging, snapshot.name, config, set(config.files), True)
             snapshot, names = staged, _present(staged)
+        if signed:
+            signed.check(snapshot, names | _promised(signed))
         with new_folder(target) as aside:
             for name in sorted(names):
                 (aside / name).parent.mkdir(exist_ok=True)
@@ -444,7 +502,9 @@ def _check_target(folder: Path) -> None:
 # -- other libraries' models ------------------------------------------------------------------------------------
 
 
-def _pull_foreign(name: str, resolved: Resolved, place: Place, folder: Path, local_dir: Path | None) -> Path:
+def _pull_foreign(
+    name: str, resolved: Resolved, place: Place, folder: Path, local_dir: Path | None, signed: Signed | None
+) -> Path:
     """Fetch a model of another library for the plugin that reads it, which is asked before the weights are fetched."""
     listed = _ask_for_list(place, folder, _LIBRARY_FILES)
     if listed and "modules.json" in listed:
@@ -454,14 +514,20 @@ def _pull_foreign(name: str, resolved: Resolved, place: Place, folder: Path, loc
     if resolved.component or local_dir is not None:
         what = "has no parts by name" if resolved.component else "is kept in the cache alone"
         raise UsageError(f"'{name}' is another library's model, which {what}", "load it, then save it to a folder")
-    return fetch_known_files(name, place, folder, _LIBRARY_FILES, listed)
+    fetch_known_files(name, place, folder, _LIBRARY_FILES, listed)
+    if signed:
+        signed.check(folder, _known(folder, _LIBRARY_FILES))
+    return folder
 
 
 def fetch_library_model(name: str, resolved: Resolved) -> Path:
     """Fetch another library's model (transformers, timm): known data files only, never code or pickle."""
     place = in_cache(resolved.repo_id or "")
-    folder = _fetch_config(place, resolved.commit or resolved.revision).parent
-    return fetch_known_files(name, place, folder, _LIBRARY_FILES, _ask_for_list(place, folder, _LIBRARY_FILES))
+    folder, signed = _begin(place, resolved)
+    fetch_known_files(name, place, folder, _LIBRARY_FILES, _ask_for_list(place, folder, _LIBRARY_FILES))
+    if signed:
+        signed.check(folder, _known(folder, _LIBRARY_FILES))
+    return folder
 
 
 def fetch_known_files(
@@ -580,6 +646,6 @@ def find_pretrained(name: str) -> tuple[str, Path, str | None]:
 
 
 __all__ = [
-    "at_commit", "fetch_known_files", "fetch_library_model", "find_base", "find_pretrained", "load", "locate", "pull",
-    "pull_repo", "resolve_name",
+    "at_commit", "fetch_known_files", "fetch_library_model", "find_base", "find_pretrained", "is_known", "load",
+    "locate", "pull", "pull_repo", "resolve_name",
 ]  # fmt: skip

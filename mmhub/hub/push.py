@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +21,14 @@ from mmhub.hashes import git_sha1_of, sha256_of
 from mmhub.hub.cache import as_table, read_json
 from mmhub.hub.card import join_cards, merge_card, read_card
 from mmhub.hub.client import api, download_options, endpoint, hub_errors, is_offline, is_public_hub
+from mmhub.hub.findings import Finding, refusal
 from mmhub.hub.foreign import recognise, write_layout
+from mmhub.hub.gate import decide, findings, with_forced
 from mmhub.hub.readme import strings
-from mmhub.hub.secrets import find_secret
-from mmhub.hub.staging import Staged, stage
+from mmhub.hub.signed import GIT, check_sender, signers_of
+from mmhub.hub.signing import NAME as SIGNATURE
+from mmhub.hub.signing import sign as make_signature
+from mmhub.hub.staging import Staged, listed, look
 from mmhub.model import Model
 
 PROPOSAL = "pr"  # as a revision: a pull request instead of a commit to a branch
@@ -38,7 +43,8 @@ class Pushed:
     """What a push did, or with `dry_run` would do: files by name with their size in bytes.
 
     `left_out` are files of the folder that belong to no checkpoint and are never sent; `pull_request` is its address.
-    `changed` is False where the repository held exactly this already, so that no commit was made.
+    `changed` is False where the repository held exactly this already, so that no commit was made. `findings` are what
+    its owner should know, and what would have been refused and was forced.
     """
 
     repo: str
@@ -50,6 +56,7 @@ class Pushed:
     pull_request: str = ""
     dry_run: bool = False
     changed: bool = True
+    findings: tuple[Finding, ...] = ()
 
 
 def push(
@@ -64,6 +71,9 @@ def push(
     tag: str = "",
     layout: str = "",
     dry_run: bool = False,
+    force: str | None = None,
+    sign: str | Path = "",
+    passphrase: str = "",
 ) -> Pushed:
     """Publish a model or checkpoint folder to `repo` ("org/name") as one commit; the repository is made if needed.
 
@@ -73,15 +83,24 @@ def push(
     "refs/pr/N" adds to one. `layout` publishes a model of one encoder as another library's users load it:
     "transformers", "sentence-transformers" or "timm".
 
+    `sign` is the file of a private key, or "sigstore": everything that the repository then holds is signed, and the
+    signature, `model.sig`, is part of the commit. Without it, the signature of an older version is removed.
+
+    What may be forced of what forbids publishing, see `mmhub.hub.gate`, passes where `force` is a text, the reason. It
+    is then listed under "forced" in the published provenance.json; the folder's own stays as it is.
+
     Raises:
         UsageError: no licence is known, or the repository holds something else. TrustError: the folder is damaged or
-        holds a secret, or what arrived is not what was sent. NetworkError. MmhubError: somebody else pushed meanwhile.
+        holds a secret or a personal path, it was measured on its training data, or what arrived is not what was sent.
+        NetworkError. MmhubError: somebody else pushed meanwhile.
     """
-    plan = _Plan(repo, license, message, private, gated, revision, tag, layout, dry_run)
+    plan = _Plan(repo, license, message, private, gated, revision, tag, layout, dry_run, str(sign), passphrase, force)
     if not re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", repo):
         raise UsageError(f"{repo!r} is no repository name", "use org/name, e.g. my-team/digits")
     if tag and (plan.proposes or (revision or "").startswith("refs/pr/")):
         raise UsageError("a pull request cannot be tagged", "leave out --tag, and tag after it is merged")
+    if not sign and signers_of(repo):
+        raise TrustError(f"a registry.toml asks that '{repo}' be signed", "add --sign KEY")
     if not isinstance(model, Model):
         return _push_folder(plan, Path(model))
     with tempfile.TemporaryDirectory() as temporary:
@@ -101,6 +120,9 @@ class _Plan:
     tag: str
     layout: str
     dry_run: bool
+    sign: str = ""
+    passphrase: str = ""
+    force: str | None = None
 
     @property
     def proposes(self) -> bool:
@@ -118,7 +140,9 @@ def _push_folder(plan: _Plan, folder: Path) -> Pushed:
         if (folder / "config.json").is_file():
             hint = "if it is another library's model, load and save it first: mmhub.load(...).save(...)"
         raise NotFoundError(f"'{folder}' is no mmhub checkpoint folder", hint)
-    staged = stage(folder)
+    staged = look(folder)
+    if staged.forbidden:
+        raise refusal(str(folder), staged.findings, staged.left_out)
     if not plan.layout:
         _check_bases(folder)
     model = load(folder)  # a checkpoint that does not load strictly is not published
@@ -128,7 +152,9 @@ def _push_folder(plan: _Plan, folder: Path) -> Pushed:
         merge(model)
     with tempfile.TemporaryDirectory() as temporary:
         written = write_layout(model, Path(temporary) / "model", plan.layout)
-        return _publish(plan, folder, written, replace(stage(written, every=True), left_out=staged.left_out))
+        there = look(written, every=True)
+        found = tuple(dict.fromkeys((*staged.findings, *there.findings)))
+        return _publish(plan, folder, written, replace(there, left_out=staged.left_out, findings=found))
 
 
 def _check_bases(folder: Path) -> None:
@@ -147,10 +173,13 @@ def _publish(plan: _Plan, source: Path, folder: Path, staged: Staged) -> Pushed:
     repo, local = plan.repo, _read_text(source / "README.md")
     if plan.dry_run:
         card = _card(plan, source, folder, local)
-        _check_texts(repo, card, plan.message)
-        return _pushed(folder, repo, staged, card, dry_run=True)
+        found = _decide(plan, source, staged, card)
+        with with_forced(folder, source, staged, found, plan.force or "") as (folder, staged):
+            signature = _sign(plan, _digests(folder, _sent(staged), card), ()) if plan.sign else b""
+            return replace(_pushed(folder, repo, staged, card, signature, dry_run=True), findings=tuple(found))
     if is_offline():
         raise NetworkError("nothing can be pushed while HF_HUB_OFFLINE is set", "unset it, or use --dry-run")
+    _decide(plan, source, staged, _card(plan, source, folder, local), local=True)
     with hub_errors(repo, plan.branch):
         head = _find_head(repo, plan.branch)
     if head:
@@ -158,7 +187,7 @@ def _publish(plan: _Plan, source: Path, folder: Path, staged: Staged) -> Pushed:
     elif plan.proposes:
         raise NotFoundError(f"no repository '{repo}' at {endpoint()} to propose a change to", "leave out --revision pr")
     card = _card(plan, source, folder, join_cards(local, head.card) if head else local)
-    _check_texts(repo, card, plan.message)
+    found = _decide(plan, source, staged, card)
     with hub_errors(repo, plan.branch):
         if head and plan.tag:
             _check_tag(repo, plan.tag)
@@ -169,16 +198,21 @@ def _publish(plan: _Plan, source: Path, folder: Path, staged: Staged) -> Pushed:
         if plan.gated:
             api().update_repo_settings(repo, gated=plan.gated)
     try:
-        return _commit(plan, folder, staged, card, head)
+        with with_forced(folder, source, staged, found, plan.force or "") as (folder, staged):
+            return replace(_commit(plan, folder, staged, card, head), findings=tuple(found))
     except NetworkError as error:
         raise NetworkError(error.message, "push again: files that arrived whole are not sent a second time") from None
 
 
-def _check_texts(repo: str, card: str, message: str) -> None:
-    for what, text in ((f"the card of '{repo}'", card), ("the commit message", message)):
-        secret = find_secret(text)
-        if secret:
-            raise TrustError(f"{what} holds what looks like a secret, {secret}", "remove it, then push again")
+def _decide(plan: _Plan, source: Path, staged: Staged, card: str, *, local: bool = False) -> list[Finding]:
+    """Let the gate decide: what was found, if nothing of it forbids publishing.
+
+    `local` is before the Hub is asked: its card may have the licence and statements that ours lacks.
+    """
+    found = findings(source, card, staged.findings, repo=plan.repo, message=plan.message, reason=plan.force or "")
+    if local:
+        found = [one for one in found if one.kind not in ("licence", "statement")]
+    return decide(source, found, plan.force, staged.left_out)
 
 
 def _read_text(path: Path) -> str:
@@ -190,8 +224,6 @@ def _read_text(path: Path) -> str:
 
 def _card(plan: _Plan, source: Path, folder: Path, old: str) -> str:
     known = plan.license or read_card(old)[0].get("license")
-    if not known:
-        raise UsageError("no licence is given for the model", "add --license, e.g. --license apache-2.0")
     architectures = as_table(read_json(folder / "config.json")).get("architectures") if plan.layout else None
     return merge_card(
         source,
@@ -204,8 +236,11 @@ def _card(plan: _Plan, source: Path, folder: Path, old: str) -> str:
     )
 
 
-def _pushed(folder: Path, repo: str, staged: Staged, card: str, *, commit: str = "", dry_run: bool = False) -> Pushed:
-    sizes = {name: (folder / name).stat().st_size for name in staged.files} | {"README.md": len(card.encode())}
+def _pushed(
+    folder: Path, repo: str, staged: Staged, card: str, signature: bytes, *, commit: str = "", dry_run: bool = False
+) -> Pushed:
+    sizes = {name: (folder / name).stat().st_size for name in _sent(staged)} | {"README.md": len(card.encode())}
+    sizes |= {SIGNATURE: len(signature)} if signature else {}
     return Pushed(
         repo, f"{endpoint()}/{repo}", commit, dict(sorted(sizes.items())), left_out=staged.left_out, dry_run=dry_run
     )
@@ -296,12 +331,17 @@ def _check_tag(repo: str, tag: str) -> None:
 def _commit(plan: _Plan, folder: Path, staged: Staged, card: str, head: _Head) -> Pushed:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    repo, files = plan.repo, [name for name in staged.files if name != "README.md"]
+    repo, files = plan.repo, _sent(staged)
     pattern = _LIBRARY_WEIGHTS if plan.layout else _OURS
-    stale = [name for name in head.files if pattern.fullmatch(name) and name not in files]
+    stale = [name for name in head.files if pattern.fullmatch(name) and name not in (*files, SIGNATURE)]
+    digests = _digests(folder, files, card) if plan.sign else {}
+    signature = _sign(plan, digests, set(head.files) - set(stale)) if plan.sign else b""
+    if SIGNATURE in head.files and not signature:
+        stale.append(SIGNATURE)  # it is of other files
     with _opened(folder, files) as contents:
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
         operations.append(CommitOperationAdd("README.md", card.encode()))
+        operations += [CommitOperationAdd(SIGNATURE, signature)] if signature else []
         operations += [CommitOperationDelete(name) for name in stale]
         with hub_errors(repo, plan.revision), _without_notes():
             done = api().create_commit(
@@ -313,12 +353,43 @@ def _commit(plan: _Plan, folder: Path, staged: Staged, card: str, head: _Head) -
                 parent_commit=head.commit,
             )
     _check_arrived(repo, folder, files, done.oid)
+    if signature and digests != _digests(folder, files, card):
+        raise TrustError(f"'{folder}' was changed while it was signed and sent", "push again: the signature is void")
     if plan.tag:
         with hub_errors(repo, plan.tag):
             api().create_tag(repo, tag=plan.tag, revision=done.oid)
-    pushed = _pushed(folder, repo, staged, card, commit=done.oid)
+    pushed = _pushed(folder, repo, staged, card, signature, commit=done.oid)
     made = done.oid != head.commit
     return replace(pushed, deleted=tuple(stale), pull_request=done.pr_url or "", changed=made)
+
+
+def _sent(staged: Staged) -> list[str]:
+    """What is sent as it is: the card is made anew, and so is a signature."""
+    return [name for name in staged.files if name not in ("README.md", SIGNATURE)]
+
+
+def _digests(folder: Path, files: Sequence[str], card: str) -> dict[str, str]:
+    """The SHA-256 of all that is published."""
+    sums = {name: sha256_of(folder / name) for name in files}
+    return dict(sorted((sums | {"README.md": hashlib.sha256(card.encode()).hexdigest()}).items()))
+
+
+def _sign(plan: _Plan, digests: Mapping[str, str], there: Collection[str]) -> bytes:
+    """Sign all that a repository will hold, which holds the files `there` now.
+
+    Raises:
+        UsageError: it would go on holding others, which are not here to be signed. TrustError: a registry names
+            another signer.
+    """
+    others = sorted(set(there) - set(digests) - {SIGNATURE, GIT})
+    if others:
+        raise UsageError(
+            f"'{plan.repo}' also holds {listed(others)}, which cannot be signed from here",
+            "put it into the folder if it belongs to the model, else delete it there; nothing was sent",
+        )
+    signature = make_signature(digests, plan.sign, plan.repo, plan.passphrase)
+    check_sender(plan.repo, signature)
+    return signature
 
 
 def _check_arrived(repo: str, folder: Path, files: Sequence[str], commit: str) -> None:

@@ -37,15 +37,38 @@ def read_card(folder: Path) -> Card:
 
 def parse_card(text: str) -> Card:
     """Read a README: metadata that is not YAML counts for nothing."""
-    import yaml
-
     found = re.match(r"\A\s*---[ \t]*\r?\n(.*?\n)---[ \t]*(\r?\n|\Z)", text, re.DOTALL)
     data: Any = {}
     if found:
-        with suppress(yaml.YAMLError, ValueError, RecursionError):
-            data = yaml.safe_load(found[1][: 2**16])
+        with suppress(ValueError):
+            data = parse_metadata(found[1][: 2**16])
     body = text[found.end() :] if found else text
     return card_of(data if isinstance(data, dict) else {}, body)
+
+
+def parse_metadata(text: str) -> Any:
+    """Return what the YAML at the top of a card says.
+
+    Raises:
+        ValueError: it is none, or nested too deeply: yaml takes time that grows with the square of that.
+    """
+    import yaml
+
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    if deepest > _DEEPEST or re.search(rf"^[ \t]*([-?][ \t]+){{{_DEEPEST}}}", text, re.MULTILINE):
+        raise ValueError("it is nested too deeply")
+    if re.search(r"<<['\"]?\s*:|!!merge", text):
+        raise ValueError("it merges mappings by '<<', which can make a few lines take all memory")
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # whatever its constructors make of a tag that does not fit its value
+        raise ValueError(str(error)) from None
+
+
+_DEEPEST = 64
 
 
 def card_of(data: Mapping[str, Any], body: str = "") -> Card:

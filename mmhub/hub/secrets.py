@@ -24,7 +24,7 @@ _KINDS = {  # what to call it: (a piece that every one of them contains, the for
     "a password in an address": ("://", r"://[^\s/:@\"'<>]{1,64}:[^\s/:@\"'<>{}$]{3,128}@[\w.-]"),
     "a package index token": ("pypi-AgE", r"\bpypi-AgE[A-Za-z0-9_-]{50,}"),
 }
-_SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY)S?($|_)")
+_SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY)S?($|_)")
 _SHORTEST = 12  # characters of an environment variable's value that is looked for
 
 
@@ -38,15 +38,16 @@ def find_secret(text: str) -> str | None:
     for kind, (piece, pattern) in _KINDS.items():
         found = re.search(pattern, text) if piece in text else None
         if found:
-            return f"{kind} (line {_line(text, found.start())})"
+            return f"{kind} (line {line_at(text, found.start())})"
     for name, value in _own_secrets().items():
         at = text.find(value)
         if at >= 0:
-            return f"the value of {name} (line {_line(text, at)})"
+            return f"the value of {name} (line {line_at(text, at)})"
     return None
 
 
-def _line(text: str, at: int) -> int:
+def line_at(text: str, at: int) -> int:
+    """Return the number of the line, from 1, in which a position of a text lies."""
     return text.count("\n", 0, at) + 1
 
 

@@ -1,4 +1,4 @@
-"""Decide what of a checkpoint folder may be published: the files of the layout, sound and without secrets."""
+"""Decide what of a checkpoint folder may be published: the files of the layout, sound and without what is private."""
 
 from __future__ import annotations
 
@@ -8,48 +8,55 @@ from pathlib import Path
 
 from mmhub.checkpoint import ALLOWED
 from mmhub.errors import MmhubError, TrustError
-from mmhub.hub.secrets import find_secret
+from mmhub.hub.findings import Finding, listed, refusal
+from mmhub.hub.leaks import Leak, find_leaks
 from mmhub.weights import check_header
 
-_SHOWN = 20  # names in one message
+__all__ = ["Staged", "finding_of", "listed", "look", "stage"]
 _JUNK = ("__pycache__", ".cache", ".git", ".ipynb_checkpoints")  # folders named as a whole
 
 
 @dataclass(frozen=True)
 class Staged:
-    """Files by their names in the folder: those to be sent, and those that belong to no checkpoint."""
+    """Files by their names in the folder: those to be sent, and those that belong to no checkpoint; what was found."""
 
     files: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def forbidden(self) -> bool:
+        """May it not be sent, whoever insists? A file is damaged, not of this folder, or holds a secret."""
+        return not all(one.forceable for one in self.findings)
 
 
 def stage(folder: Path, *, every: bool = False) -> Staged:
-    """List the files of a checkpoint folder that may be sent; `every` takes all names, of a folder that we just wrote.
+    """List the files of a checkpoint folder that may be sent, as `look` does.
 
     Raises:
-        TrustError: a symbolic link leads out, a secret is in a file, or weights are damaged; every such file is named.
+        TrustError: a symbolic link leads out, a file holds a secret, or weights are damaged; every such file is named.
+        What may be forced, personal paths, is left to whoever asked.
     """
-    files, left_out, problems = [], [], []
+    staged = look(folder, every=every)
+    if staged.forbidden:
+        raise refusal(str(folder), staged.findings, staged.left_out)
+    return staged
+
+
+def look(folder: Path, *, every: bool = False) -> Staged:
+    """List the files of a checkpoint folder and what forbids sending them.
+
+    `every` takes all names, of a folder that we just wrote.
+    """
+    files, left_out, findings = [], [], list[Finding]()
     for name in _names(folder):
         path = folder / name
         if path.is_dir() or not (every or ALLOWED.fullmatch(name)):
             left_out.append(name)
             continue
-        problem = _problem(path, folder)
-        if problem:
-            problems.append(f"'{name}' {problem}")
+        findings += _findings(path, folder, name)
         files.append(name)
-    if problems:
-        also = f"; never sent are {listed(left_out)}" if left_out else ""
-        what = "correct it" if len(problems) == 1 else "correct them"
-        raise TrustError(f"nothing of '{folder}' was sent: {'; '.join(problems)}{also}", f"{what}, then push again")
-    return Staged(tuple(files), tuple(left_out))
-
-
-def listed(names: list[str] | tuple[str, ...]) -> str:
-    """Name files in a message, not more than a screen takes."""
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return Staged(tuple(files), tuple(left_out), tuple(findings))
 
 
 def _names(folder: Path) -> list[str]:
@@ -65,20 +72,32 @@ def _names(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _problem(path: Path, folder: Path) -> str | None:
+def _findings(path: Path, folder: Path, name: str) -> list[Finding]:
     if path.is_symlink() and not _inside_cache(path, folder):
-        return "is a symbolic link: replace it by the file itself"
+        message = f"'{name}' is a symbolic link: replace it by the file itself"
+        return [Finding(kind="link", message=message, hint="replace it by the file itself")]
     try:
-        if path.suffix == ".safetensors":
-            check_header(path)
-            secret = find_secret(_header(path))
-        else:
-            secret = find_secret(path.read_text(encoding="utf-8", errors="replace"))
+        leaks = _leaks(path)
     except TrustError as error:
-        return f"is damaged: {error.message}"
+        return [Finding(kind="damage", message=f"'{name}' is damaged: {error.message}", hint="write it again")]
     except OSError as error:
         raise MmhubError(f"cannot read '{path}': {error.strerror}", "check its permissions") from None
-    return f"holds what looks like a secret, {secret}" if secret else None
+    return [finding_of(f"'{name}'", leak) for leak in leaks]
+
+
+def _leaks(path: Path) -> list[Leak]:
+    if path.suffix == ".safetensors":
+        check_header(path)
+        return find_leaks(_header(path), form="json")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return find_leaks(text, form="json" if path.suffix == ".json" else "card" if path.name == "README.md" else "text")
+
+
+def finding_of(where: str, leak: Leak) -> Finding:
+    """Say that a text called `where` holds something private; a path may be published if its owner insists."""
+    forceable = leak.kind == "path"
+    message, public = f"{where} {leak.what}", f"{where} {leak.public}"
+    return Finding(kind=leak.kind, message=message, hint="remove it", forceable=forceable, public=public)
 
 
 def _inside_cache(path: Path, folder: Path) -> bool:

@@ -249,7 +249,7 @@ def _all() -> list[Transaction]:
             assert isinstance(record["state"], str)
         except FileNotFoundError:
             continue
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+        except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
             raise MmhubError(f"{folder / 'record.json'} cannot be read: {error!r}", f"delete '{folder}'") from None
         found.append(Transaction(folder, record))
     return found

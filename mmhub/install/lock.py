@@ -59,7 +59,7 @@ def read_lock(path: Path) -> tuple[list[Pin], dict[str, str]]:
         return pins, {str(name): str(version) for name, version in noted.items()}
     except FileNotFoundError:
         raise NotFoundError(f"there is no file '{path}'", "`mmhub plugins lock` writes one") from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(f"'{path}' cannot be read: {error}") from None
     except UsageError as error:
         raise UsageError(f"'{path}': {error.message}", error.hint) from None

@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from mmhub.interfaces.classifier import Classifier
     from mmhub.interfaces.config import ComponentConfig, Rate, Width, decode_config, encode_config
     from mmhub.interfaces.foreign import ForeignParts, ForeignReader, ForeignWriter
-    from mmhub.interfaces.language import Generation, LanguageModel, LanguageProcessor, Script, TextDecoder, own_stream
+    from mmhub.interfaces.language import (
+        Generation,
+        LanguageModel,
+        LanguageProcessor,
+        Script,
+        TextDecoder,
+        Watermark,
+        own_stream,
+    )
     from mmhub.interfaces.pairs import PairDecoder
     from mmhub.interfaces.raw import Policy, describe_raw, raw_bytes
     from mmhub.interfaces.roles import Decoder, Encoder, Fusion, Processor, Stream, Window
@@ -40,6 +48,7 @@ __all__ = [
     "Stream",
     "Task",
     "TextDecoder",
+    "Watermark",
     "Width",
     "Window",
     "decode_config",
@@ -71,6 +80,7 @@ _HOMES = {
     "TASKS": "task",
     "Task": "task",
     "TextDecoder": "language",
+    "Watermark": "language",
     "Width": "config",
     "Window": "roles",
     "decode_config": "config",

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import msgspec
 from torch import Tensor
 
 from mmhub.batch import Bundle, Features, Items, Output
@@ -18,6 +19,23 @@ from mmhub.errors import UsageError
 from mmhub.interfaces.config import ComponentConfig
 from mmhub.interfaces.raw import Policy
 from mmhub.interfaces.roles import Decoder, Processor, Stream
+
+
+class Watermark(ComponentConfig, frozen=True):
+    """A mark in the choice of words that who has the key finds again: SynthID (Dathathri et al., Nature 634, 2024).
+
+    Whoever knows `key` can find the mark, forge it and remove it; "" is the value of the environment variable
+    MMHUB_WATERMARK_KEY, which no checkpoint holds. Each token is drawn in a tournament of `depth` rounds, decided by
+    the key and the `ngram` - 1 tokens before it.
+    """
+
+    key: str = ""
+    depth: int = 30
+    ngram: int = 5
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.depth <= 64 or not 2 <= self.ngram <= 16:
+            raise ValueError(f"depth must be 1 to 64 and ngram 2 to 16, got {self.depth} and {self.ngram}")
 
 
 class Generation(ComponentConfig, frozen=True):
@@ -28,6 +46,7 @@ class Generation(ComponentConfig, frozen=True):
     ones. With `beams` > 1 the best of so many hypotheses is kept instead, by log-probability / length **
     `length_penalty`. `repetition_penalty` divides the scores of tokens that stand in the text already (Keskar et al.,
     arXiv:1909.05858). Writing ends with an end token, with one of the texts in `stop`, or after `max_new_tokens`.
+    `watermark` marks what is written; it takes tokens that are drawn.
     """
 
     max_new_tokens: int = 64
@@ -42,6 +61,7 @@ class Generation(ComponentConfig, frozen=True):
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
+    watermark: Watermark | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "length_penalty", "repetition_penalty"):
@@ -59,6 +79,8 @@ class Generation(ComponentConfig, frozen=True):
             raise ValueError(f"repetition_penalty must be above 0 (1 = off), got {self.repetition_penalty}")
         if not all(self.stop):
             raise ValueError("a stop text must not be empty")
+        if self.watermark and not self.temperature:
+            raise ValueError("a watermark needs a temperature above 0: the most probable token leaves no choice")
 
 
 @dataclass(frozen=True)

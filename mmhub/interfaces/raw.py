@@ -1,15 +1,18 @@
 """Raw inputs: what a user may hand over for one item, and the policy that bounds it. Decoding is the processor's part.
 
 A raw input is a path, a URL (policy permitting), bytes, a `{bytes, path}` struct of Hub datasets, or an object the
-processor understands (a PIL image, an array with an explicit rate). Nothing is guessed from the shape alone.
+processor understands (a PIL image, an array with an explicit rate). Nothing is guessed from the shape alone. Library,
+command line, server and browser app bound what they read by the same `Policy`. Tables and shards that a recipe or
+command names are the user's own choice, wherever they lie, and `mmhub.data` reads them; the media in them are bounded.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +21,84 @@ from typing import Any, BinaryIO
 from mmhub.errors import InputError
 
 _BYTES = (bytes, bytearray, memoryview)
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:[^,\s]*,", re.IGNORECASE)  # a scheme of one letter is a drive
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What a process that decodes may take, and how many of them there are.
+
+    Attributes:
+        memory: bytes of address space (not held on Windows, which has no such limit). seconds: of one input, also of
+            waiting for a free process. workers: so many inputs are decoded at a time.
+    """
+
+    memory: int = 1536 * 2**20
+    seconds: float = 30.0
+    workers: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Bounds on raw inputs, checked on headers before anything large is allocated."""
+    """Bounds on raw inputs, checked on headers before anything large is allocated.
 
-    paths: bool = True  # may read local files
-    urls: bool = False  # may fetch http(s) addresses
-    root: str = ""  # folder that relative paths start from, '' = the current one
-    noise: str = ""  # folder of recordings that training may add as noise
+    Attributes:
+        paths: may local files be read? root: folder that relative paths start from, '' = the current one.
+        urls: may addresses be fetched? Hosts instead of True are those that it may be from, as `hosts` says.
+        schemes: those of addresses. hosts: none = every public one, else names ("example.org", "*.example.org"), IP
+            addresses and networks ("10.0.0.0/8"); these two may be private ones, also of names that lead there.
+        private: may addresses of this machine's own networks be fetched? max_redirects: that are followed.
+        fetch_seconds: of one fetch from its beginning to its end.
+        noise: folder of recordings that training may add as noise.
+        max_bytes: of a file as it comes. max_pixels: of a picture. max_seconds, max_channels: of a sound.
+        max_ratio: bytes that one byte of a file may become when it is decoded, if it becomes more than `ratio_floor`.
+        worker: bounds of the processes in which bytes are decoded, None = in this one. What was fetched is always
+            decoded in another.
+    """
+
+    paths: bool = True
+    urls: bool | Sequence[str] = False
+    schemes: tuple[str, ...] = ("https", "http")
+    hosts: tuple[str, ...] = ()
+    private: bool = False
+    max_redirects: int = 5
+    fetch_seconds: float = 30.0
+    root: str = ""
+    noise: str = ""
     max_bytes: int = 256 * 2**20
     max_pixels: int = 50_000_000
     max_seconds: float = 600.0
+    max_channels: int = 32
+    max_ratio: float = 2000.0
+    ratio_floor: int = 64 * 2**20
+    worker: Bounds | None = None
+
+    def __post_init__(self) -> None:
+        """Take hosts given as `urls`, and check them.
+
+        Raises:
+            UsageError: one is none.
+        """
+        if not isinstance(self.urls, bool):
+            named = (self.urls,) if isinstance(self.urls, str) else self.urls
+            object.__setattr__(self, "hosts", (*self.hosts, *named))
+            object.__setattr__(self, "urls", bool(self.urls))
+        if self.hosts:
+            from mmhub.interfaces.fetch import networks_of
+
+            object.__setattr__(self, "hosts", tuple(dict.fromkeys(host.lower() for host in self.hosts)))
+            for host in self.hosts:
+                networks_of(host)
+
+    def check_ratio(self, decoded: int, encoded: int, name: str) -> None:
+        """Refuse a file of `encoded` bytes that becomes `decoded`, where that is out of all proportion.
+
+        Raises:
+            InputError: it is.
+        """
+        if decoded > self.ratio_floor and decoded > encoded * self.max_ratio:
+            what = f"{name} would grow from {encoded} to {decoded} bytes when decoded"
+            raise InputError(what, f"more than {self.max_ratio:g} times is refused")
 
 
 def describe_raw(raw: Any) -> str:
@@ -39,9 +107,11 @@ def describe_raw(raw: Any) -> str:
         if not raw.get("path") and raw.get("array") is not None:
             return "the array"
         if raw.get("path"):
-            return f"'{raw['path']}'"
+            return describe_raw(raw["path"]) if is_url(raw["path"]) else f"'{raw['path']}'"
         content = raw.get("bytes", b"")
         return f"{len(content)} embedded bytes" if isinstance(content, _BYTES) else "a struct"
+    if is_url(raw):
+        return f"'{_shown_url(raw)}'"
     if isinstance(raw, (str, os.PathLike)):
         text = os.fspath(raw)
         return f"'{text if len(text) <= 200 else text[:200] + '...'}'"
@@ -67,12 +137,29 @@ def raw_bytes(raw: Any, policy: Policy) -> bytes | None:
         raise InputError(f"a struct with keys {sorted(map(str, raw))} holds neither bytes nor a path")
     if isinstance(raw, _BYTES):
         return _bounded(bytes(raw), raw, policy)
+    if is_url(raw):
+        from mmhub.interfaces.fetch import fetch
+
+        return _bounded(fetch(raw, policy), raw, policy)
     if isinstance(raw, (str, os.PathLike)):
-        text = os.fspath(raw)
-        if isinstance(text, str) and text.startswith(("http://", "https://")):
-            return _bounded(_fetch(text, policy), raw, policy)
-        return _bounded(_read_file(text, policy), raw, policy)
+        return _bounded(_read_file(os.fspath(raw), policy), raw, policy)
     return None
+
+
+def is_url(raw: Any) -> bool:
+    """Say whether a raw input is an address, of whatever scheme, and not a path.
+
+    >>> [is_url(raw) for raw in ("HTTPS://example.org/a.png", "file:///a.png", "a.png", "C:/a.png")]
+    [True, True, False, False]
+    """
+    return isinstance(raw, str) and _ADDRESS.match(raw) is not None
+
+
+def worker_of(raw: Any, policy: Policy) -> Bounds | None:
+    """Return the bounds of the process that decodes a raw input; None where this process may."""
+    if isinstance(raw, Mapping):
+        raw = raw.get("path") if raw.get("bytes") is None else None
+    return policy.worker or (Bounds() if is_url(raw) else None)
 
 
 def open_raw(raw: Any, policy: Policy) -> BinaryIO | None:
@@ -102,7 +189,7 @@ def local_path(raw: Any, policy: Policy) -> Path | None:
     if not isinstance(raw, (str, os.PathLike)) or not policy.paths:
         return None
     text = os.fspath(raw)
-    if not isinstance(text, str) or text.startswith(("http://", "https://")):
+    if not isinstance(text, str) or is_url(text):
         return None
     return _home(policy, text)
 
@@ -152,15 +239,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise InputError(f"cannot read {describe_raw(path)}: {reason}") from None
 
 
-def _fetch(url: str, policy: Policy) -> bytes:
-    if not policy.urls:
-        raise InputError(f"'{url}' is a URL, and fetching is off", "download the file, or pass --allow-urls")
-    import urllib.error
-    import urllib.request
+def _shown_url(url: str) -> str:
+    from mmhub.interfaces.fetch import shown_url
 
-    try:
-        with urllib.request.urlopen(url, timeout=30) as answer:  # the scheme was checked by the caller
-            content: bytes = answer.read(policy.max_bytes + 1)
-            return content
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise InputError(f"cannot fetch '{url}': {error}") from None
+    return shown_url(url)

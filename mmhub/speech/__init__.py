@@ -55,7 +55,6 @@ def transcribe(
     _check_windows(window, overlap, batch_size)
     policy = policy or Policy(max_seconds=LONGEST)
     samples = [dict(sample) if isinstance(sample, Mapping) else sample for sample in samples]
-    numbers = {id(sample): row for row, sample in enumerate(samples, first)}  # guards may leave only some of them
     options: dict[str, Any] = {"window": window, "overlap": overlap, "batch_size": batch_size, "policy": policy}
     if isinstance(model.decoder, TextDecoder):
         from mmhub.speech.writing import transcribe_written
@@ -68,16 +67,16 @@ def transcribe(
                 raise UsageError("a model that takes more than speech has no windows and times", "leave those out")
             return model.generate(samples, settings, batch_size=batch_size, policy=policy, first=first)
 
-        def written(part: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-            return transcribe_written(model, part, **options, numbers=[numbers[id(sample)] for sample in part])
+        def written(part: Sequence[Mapping[str, Any]], places: Sequence[int]) -> list[dict[str, Any]]:
+            return transcribe_written(model, part, **options, numbers=[first + place for place in places])
 
-        return model.guarded(samples, written)
+        return model.guarded(samples, written, policy=policy)
     if language or translate or settings is not None:
         what = f"{model.name or 'this model'} hears frame by frame: it knows no languages and no settings of writing"
         raise UsageError(what, "leave language, translate and the settings out")
     from mmhub.speech.ctc import transcribe_ctc
 
-    return model.guarded(samples, lambda part: transcribe_ctc(model, part, **options, search=search))
+    return model.guarded(samples, lambda part, _: transcribe_ctc(model, part, **options, search=search), policy=policy)
 
 
 def _check_windows(window: float, overlap: float, batch_size: int) -> None:

@@ -86,6 +86,7 @@ CHECKS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
             ),
         ),
     ),
+    "guard": (("guards", ("builds", "config-round-trip", "judges")),),
     "command": (("hooks", ("help",)),),
     "mmhub_train_callbacks": (("hooks", ("watches-a-run",)),),
     "mmhub_load_foreign": (("hooks", ("ignores-strangers",)),),
@@ -153,7 +154,8 @@ def checks_of(plugin: Plugin, samples: Mapping[str, Sequence[Any]] | None = None
         return checks
     for component in plugin.components:
         subject = f"{component.spec.kind}:{component.spec.name}"
-        for name, function in (*_functions("component"), *_functions(role_of(component))):
+        role = role_of(component)
+        for name, function in (*(_functions("component") if role != "guard" else ()), *_functions(role)):
             checks.append(Check(f"{subject}/{name}", plugin, function, component, samples))
     for command in plugin.commands:
         checks += [Check(f"command:{command.name}/{n}", plugin, f, command) for n, f in _functions("command")]
@@ -181,7 +183,7 @@ def find_checks(distribution: str, samples: Mapping[str, Sequence[Any]] | None =
 
 
 def role_of(component: Component) -> str:
-    """Return "encoder", "fusion" or "decoder"."""
+    """Return "encoder", "fusion", "decoder" or "guard"."""
     return "encoder" if component.spec.kind.endswith("_encoder") else component.spec.kind
 
 

@@ -1,38 +1,37 @@
 """From a raw input to one channel of samples at its own rate. Resampling and normalising are the processor's part.
 
-Files are decoded by libsndfile (wav, flac, ogg, opus, mp3, aiff, au) in blocks, after the header was held against the
-policy. libsndfile reads a cut-off file without complaint in several formats, so each is checked for its whole length.
+Files are read by `mmhub_audio.files`, here or, as the policy says, in another process.
 """
 
 from __future__ import annotations
 
 import io
-import os
-import re
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 
 from mmhub.errors import InputError
-from mmhub.interfaces import Policy, describe_raw
-from mmhub.interfaces.raw import open_raw
+from mmhub.interfaces import Policy, describe_raw, raw_bytes
+from mmhub.interfaces.apart import decode_apart
+from mmhub.interfaces.raw import Bounds, open_raw, worker_of
+from mmhub_audio.files import (
+    MAX_CHANNELS,
+    Channel,
+    check_header,
+    check_rate,
+    file_facts,
+    file_samples,
+    measure_file,
+    one_channel,
+    open_file,
+)
 
-MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz
-MAX_CHANNELS = 32
-_BLOCK = 1 << 16  # frames decoded at a time: a forged header cannot make us allocate more
-_PAGE = 1 << 16  # bytes: an Ogg page is shorter
-_FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU")  # whose wholeness can be checked
-_UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's number for a FLAC written to a pipe, which does not state how many it has
-_UNKNOWN_SIZE = 0x7FFFF000  # a WAV written to a pipe states 2 or 4 GiB because the writer could not know its size
-
-Channel = Literal["mix", "first"] | int  # of several: their mean, the first, or the one of that number, from 0
+_HELD = 256 * 2**20  # bytes of samples that are taken from another process at once, to let it go
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,13 @@ def measure(raw: Any, policy: Policy) -> tuple[int, int]:
     if _is_samples(raw):
         raw = _as_mapping(raw)
         return _frames(raw), _rate_of(raw)
-    sound = _open_file(raw, policy, doing="read the header of")
-    return sum(map(len, sound.blocks)) if sound.frames is None else sound.frames, sound.rate
+    if (bounds := worker_of(raw, policy)) is not None:
+        content, name = _content(raw, policy), describe_raw(raw)
+        frames, rate = _facts(next(decode_apart(file_facts, content, name, policy, bounds)), name, policy)
+        assert frames is not None
+        return frames, rate
+    with _opened(raw, policy) as file:
+        return measure_file(file, describe_raw(raw), policy)
 
 
 def _frames(raw: Mapping[str, Any]) -> int:
@@ -128,15 +132,60 @@ def _frames(raw: Mapping[str, Any]) -> int:
         raise InputError(f"{_name(raw)} is not a numeric array") from None
 
 
-def _open_file(raw: Any, policy: Policy, channel: Channel = "mix", doing: str = "decode") -> Sound:
+def _open_file(raw: Any, policy: Policy, channel: Channel) -> Sound:
+    if (bounds := worker_of(raw, policy)) is not None:
+        return _open_apart(_content(raw, policy), describe_raw(raw), policy, channel, bounds)
+    with _opened(raw, policy) as file:
+        found = open_file(file, describe_raw(raw), policy, channel)
+    return Sound(found.rate, found.frames, map(torch.from_numpy, found.blocks), found.size)
+
+
+@contextmanager
+def _opened(raw: Any, policy: Policy) -> Iterator[BinaryIO]:
     file = open_raw(raw, policy)
     if file is None:
         raise _not_audio(raw)
     try:
-        return _from_file(file, describe_raw(raw), policy, channel, doing)
+        yield file
     finally:
         if not isinstance(file, io.BytesIO):  # it is read on by another number
             file.close()
+
+
+def _content(raw: Any, policy: Policy) -> bytes:
+    content = raw_bytes(raw, policy)
+    if content is None:
+        raise _not_audio(raw)
+    return content
+
+
+def _open_apart(content: bytes, name: str, policy: Policy, channel: Channel, bounds: Bounds) -> Sound:
+    """Open what another process decodes; what is not too large is taken from it at once, for others wait for it."""
+    parts = decode_apart(file_samples, content, name, policy, bounds, channel=channel)
+    frames, rate = _facts(next(parts), name, policy)
+    blocks: Iterator[Tensor] = (_block(part, name) for part in parts)
+    if 4 * (policy.max_seconds * rate if frames is None else frames) <= _HELD:
+        blocks = iter(list(blocks))
+    return Sound(rate, frames, blocks, len(content))
+
+
+def _facts(found: Any, name: str, policy: Policy) -> tuple[int | None, int]:
+    """Frames and rate as another process says, which may be in a stranger's hands."""
+    frames, rate = (found.get("frames"), found.get("rate")) if isinstance(found, Mapping) else (None, None)
+    if type(rate) is not int or (frames is not None and type(frames) is not int):
+        raise _nonsense(name)
+    check_header(name, frames, rate, 1, policy)
+    return frames, rate
+
+
+def _block(found: Any, name: str) -> Tensor:
+    if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype != np.float32:
+        raise _nonsense(name)
+    return torch.from_numpy(found)
+
+
+def _nonsense(name: str) -> InputError:
+    return InputError(f"{name} could not be decoded: its decoder answered nonsense", "it may be made to harm")
 
 
 def _name(raw: Any) -> str:
@@ -156,20 +205,6 @@ def _not_audio(raw: Any) -> InputError:
     )
 
 
-def _check_header(name: str, frames: int | None, rate: int, channels: int, policy: Policy) -> None:
-    _check_rate(rate, name)
-    if channels > MAX_CHANNELS:
-        raise InputError(f"{name} has {channels} channels, more than the limit of {MAX_CHANNELS}")
-    if frames is not None and frames > policy.max_seconds * rate:
-        raise _too_long(name, f" {frames / rate:.1f} s,", policy.max_seconds)
-    if frames is not None and frames <= 0:
-        raise InputError(f"{name} holds no samples")
-
-
-def _too_long(name: str, length: str, limit: float) -> InputError:
-    return InputError(f"{name} lasts{length} more than the limit of {limit:g} s", "cut it into shorter clips")
-
-
 def _from_array(raw: Mapping[str, Any], policy: Policy, channel: Channel) -> Sound:
     name, rate = _name(raw), _rate_of(raw)
     array = _to_tensor(raw["array"], name)
@@ -181,11 +216,11 @@ def _from_array(raw: Mapping[str, Any], policy: Policy, channel: Channel) -> Sou
         turned = channels.ndim == 2 and channels.shape[1] <= MAX_CHANNELS
         hint = "its first axis is longer, so samples come first: transpose it" if turned else None
         raise InputError(f"{name} has shape {shape}, expected (samples,) or (channels, samples)", hint)
-    _check_header(name, channels.shape[1], rate, len(channels), policy)
+    check_header(name, channels.shape[1], rate, len(channels), policy)
     samples = _to_float(channels.detach().cpu(), name)
     if raw.get("mono") is True and len(channels) == 1:
         channel = "first"
-    return Sound(rate, channels.shape[1], iter([_one_channel(samples, channel, name)]))
+    return Sound(rate, channels.shape[1], iter([one_channel(samples, channel, name)]))
 
 
 def _to_tensor(array: Any, name: str) -> Tensor:
@@ -202,18 +237,6 @@ def _to_tensor(array: Any, name: str) -> Tensor:
         raise InputError(f"{name} is not a numeric array: {error}") from None
 
 
-def _one_channel(channels: Tensor, channel: Channel, name: str) -> Tensor:
-    """Make one channel, (S,), of (C, S)."""
-    number = 0 if channel == "first" else channel
-    if number == "mix":
-        return channels[0] if len(channels) == 1 else channels.mean(0)
-    assert isinstance(number, int)
-    if number >= len(channels):
-        count = f"{len(channels)} channel{'s' if len(channels) > 1 else ''}"
-        raise InputError(f"{name} has {count}, and no channel {number} (counted from 0)", 'set channel = "mix"')
-    return channels[number]
-
-
 def _rate_of(raw: Mapping[str, Any]) -> int:
     value, name = raw.get("sampling_rate"), _name(raw)
     if value is None:
@@ -221,13 +244,8 @@ def _rate_of(raw: Mapping[str, Any]) -> int:
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not number or not float(value).is_integer():
         raise InputError(f"{name} has the sampling rate {value!r}, expected a whole number of Hz")
-    _check_rate(int(value), name)
+    check_rate(int(value), name)
     return int(value)
-
-
-def _check_rate(rate: int, name: str) -> None:
-    if not MIN_RATE <= rate <= MAX_RATE:
-        raise InputError(f"{name} has a sampling rate of {rate} Hz, outside {MIN_RATE} to {MAX_RATE} Hz")
 
 
 def _to_float(array: Tensor, name: str) -> Tensor:
@@ -243,130 +261,3 @@ def _to_float(array: Tensor, name: str) -> Tensor:
             "pass int16 or int32 samples, or floats in -1 to 1",
         )
     return (array.to(torch.float64) / -float(torch.iinfo(array.dtype).min)).to(torch.float32)
-
-
-class _Bytes(io.BytesIO):
-    """Bytes in which libsndfile may seek to where nothing is, as it may in a file."""
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        try:
-            return super().seek(offset, whence)
-        except ValueError:
-            return -1
-
-
-class _File(soundfile.SoundFile):  # type: ignore[misc]
-    """A file in which soundfile does not seek to where it is already: libsndfile fails at that in an unknown length."""
-
-    def seekable(self) -> bool:
-        return self.frames != _UNKNOWN_FRAMES and bool(super().seekable())
-
-
-def _from_file(file: BinaryIO, name: str, policy: Policy, channel: Channel, doing: str) -> Sound:
-    size = _check_whole(file, name)
-    with _decoding(name, doing):
-        sound = _File(_Bytes(file.getvalue()) if isinstance(file, io.BytesIO) else _number(file))
-    if sound.format not in _FORMATS:
-        raise InputError(f"{name} is of the format {sound.format}", "convert it to wav, flac, ogg, opus, mp3 or aiff")
-    frames = None if sound.frames == _UNKNOWN_FRAMES else sound.frames
-    _check_header(name, frames, sound.samplerate, sound.channels, policy)
-    _check_chunks(sound.extra_info, name)
-    blocks = _blocks(sound, name, channel) if frames is not None else _until_end(sound, name, channel, policy)
-    return Sound(sound.samplerate, frames, blocks, size)
-
-
-def _number(file: BinaryIO) -> int:
-    """A number of its own for an open file: by its name, soundfile would take *.raw for samples without a header."""
-    number = os.dup(file.fileno())
-    os.lseek(number, 0, os.SEEK_SET)
-    return number
-
-
-def _blocks(file: soundfile.SoundFile, name: str, channel: Channel) -> Iterator[Tensor]:
-    count = 0
-    with file:
-        while count < file.frames:
-            with _decoding(name):
-                block = file.read(min(_BLOCK, file.frames - count), dtype="float32", always_2d=True)
-            if not len(block):
-                raise InputError(f"{name} is cut off: {count} of {file.frames} samples could be read")
-            count += len(block)
-            yield _one_channel(torch.from_numpy(block).T, channel, name)
-
-
-def _until_end(file: soundfile.SoundFile, name: str, channel: Channel, policy: Policy) -> Iterator[Tensor]:
-    count = 0
-    with file:
-        while True:
-            with _decoding(name):
-                block = file.read(_BLOCK, dtype="float32", always_2d=True)
-            if not len(block):
-                break
-            count += len(block)
-            if count > policy.max_seconds * file.samplerate:
-                raise _too_long(name, "", policy.max_seconds)
-            yield _one_channel(torch.from_numpy(block).T, channel, name)
-    if not count:
-        raise InputError(f"{name} holds no samples")
-
-
-@contextmanager
-def _decoding(name: str, doing: str = "decode") -> Iterator[None]:
-    try:
-        yield
-    except (soundfile.SoundFileError, TypeError, ValueError, OSError) as error:
-        reason = getattr(error, "error_string", None) or str(error)
-        raise InputError(f"cannot {doing} {name} as audio: {reason.strip().rstrip('.')}") from None
-
-
-def _check_chunks(info: str, name: str) -> None:
-    """Compare the size a header states for the samples, or for all, with what is there, from libsndfile's log."""
-    for stated, actual in re.findall(
-        r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)", info, re.MULTILINE
-    ):
-        if int(actual) < int(stated) < _UNKNOWN_SIZE:
-            raise InputError(f"{name} is cut off: {actual} of {stated} bytes are there")
-
-
-def _check_whole(file: BinaryIO, name: str) -> int:
-    """Check that a file was not cut off, as far as its ends tell, and return its size in bytes."""
-    size = file.seek(0, io.SEEK_END)
-    if _bytes_at(file, 0, 4) == b"OggS":
-        _check_ogg(_bytes_at(file, max(0, size - _PAGE), _PAGE), name)
-    stated = _mp3_bytes(file)
-    if stated > size:
-        raise InputError(f"{name} is cut off: {size} of {stated} bytes are there")
-    return size
-
-
-def _bytes_at(file: BinaryIO, start: int, count: int) -> bytes:
-    file.seek(start)
-    return file.read(count)
-
-
-def _check_ogg(content: bytes, name: str) -> None:
-    """A whole Ogg stream ends with a page that carries the end-of-stream flag (RFC 3533, section 6)."""
-    page = content.rfind(b"OggS\0")
-    there = 0 <= page < len(content) - 26
-    table = content[page + 27 : page + 27 + content[page + 26]] if there else b""
-    if not there or len(content) < page + 27 + len(table) + sum(table) or not content[page + 5] & 4:
-        raise InputError(f"{name} is cut off: its last Ogg page is missing")
-
-
-def _mp3_bytes(file: BinaryIO) -> int:
-    """The size that the Xing or Info frame at the start of an MP3 states for the whole stream, 0 without one."""
-    start, head = 0, _bytes_at(file, 0, 10)
-    if head.startswith(b"ID3") and len(head) == 10:
-        a, b, c, d = head[6:]
-        start = 10 + (a << 21 | b << 14 | c << 7 | d)
-    head = _bytes_at(file, start, 192)
-    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
-        return 0
-    tag = max(head.find(b"Xing"), head.find(b"Info"))
-    if tag < 0 or len(head) < tag + 16:
-        return 0
-    flags = int.from_bytes(head[tag + 4 : tag + 8], "big")
-    if not flags & 2:
-        return 0
-    (stated,) = struct.unpack_from(">I", head, tag + (12 if flags & 1 else 8))
-    return start + int(stated)

@@ -12,7 +12,8 @@ from torch import Tensor
 from mmhub.errors import InputError
 from mmhub.interfaces import ComponentConfig, Policy, Processor, decode_config, describe_raw, encode_config
 from mmhub.interfaces.roles import Window
-from mmhub_audio.decode import MAX_CHANNELS, MAX_RATE, MIN_RATE, Channel, decode, is_pair, measure, open_sound
+from mmhub_audio.decode import decode, is_pair, measure, open_sound
+from mmhub_audio.files import MAX_CHANNELS, MAX_RATE, MIN_RATE, Channel
 from mmhub_audio.perturb import NO_AUGMENT, Augment, Draw, add_noise, draw, pad
 from mmhub_audio.resample import resample, resample_blocks, resampled_length
 from mmhub_audio.windows import cut

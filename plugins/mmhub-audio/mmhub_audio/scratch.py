@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmhub.batch import Features
 from mmhub.interfaces import ComponentConfig, Encoder
-from mmhub_audio.decode import Channel
+from mmhub_audio.files import Channel
 from mmhub_audio.logmel import LogMel, spec_augment
 from mmhub_audio.mfcc import MFCC
 from mmhub_audio.perturb import Augment

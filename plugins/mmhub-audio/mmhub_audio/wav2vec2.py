@@ -16,7 +16,7 @@ from torch import Tensor
 from mmhub.batch import Features
 from mmhub.errors import UsageError
 from mmhub.interfaces import ComponentConfig, Encoder
-from mmhub_audio.decode import Channel
+from mmhub_audio.files import Channel
 from mmhub_audio.library import (
     Value,
     build,

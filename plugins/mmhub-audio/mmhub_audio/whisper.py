@@ -23,7 +23,7 @@ from mmhub.batch import Features
 from mmhub.errors import InputError
 from mmhub.interfaces import ComponentConfig, Encoder, Policy, Processor, decode_config, describe_raw, encode_config
 from mmhub.interfaces.roles import Window
-from mmhub_audio.decode import Channel
+from mmhub_audio.files import Channel
 from mmhub_audio.library import (
     Value,
     build,

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from mmhub_serve.bodies import answer, aside, lent, read_json, shaped, size_of
 from mmhub_serve.errors import Refused
 from mmhub_serve.events import EventStream
-from mmhub_serve.inputs import read_talk
+from mmhub_serve.inputs import read_inputs, read_talk
 from mmhub_serve.openai_parameters import CHAT, Writing, without_defaults
 from mmhub_serve.pool import Pool
 from mmhub_serve.refusals import blaming
@@ -40,7 +40,7 @@ async def complete_chat(request: Request, pool: Pool, limits: Limits) -> Respons
         _check_converses(served, body.n or 1)
         settings = body.settings(served.model, limits)
         with blaming("messages"):
-            talk = await aside(size_of(request), read_talk, body.messages)
+            talk = await read_inputs(size_of(request), limits.policy, read_talk, body.messages)
             if isinstance(talk[-1], Mapping) and talk[-1].get("role") == "assistant":
                 hint = "end with the message to be answered; no answer is gone on with"
                 raise Refused(400, "the last message is the assistant's", hint, param="messages")

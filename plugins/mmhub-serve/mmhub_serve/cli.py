@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mmhub.cli.options import device_option, quantize_option
+from mmhub.cli.options import device_option, quantize_option, urls_option
 from mmhub.cli.output import json_option, note, quiet_option
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -40,6 +40,7 @@ _LIMITS: dict[str, tuple[str, Any, Any, str]] = {
     "--max-tokens": ("tokens", _COUNT, 32_768, "Tokens of one text."),
     "--max-new-tokens": ("new_tokens", _COUNT, 4_096, "Tokens that one answer may have."),
     "--max-connections": ("connections", _COUNT, 1_024, "Open connections."),
+    "--decode-workers": ("decoders", click.IntRange(min=0), 2, "Processes that decode media; 0 = in the server's own."),
     "--timeout": ("answer_seconds", _SECONDS, 300.0, "Seconds after which a request is answered with 503."),
 }
 
@@ -66,6 +67,7 @@ def limit_options(command: F) -> F:
 @click.option("--max-batch", type=_COUNT, default=32, show_default=True, help="Samples computed together; 1 = one.")
 @click.option("--max-wait-ms", type=_Finite(min=0), help="Longest that a sample waits for others to join it.")
 @limit_options
+@urls_option
 @click.option("--grace", type=_Finite(min=0), default=30, show_default=True, help="Seconds to stop in.")
 @click.option("--access-log", is_flag=True, help="Write a line for each request to stderr, without secrets.")
 @device_option
@@ -86,6 +88,7 @@ def serve(
     preload: bool,
     max_batch: int,
     max_wait_ms: float | None,
+    allow_urls: bool | tuple[str, ...],
     grace: float,
     access_log: bool,
     device: str,
@@ -105,7 +108,7 @@ def serve(
     from mmhub_serve.access import check_address, check_origins, read_keys
     from mmhub_serve.settings import Limits, Settings
 
-    limits["body"] *= 2**20
+    limits |= {"urls": allow_urls, "body": limits["body"] * 2**20}
     limits["bodies"] = max(Limits().bodies, 2 * limits["body"])
     more: dict[str, Any] = {} if max_wait_ms is None else {"wait": max_wait_ms / 1000}
     settings = Settings(

@@ -25,6 +25,7 @@ from uvicorn.lifespan.on import LifespanOn
 from uvicorn.server import ServerState
 
 from mmhub.errors import ExitCode, MmhubError, UsageError
+from mmhub_serve.memory import Rests, give_back, keep_few_kernels
 from mmhub_serve.protocol import Connection, Rules
 from mmhub_serve.settings import Settings
 
@@ -87,6 +88,7 @@ def start(settings: Settings, listener: socket.socket, told: Callable[[str], Non
 
     from mmhub.device import find_device
 
+    keep_few_kernels()
     with listener:
         for name in settings.models:
             _check_name(name)
@@ -116,7 +118,8 @@ def _check_name(name: str) -> None:
 def _set_logs() -> None:
     """What clients do wrong is their matter: only failures of the server are lines on its stderr."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    for name in ("uvicorn", "asyncio"):  # asyncio warns of every client that hung up
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Server:
@@ -192,8 +195,12 @@ class Server:
         self._check()
         ready()
         self._app.state.health.loading.add_done_callback(self._loaded)
+        rests = Rests(self.loop.time())
         while not self._stopped.is_set():
             self._check()
+            busy = bool(self._state.tasks) or self._app.state.pool.busy
+            if rests.due(self.loop.time(), busy, self._state.total_requests):
+                await asyncio.to_thread(give_back)
             await _wait(self._stopped, _TICK)
 
     def _loaded(self, task: asyncio.Task[None]) -> None:

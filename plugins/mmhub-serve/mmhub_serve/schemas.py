@@ -58,7 +58,11 @@ MEDIUM: Schema = {
         {"type": "string", "pattern": "^data:[^,]*;base64,"},
     ],
 }
-REFUSAL = _object({"refused": TEXT, "guard": TEXT}, description="What a plugin's guard does not let through.")
+REFUSAL = _object(
+    {"refused": TEXT, "guard": TEXT},
+    {"scores": {"type": "object", "additionalProperties": SHARE}},  # of a model that is not sure
+    description="What a guard does not let through.",
+)
 ERROR = _object(
     {
         "error": _object(
@@ -170,6 +174,7 @@ def document(base: Schema, infos: Sequence[ModelInfo], limits: Limits) -> Schema
     schemas |= {"Medium": MEDIUM, "Refusal": REFUSAL, "Error": ERROR, "Message": _MESSAGE}
     written = msgspec.json.schema(Generation)
     schemas["Generation"] = written["$defs"]["Generation"]
+    del schemas["Generation"]["properties"]["watermark"]  # which no client may choose
     paths, requests, answers = dict(base.get("paths", {})), [], []
     for number, info in enumerate(infos):
         key = f"{re.sub(r'[^A-Za-z0-9._-]', '_', info.name).strip('_')}_{number}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mmhub.interfaces import Policy
+from mmhub.interfaces.raw import Bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,9 @@ class Limits:
             they are decoded. connections: open ones.
         head_seconds, body_seconds: in which headers and body must have come. answer_seconds: until 503.
         read_seconds: in which a client must take what was sent to it. idle_seconds: between requests of a connection.
-        pace: bytes a second that a body must come with.
+        pace: bytes a second that a body must come with. urls: may media be addresses that are fetched, or the hosts
+            that they may be fetched from; those of one request have `body` bytes and half a minute together.
+        decoders: processes in which media are decoded, 0 = in the server's own.
     """
 
     body: int = 32 * 2**20
@@ -42,11 +45,24 @@ class Limits:
     read_seconds: float = 30.0
     idle_seconds: float = 75.0
     pace: int = 256
+    urls: bool | tuple[str, ...] = False
+    decoders: int = 2
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for a host that is none."""
+        assert self.policy
 
     @property
     def policy(self) -> Policy:
-        """What raw inputs of strangers may be: bytes that they sent, and nothing they name."""
-        return Policy(paths=False, urls=False, max_bytes=self.body, max_pixels=self.pixels, max_seconds=self.seconds)
+        """What raw inputs of strangers may be: bytes that they sent, no files, and no address unless it is allowed."""
+        return Policy(
+            paths=False,
+            urls=self.urls,
+            max_bytes=self.body,
+            max_pixels=self.pixels,
+            max_seconds=self.seconds,
+            worker=Bounds(workers=self.decoders) if self.decoders else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,8 @@ def settings_of(
         Refused: 400, a value is out of bounds or no key of `Generation`; `param` says which.
     """
     names = names or {}
+    if "watermark" in given:
+        raise Refused(400, "the watermark is the server's affair", "leave it out", param="watermark")
     own = encode_config(model.decoder.generation)
     own["max_new_tokens"] = min(own["max_new_tokens"], limits.new_tokens)
     if given.get("temperature") and "beams" not in given:

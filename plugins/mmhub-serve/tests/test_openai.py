@@ -399,7 +399,7 @@ def test_what_a_guard_refuses_is_filtered_content(
         def __bool__(self) -> bool:
             return True
 
-        def answer(self, samples: Any, predict: Any) -> list[dict[str, Any]]:
+        def answer(self, samples: Any, *_: Any) -> list[dict[str, Any]]:
             return [{"refused": "not that", "guard": "mmhub-x/strict"} for _ in samples]
 
     monkeypatch.setattr(models["org/chat"], "_guards", Strict())

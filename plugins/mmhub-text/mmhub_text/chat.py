@@ -16,15 +16,14 @@ from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from mmhub.errors import InputError, NotFoundError, TrustError, UsageError, did_you_mean
 from mmhub.interfaces import describe_raw
 from mmhub_text.frame import read_text
+from mmhub_text.sandbox import LONGEST, Sandbox, limited_time
 
 ROLES = ("system", "user", "assistant")
-LONGEST = 4 * 2**20  # characters of a conversation that a template lays out
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 BUILT_IN = {
     "plain": (
@@ -61,9 +60,10 @@ def render(messages: Sequence[Mapping[str, Any]], template: str, names: Mapping[
     """Return the text of checked messages; if it `asks`, up to the assistant's next answer."""
     compiled = _compile(template)
     try:
-        return _joined(
-            compiled.generate(**names, messages=messages, tools=None, documents=None, add_generation_prompt=asks)
-        )
+        with limited_time():
+            return _joined(
+                compiled.generate(**names, messages=messages, tools=None, documents=None, add_generation_prompt=asks)
+            )
     except (RecursionError, MemoryError):
         raise TrustError("the chat template needs more memory than it may", "give another one") from None
     except SecurityError as error:
@@ -111,7 +111,7 @@ def _checked(message: Any, number: int) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=8)
 def _compile(template: str) -> Any:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
     environment.filters["tojson"] = _tojson
     environment.globals = {
         "range": environment.globals["range"],  # the sandbox's own, which has a limit
@@ -124,24 +124,10 @@ def _compile(template: str) -> Any:
         return environment.from_string(template)
     except TemplateSyntaxError as error:
         raise TrustError(f"the chat template is damaged: line {error.lineno}: {error.message}") from None
-    except (RecursionError, MemoryError):
+    except SecurityError as error:
+        raise TrustError(f"the chat template does what none may do: {error}", "give another one") from None
+    except (RecursionError, MemoryError, SyntaxError):  # of what jinja2 writes in Python
         raise TrustError("the chat template is nested too deeply", "give another one") from None
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox, with a limit to what a multiplication makes: one line could ask for all memory."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            small = all(isinstance(one, (int, float)) and abs(one) <= 1000 for one in (left, right))
-        else:
-            sizes = [one if isinstance(one, (int, float)) else len(one) for one in (left, right)]
-            small = abs(sizes[0] * sizes[1]) <= LONGEST or all(isinstance(one, float) for one in sizes)
-        if not small:
-            raise SecurityError(f"it computes a huge {operator}")
-        return super().call_binop(context, operator, left, right)
 
 
 class _Generation(Extension):

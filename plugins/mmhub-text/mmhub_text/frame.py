@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mmhub.errors import TrustError
+from mmhub.reading import TOKENIZER_BYTES, read_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ def read_text(path: Path) -> str:
         TrustError: it is not readable text.
     """
     try:
-        return path.read_bytes().decode("utf-8")
+        return read_plain(path, TOKENIZER_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TrustError(f"'{path}' is not readable UTF-8 text: {error}") from None
 
@@ -132,7 +133,7 @@ def _table(path: Path) -> dict[str, Any]:
         return {}
     try:
         table = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TrustError(f"'{path}' is not readable JSON: {error}") from None
     if not isinstance(table, dict):
         raise TrustError(f"'{path}' should hold a JSON object")

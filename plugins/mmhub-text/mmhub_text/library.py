@@ -25,6 +25,7 @@ from transformers.utils import logging
 from mmhub.errors import MmhubError, NotFoundError, TrustError, UsageError, did_you_mean
 from mmhub.hub.foreign import VOCABULARIES
 from mmhub.hub.integrity import read_index
+from mmhub.reading import TOKENIZER_BYTES, read_plain
 from mmhub_text.deferral import deferred
 from mmhub_text.skeleton import no_initial_weights
 from mmhub_text.tokenizer import parse_tokenizer
@@ -282,7 +283,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """Read tokenizer.json of a transformers folder, or convert its older tokenizer files."""
     path = folder / "tokenizer.json"
     if path.is_file():
-        return parse_tokenizer(path.read_bytes(), str(path))
+        return parse_tokenizer(read_plain(path, TOKENIZER_BYTES), str(path))
     if not any((folder / name).is_file() for name in VOCABULARIES):  # else the library makes up an empty one
         raise NotFoundError(f"'{folder}' holds no tokenizer", "it should hold a tokenizer.json")
     from transformers import AutoTokenizer  # takes long to import, and few need it
@@ -437,7 +438,7 @@ def read_table(path: Path) -> dict[str, Any]:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file, None if there is no file."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(read_plain(path, TOKENIZER_BYTES))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:

@@ -174,6 +174,8 @@ class TextProcessor(Processor):
     def from_state(cls, state: Mapping[str, Any], files: Mapping[str, bytes]) -> Self:
         content, vocab_size = stored_content(files), state.get("vocab_size")
         ids = {"pad_id": int(state["pad_id"]), "empty_id": int(state["empty_id"])}
+        if not all(0 <= i < (vocab_size or 2**31) for i in ids.values()):
+            raise ValueError(f"{ids} are no ids of {vocab_size} words")
         processor = cls(None, max_length=state.get("max_length"), **ids)
         processor.needs_fit, processor.words = False, bool(state.get("words"))
         processor._sep = (state["sep_id"],) if "sep_id" in state else None

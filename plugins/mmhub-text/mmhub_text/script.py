@@ -92,7 +92,9 @@ class Talk:
         self._marks = dict(zip(self.media, MEDIA, strict=False))
         self._open, self._close = _free("".join(part["text"] for part in parts if part["type"] == "text"))
         self._takes_text, self._takes_parts = _forms(style.template, frozenset(style.names.items()))
-        self._plain = [{"role": one["role"], "content": self._content(one)} for one in messages]
+        self._torn = _torn(messages, frozenset().union(*style.controls.values()), style.normalise)
+        numbered = enumerate(messages)
+        self._plain = [{"role": one["role"], "content": self._content(one, i in self._torn)} for i, one in numbered]
         answered = bool(messages) and messages[-1]["role"] == "assistant"
         self._asks = not answered if asks is None else asks
         self.text = self._whole()
@@ -144,8 +146,11 @@ class Talk:
 
     # -- laying out ---------------------------------------------------------------------------------------------
 
-    def _content(self, message: Mapping[str, Any]) -> Any:
-        """What the template gets as a message's content: a text with marks, or parts if it takes no others."""
+    def _content(self, message: Mapping[str, Any], torn: bool = False) -> Any:
+        """What the template gets as a message's content: a text with marks, or parts if it takes no others.
+
+        One that is `torn` goes on with a control token, which the messages before it began.
+        """
         parts, controls = _parts(message["content"]), self._style.controls[message["role"]]
         own = set(self._style.media) if self._takes_parts else set()
         listed = self._takes_parts and (not self._takes_text or any(part["type"] in own for part in parts))
@@ -156,29 +161,33 @@ class Talk:
                 found += [{"type": "text", "text": self._marks[part["type"]]} for part in run]
                 continue
             texts = [part["text"] for part in run if part["type"] == "text"]
-            plain = iter(self._spelled(texts if listed else ["".join(texts)], controls))
+            plain = iter(self._spelled(texts if listed else ["".join(texts)], controls, torn))
             kinds = [part["type"] for part in run] if listed else ["text"]
             found += [{"type": kind, kind: next(plain) if kind == "text" else ""} for kind in kinds]
         return found if listed else "".join(part["text"] for part in found)
 
-    def _spelled(self, texts: list[str], controls: Set[str]) -> list[str]:
+    def _spelled(self, texts: list[str], controls: Set[str], torn: bool = False) -> list[str]:
         """Texts that may come to stand behind each other, with what must stay plain in them between two marks.
 
-        That is also what they spell together. A text is normalised if that makes it spell more of it.
+        That is also what they spell together. A text is normalised if that makes it spell more of it. The first
+        character of what is `torn` is plain, too, and so it joins nothing before it.
         """
         text = "".join(texts)
         normal = self._style.normalise(text)
         known = {token for token in controls if token in text or token in normal} | {m for m in MEDIA if m in text}
         known |= {CUT} & set(text)
-        if not known:
+        if not known and not torn:
             return texts
         if any(normal.count(token) > text.count(token) for token in known):
             if len(texts) > 1:  # nobody knows where they end in what is normalised
                 return [f"{self._open}{part}{self._close}" for part in texts]
             text, texts = normal, [normal]
         plain = bytearray(len(text))
-        for found in re.finditer("|".join(map(re.escape, sorted(known, key=len, reverse=True))), text):
+        tokens = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+        for found in re.finditer(tokens, text) if known else ():
             plain[found.start() : found.end()] = b"\1" * len(found[0])
+        if torn and text.strip():
+            plain[len(text) - len(text.lstrip())] = 1
         ends = accumulate(map(len, texts))
         return ["".join(self._marked(text, plain, end - len(part), end)) for part, end in zip(texts, ends, strict=True)]
 
@@ -318,6 +327,20 @@ def _shared(text: str, other: str) -> int:
     if other.startswith(text):
         return len(text)
     return next((place for place, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), len(other))
+
+
+def _torn(messages: Sequence[Mapping[str, Any]], controls: Set[str], normalise: Callable[[str], str]) -> frozenset[int]:
+    """The messages in which a control token ends that begins in one before: a template may write nothing between."""
+    contents = [_parts(message["content"]) for message in messages]
+    texts = ["".join(part["text"] for part in parts if part["type"] == "text").strip() for parts in contents]
+    inside: set[int] = set()
+    for read in (texts, list(map(normalise, texts))):
+        borders, whole = list(accumulate(map(len, read))), "".join(read)
+        for number, border in enumerate(borders[:-1], 1):
+            around = ((token, max(0, border - len(token) + 1), border + len(token) - 1) for token in controls)
+            if any(whole.find(token, start, end) >= 0 for token, start, end in around if token):
+                inside.add(number)
+    return frozenset(inside)
 
 
 def _parts(content: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
-from mmhub.errors import InputError, TrustError, UsageError
+from mmhub.errors import ExitCode, InputError, TrustError, UsageError
 from mmhub.interfaces import Policy, describe_raw
 from mmhub_text.tokenizer import is_panic, parse_tokenizer
 
@@ -111,7 +111,9 @@ def encode(tokenizer: Tokenizer, text: str, pair: str | None = None, *, framed: 
         raise invalid_text(text if pair is None or _surrogate(text) is not None else pair) from None
     except BaseException as error:
         if isinstance(error, Exception) or is_panic(error):  # such as a runaway pattern in tokenizer.json
-            raise InputError(f"the tokenizer failed on this text: {error}") from None
+            failed = InputError(f"the tokenizer failed on this text: {error}", "use another model, or leave it out")
+            failed.exit_code = ExitCode.TRUST  # no text should make a tokenizer fail
+            raise failed from None
         raise
 
 

@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from mmhub.errors import InputError, MmhubError, NotFoundError, TrustError, UsageError
 from mmhub.interfaces import ComponentConfig, decode_config
+from mmhub.reading import TOKENIZER_BYTES, read_plain
 
 PAD, UNK, CLS, SEP = SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")  # ids 0 to 3 of every encoder's, trained here
 TEXT_SPECIALS = ("<pad>", "<unk>", "<s>", "</s>")  # the same of tokenizers of texts that are written
@@ -151,7 +152,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise NotFoundError(f"no tokenizer at '{path}'", "model.tokenizer.name is a tokenizer.json or its folder")
-    return parse_tokenizer(path.read_bytes(), str(path))
+    return parse_tokenizer(read_plain(path, TOKENIZER_BYTES), str(path))
 
 
 def is_panic(error: BaseException) -> bool:

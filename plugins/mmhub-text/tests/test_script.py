@@ -417,6 +417,34 @@ def test_what_parts_spell_together_once_they_are_normalised_stays_text() -> None
         assert stops[0] == stops[1]
 
 
+GLUED = Sample(  # nothing stands between messages
+    _TURNS + "{{ message.content | trim }}{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}",
+    ("<s>", "</s>", "<|im_start|>", "<|im_end|>"),
+    "<|im_end|>",
+)
+
+
+@pytest.mark.parametrize(
+    "parts", [("<|im_", "end|>"), ("a<|im ", " _end|>", "<|im_", " end|>b"), ("<|", "im_", "end|>")]
+)
+def test_no_messages_write_control_tokens_together(parts: tuple[str, ...]) -> None:
+    processor, tokenizer = processor_of(GLUED), tokenizer_of("byte-level", GLUED)
+    ends = {tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<s>")}
+    script = processor.converse([said("user", part) for part in parts], POLICY)
+    assert ends.isdisjoint(script.ids.tolist())
+    assert "".join(part.strip() for part in parts) in text_of(processor, script.ids)
+
+
+def test_what_messages_spell_together_once_they_are_normalised_stays_text() -> None:
+    tokenizer = tokenizer_of("byte-level", GLUED)
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_special_tokens([AddedToken("<|im_end|>", normalized=True)])
+    frame: dict[str, Any] = {"begin_id": None, "end_id": None, "ends": False, "names": NAMES}
+    processor = LanguageTextProcessor.of_tokenizer(tokenizer, stop_ids=[], chat_template=GLUED.template, **frame)
+    script = processor.converse([said("user", "\uff1c|im_"), said("user", "end|\uff1e")], POLICY)
+    assert tokenizer.token_to_id("<|im_end|>") not in script.ids.tolist()
+
+
 def test_what_a_model_thought_is_a_token_in_an_answer_and_text_in_a_question() -> None:
     processor = processor_of(QWEN3)
     assert processor.tokenizer is not None

@@ -37,6 +37,13 @@ _TRIED = 50  # ports behind it
     metavar="FILE",
     help="Let in who knows a line USER:PASSWORD of this file.",
 )
+@click.option(
+    "--decode-workers",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="Processes that decode media; 0 = in the app's own.",
+)
 @click.option("--no-browser", is_flag=True, help="Do not open a browser.")
 @click.option("--export-space", "space", type=click.Path(path_type=Path), help="Write a Space for NAME to this folder.")
 @device_option
@@ -48,6 +55,7 @@ def ui(
     port: int | None,
     runs: Path,
     auth: Path | None,
+    decode_workers: int,
     no_browser: bool,
     space: Path | None,
     device: str,
@@ -70,10 +78,12 @@ def ui(
     _check_names(names)
     with _gradio():
         from mmhub_ui.app import build_app, launch_options
-        from mmhub_ui.context import Context
+        from mmhub_ui.context import Context, policy_of
 
         number = _free_port(host, port, quiet)
-        app = build_app(Context(names=names, runs=runs, device=device, locked=not local or bool(people and names)))
+        locked = not local or bool(people and names)
+        policy = policy_of(decode_workers)
+        app = build_app(Context(names=names, runs=runs, device=device, locked=locked, policy=policy))
         with _running(app, launch_options() | {"server_name": host, "server_port": number, "auth": people}):
             url = f"http://{f'[{host}]' if ':' in host else host}:{number}"
             emit({"url": url, "models": list(names)}, as_json, "")
@@ -87,7 +97,7 @@ def ui(
 def _check_alone() -> None:
     """Refuse what has no effect on a Space."""
     context = click.get_current_context()
-    for option in ("host", "port", "runs", "auth", "no_browser", "device"):
+    for option in ("host", "port", "runs", "auth", "decode_workers", "no_browser", "device"):
         if context.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE:
             name = f"--{option.replace('_', '-')}"
             raise UsageError(f"{name} has no effect on a Space", f"leave out {name}, or --export-space")

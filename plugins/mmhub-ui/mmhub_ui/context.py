@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mmhub.errors import InputError, MmhubError, NotFoundError, did_you_mean
 from mmhub.interfaces import Policy
+from mmhub.interfaces.raw import Bounds
 
 if TYPE_CHECKING:
     from mmhub.model import Model
@@ -22,6 +23,12 @@ TEXT_CHARS = 100_000
 _LABELS = 1000
 _TOKENS = 1024  # that a locked app writes
 _Stamp = tuple[int, int, int] | None
+
+
+def policy_of(decoders: int) -> Policy:
+    """Bounds of what people hand over, decoded in so many processes of their own, 0 = in the app's."""
+    worker = Bounds(workers=decoders) if decoders else None
+    return Policy(max_bytes=UPLOAD_BYTES, max_pixels=25_000_000, worker=worker)
 
 
 @dataclass
@@ -48,7 +55,7 @@ class Context:
     runs: Path = Path("runs")
     device: str = "auto"
     locked: bool = False
-    policy: Policy = field(default_factory=lambda: Policy(max_bytes=UPLOAD_BYTES, max_pixels=25_000_000))
+    policy: Policy = field(default_factory=lambda: policy_of(decoders=2))
     _slots: OrderedDict[str, _Slot] = field(default_factory=OrderedDict)
     _lock: Lock = field(default_factory=Lock)
 

@@ -12,6 +12,7 @@ import gradio as gr
 from mmhub.errors import MmhubError
 from mmhub_ui.answers import AnswerView, Shown, ask, asked
 from mmhub_ui.context import Context
+from mmhub_ui.explaining import ExplainView
 from mmhub_ui.inputs import Fields, Given, Settings, Wants, check_uploaded, writing_of
 from mmhub_ui.listing import offered
 from mmhub_ui.page import escaped, failure, failure_lines, note
@@ -37,8 +38,10 @@ class TryTab:
                     self.run = gr.Button("Run", variant="primary", visible=False, elem_id="try-run")
                     self.stop = gr.Button("Stop", visible=False, elem_id="try-stop")
                     self.clear = gr.Button("Clear", visible=False, elem_id="try-clear")
+                self.why = ExplainView(context, "try")
             with gr.Column(min_width=320, visible=False) as self.beside:
                 self.answer = AnswerView("try")
+        self.why.place()
         self._listen()
         self._serve()
 
@@ -56,11 +59,15 @@ class TryTab:
             **_LIMIT,
         )
         self.stop.click(None, cancels=[run], **hidden)
-        self.clear.click(self.cleared, None, [*self.fields.all, *self.answer.all], queue=False, **hidden)
+        why = self.why.ask.click(
+            self.explained, [self.name, self.why.method, *self.fields.all], self.why.shown, **hidden, **_LIMIT
+        )
+        emptied = [*self.fields.all, *self.answer.all, *self.why.shown]
+        self.clear.click(self.cleared, None, emptied, queue=False, cancels=[why], **hidden)
         said = [self.name, self.talk.message, self.talk.said, self.settings.system, *self.settings.values]
         seen = [self.talk.chat, self.talk.said, self.talk.message, self.talk.status]
         talk = self.talk.message.submit(self.said, said, seen, show_progress="hidden", **hidden, **_LIMIT)
-        chooses: dict[str, Any] = {"show_progress": "minimal", "api_name": "choose", "cancels": [run, talk]}
+        chooses: dict[str, Any] = {"show_progress": "minimal", "api_name": "choose", "cancels": [run, talk, why]}
         self.name.change(self.choose, self.name, self.shown, **chooses, **_LIMIT)
         self.talk.stop.click(None, cancels=[talk], **hidden).then(
             lambda: note("Stopped."), None, self.talk.status, queue=False, **hidden
@@ -96,7 +103,7 @@ class TryTab:
     def shown(self) -> list[Any]:
         """What `choose` changes."""
         parts = [self.status, *self.fields.all, *self.talk.all, *self.settings.all]
-        return [*parts, self.run, self.stop, self.clear, self.beside, *self.answer.all]
+        return [*parts, self.run, self.stop, self.clear, self.beside, *self.answer.all, *self.why.all]
 
     def choose(self, name: str | None) -> Iterator[list[Any]]:
         """Load a model and show the fields that it needs; an error is told instead."""
@@ -115,7 +122,8 @@ class TryTab:
         asks = bool(wants.modalities) and not wants.chats
         parts = [status, *self.fields.fit(wants), *self.talk.fit(wants.chats, model), *self.settings.fit(wants, model)]
         buttons = [gr.update(visible=asks), gr.update(visible=asks and wants.writes), gr.update(visible=asks)]
-        return [*parts, *buttons, gr.update(visible=asks), *self.answer.updates(Shown())]
+        answer = [gr.update(visible=asks), *self.answer.updates(Shown())]
+        return [*parts, *buttons, *answer, *self.why.fit(asks)]
 
     def answered(self, name: str | None, *values: Any) -> Iterator[list[Any]]:
         """Answer what stands in the fields, a text piece by piece."""
@@ -137,6 +145,10 @@ class TryTab:
         except MmhubError as error:
             yield [failure(error, given.files), *self.answer.updates(Shown())]
 
+    def explained(self, name: str | None, method: str, *fields: Any) -> Iterator[list[Any]]:
+        """Say what of the fields the answer comes from."""
+        yield from self.why.explained(name, method, given_of((*fields, None)))
+
     def said(
         self, name: str | None, message: Any, talk: list[Any], system: str | None, *writing: Any
     ) -> Iterator[tuple[Any, Any, Any, str]]:
@@ -149,7 +161,8 @@ class TryTab:
 
     def cleared(self) -> list[Any]:
         """Empty the fields and the answer."""
-        return [*[gr.update(value=None) for _ in self.fields.all], *self.answer.updates(Shown())]
+        emptied = [gr.update(value=None) for _ in self.fields.all]
+        return [*emptied, *self.answer.updates(Shown()), *self.why.nothing()]
 
 
 def try_tab(context: Context) -> TryTab:

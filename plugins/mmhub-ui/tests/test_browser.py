@@ -108,6 +108,20 @@ def test_a_sound_alone_is_enough_and_so_are_both(page: Any, folder: Path) -> Non
     _expect_label(page, predicted(folder, "tones", "--image", "square.png", "--audio", "tone.wav"))
 
 
+def test_an_answer_is_explained_over_its_picture_and_the_page_can_be_kept(page: Any, folder: Path) -> None:
+    page.locator("#try-image input[type=file]").set_input_files(folder / "square.png")
+    expect(page.locator("#try-image img")).to_be_visible()
+    page.locator("#try-explain").click()
+    frame = page.frame_locator("#try-explanation iframe")
+    expect(frame.locator("h1")).to_contain_text(predicted(folder, "tones", "--image", "square.png")["label"])
+    expect(frame.locator(".picture .heat rect").first).to_be_attached()
+    frame.locator(".picture input").uncheck()
+    expect(frame.locator(".picture .heat")).to_be_hidden()
+    with page.expect_download() as kept:
+        page.locator("#try-keep").click()
+    assert "default-src 'none'" in Path(kept.value.path()).read_text("utf-8")
+
+
 def test_what_the_microphone_hears_gets_its_class(page: Any) -> None:
     record(page)
     page.locator("#try-run").click()

@@ -181,7 +181,7 @@ def test_a_new_model_ends_what_the_old_one_was_asked(in_blocks: Any) -> None:
         stops = [fn for fn in fns.values() if (tab.name._id, "change") in fn.targets and fn.cancels]
         return tab, [{fns[number].name for number in fn.cancels} for fn in stops]
 
-    assert in_blocks(wired)[1] == [{"answered", "said"}]
+    assert in_blocks(wired)[1] == [{"answered", "explained", "said"}]
 
 
 def test_a_modality_that_is_left_out_is_missing(tab: TryTab, seen: Seen, tiny: Tiny, picture: str, sound: str) -> None:

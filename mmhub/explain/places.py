@@ -1,0 +1,207 @@
+"""Where pieces stand in what the user gave: characters of a text, pixels of a picture, seconds of a sound.
+
+What a processor does to its input is found out by trying it: it is shown pictures whose colours say where a pixel came
+from, and a second of sound.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmhub.conversation import media_of, text_of
+from mmhub.errors import InputError
+from mmhub.interfaces import Policy
+from mmhub.interfaces.raw import raw_bytes
+from mmhub.model import Model
+
+Span = tuple[int, int, str]
+_RATE = 16_000  # Hz of the sound that a processor is tried with
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Of one item: the texts it is made of; how pixels of the tensor become pixels of the picture, x = a + b * column
+    and y = c + d * row, and its width and height; and the seconds that a position of sound lasts."""
+
+    texts: tuple[str, ...] = ()
+    lines: tuple[float, float, float, float] = (0.0, 1.0, 0.0, 1.0)
+    size: tuple[float, ...] = ()
+    seconds: float = 1.0
+
+    def box(self, left: int, top: int, right: int, bottom: int) -> tuple[float, float, float, float]:
+        """Return the part of the picture that pixels of the tensor show."""
+        a, b, c, d = self.lines
+        wide, high = self.size
+        xs = [min(max(a + b * edge, 0.0), wide) for edge in (left, right)]
+        ys = [min(max(c + d * edge, 0.0), high) for edge in (top, bottom)]
+        return (round(xs[0], 2), round(ys[0], 2), round(xs[1], 2), round(ys[1], 2))
+
+
+def spots_of(model: Model, sample: Mapping[str, Any], policy: Policy) -> dict[str, list[Spot]]:
+    """Return where each item of a sample stands, by modality."""
+    found: dict[str, list[Spot]] = {}
+    for name, processor in model.processors.items():
+        raws = _raws(model, sample, name, processor)
+        if name == "text":
+            found[name] = [Spot(texts=_texts(raw)) for raw in raws]
+        elif name == "image":
+            found[name] = [_picture(processor, raw, policy) for raw in raws]
+        elif name == "audio":
+            seconds = _seconds(processor, policy) if raws else 1.0
+            found[name] = [Spot(seconds=seconds) for _ in raws]
+        else:
+            found[name] = [Spot() for _ in raws]
+    return found
+
+
+def _raws(model: Model, sample: Mapping[str, Any], name: str, processor: Any) -> list[Any]:
+    if model.converses:
+        talk = model.messages_of(sample)
+        if name == "text":
+            said = (text_of(message) for message in talk if message["role"] != "assistant")
+            return [tuple(text for text in said if text)]
+        return media_of(talk, name)
+    if name == "text" and model.decoder.reads_text:
+        return [sample.get("text") or ""]
+    found: list[Any] = processor.items_of(sample.get(name))
+    return found
+
+
+def _texts(raw: Any) -> tuple[str, ...]:
+    if isinstance(raw, str):
+        return (raw,)
+    if isinstance(raw, Mapping):
+        return tuple(value for value in raw.values() if isinstance(value, str))
+    if isinstance(raw, tuple):
+        return raw
+    return (" ".join(map(str, raw)),)
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+def token_texts(processor: Any, ids: Sequence[int]) -> list[str]:
+    """Return what is written on each token."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is not None:
+        return [tokenizer.id_to_token(one) or "" for one in ids]
+    return [str(one) for one in ids]
+
+
+def spans_of(processor: Any, ids: Sequence[int], texts: Sequence[str]) -> list[Span | None]:
+    """Return start, end and text of each token in the texts as they were given, joined by line breaks.
+
+    None for tokens that stand for nothing in them, such as special ones and a chat template's.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    known = None if tokenizer is None or not 1 <= len(texts) <= 2 else _by_tokenizer(tokenizer, ids, texts)
+    return known or _by_decoding(processor, ids, texts)
+
+
+def _by_tokenizer(tokenizer: Any, ids: Sequence[int], texts: Sequence[str]) -> list[Span | None] | None:
+    """The offsets that the tokenizer itself gives, None where it gives other ids."""
+    for special in (True, False):
+        encoding = tokenizer.encode(*texts, add_special_tokens=special)
+        before = len(ids) - len(encoding.ids)  # a begin token that the processor put there
+        if before in (0, 1) and list(ids[before:]) == encoding.ids:
+            starts = (0, len(texts[0]) + 1)
+            places = zip(encoding.sequence_ids, encoding.offsets, strict=True)
+            found = [None if one is None else _span(texts[one], a, b, starts[one]) for one, (a, b) in places]
+            return [*[None] * before, *found]
+    return None
+
+
+def _span(text: str, start: int, end: int, shift: int) -> Span | None:
+    """A part of a text without the white space around it."""
+    part = text[start:end]
+    start, end = start + len(part) - len(part.lstrip()), end - (len(part) - len(part.rstrip()))
+    return (start + shift, end + shift, text[start:end]) if start < end else None
+
+
+def _by_decoding(processor: Any, ids: Sequence[int], texts: Sequence[str]) -> list[Span | None]:
+    """Find the texts, the last ones first, in what the ids are decoded to."""
+    pieces = _decoded(processor, ids)
+    ends = list(np.cumsum([len(piece) for piece in pieces]))
+    whole, found = "".join(pieces), list[Span | None]([None] * len(ids))
+    limit, shift = len(whole), sum(len(text) + 1 for text in texts)
+    for text in reversed(texts):
+        shift -= len(text) + 1
+        place = whole.rfind(text, 0, limit)
+        if place < 0:
+            continue
+        limit = place
+        for number, (piece, end) in enumerate(zip(pieces, ends, strict=True)):
+            a, b = max(int(end) - len(piece) - place, 0), min(int(end) - place, len(text))
+            if a < b:
+                found[number] = _span(text, a, b, shift)
+    return found
+
+
+def _decoded(processor: Any, ids: Sequence[int]) -> list[str]:
+    """What each id adds to the text."""
+    if not hasattr(processor, "decode"):
+        return [text.replace("##", "") + " " for text in token_texts(processor, ids)]
+    texts = [processor.decode(list(ids[:end])) for end in range(len(ids) + 1)]
+    return grown(texts)
+
+
+def grown(texts: Sequence[str]) -> list[str]:
+    """Return what each text adds to the one before, "" where it changes it."""
+    return [after[len(before) :] if after.startswith(before) else "" for before, after in pairwise(texts)]
+
+
+# -- pictures and sounds -----------------------------------------------------------------------------------------------
+
+
+def _picture(processor: Any, raw: Any, policy: Policy) -> Spot:
+    width, height = picture_size(raw, policy)
+    ramps = np.zeros((height, width, 3), np.uint8)
+    ramps[..., 0] = np.linspace(0, 255, width).round()[None]
+    ramps[..., 1] = np.linspace(0, 255, height).round()[:, None]
+    seen, dark, bright = (
+        processor([picture], policy).data[0].double().numpy()
+        for picture in (ramps, np.zeros_like(ramps), np.full_like(ramps, 255))
+    )
+    shares = (seen - dark) / np.where(bright == dark, 1, bright - dark)
+    x, y = _line(shares[0].mean(0), width), _line(shares[1].mean(1), height)
+    return Spot(lines=(*x, *y), size=(float(width), float(height)))
+
+
+def _line(shares: NDArray[np.float64], length: int) -> tuple[float, float]:
+    """The edges of pixels in the picture, a + b * number, by what share of its length is seen in each."""
+    inside = (shares > 0.02) & (shares < 0.98)
+    if length < 2 or inside.sum() < 2:
+        return 0.0, length / len(shares)
+    centres = np.arange(len(shares))[inside] + 0.5
+    b, a = np.polyfit(centres, shares[inside] * (length - 1) + 0.5, 1)
+    return float(a), float(b)
+
+
+def picture_size(raw: Any, policy: Policy) -> tuple[int, int]:
+    """Return width and height of a picture that a processor has read, upright."""
+    from PIL import Image, ImageOps
+
+    content = raw_bytes(raw, policy) if not hasattr(raw, "shape") else None
+    if content is not None:
+        with Image.open(io.BytesIO(content)) as image:
+            return ImageOps.exif_transpose(image).size
+    if hasattr(raw, "shape"):
+        shape = tuple(raw.shape)
+        return (shape[2], shape[1]) if hasattr(raw, "detach") else (shape[1], shape[0])
+    return ImageOps.exif_transpose(raw).size
+
+
+def _seconds(processor: Any, policy: Policy) -> float:
+    """What one position of sound lasts, by how many a second has."""
+    noise = np.random.default_rng(0).normal(0, 0.1, _RATE).astype(np.float32)
+    try:
+        return 1.0 / max(int(processor([(noise, _RATE)], policy).mask.sum()), 1)
+    except InputError:
+        return 1.0
