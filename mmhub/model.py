@@ -383,18 +383,19 @@ class Model(nn.Module):
         answer: Callable[[Sequence[Mapping[str, Any]], Sequence[int]], list[dict[str, Any]]],
         seen: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda sample: sample,
         policy: Policy | None = None,
+        said: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     ) -> list[dict[str, Any]]:
         """Answer samples by `answer(samples, rows)`, as far as guards let through: `rows` are their positions.
 
-        Guards may rewrite samples; `seen` says what they are shown of one when they check it, and `policy` what they
-        may read of its media.
+        Guards may rewrite samples; `seen` says what they are shown of one when they check it, `said` what those that
+        watch inputs alone are, if that is less, and `policy` what they may read of its media.
         """
         if not self.has_guards:
             return answer(samples, range(len(samples)))
         for row, sample in enumerate(samples):
             self.check_sample(row, seen(sample) if isinstance(sample, Mapping) else sample)
         assert self._guards is not None
-        return self._guards.answer(samples, answer, seen, policy)
+        return self._guards.answer(samples, answer, seen, policy, said)
 
     @property
     def has_guards(self) -> bool:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mmhub.data.corpus import documents
 from mmhub.data.inputs import is_conversation, usable
 from mmhub.data.sources import Rows
-from mmhub.errors import InputError, MmhubError
+from mmhub.errors import InputError
 from mmhub.interfaces import Policy, raw_bytes
 
 Keys = NDArray[np.uint64]
@@ -32,7 +32,6 @@ LONG, SHORT = 13, 8  # words of a run; 13 as for GPT-3, which texts of a sentenc
 MOST_BYTES = 2**28  # of texts and media that the end of a training waits for
 MOST_ROWS = 20_000  # evaluation rows that are looked up; of more, evenly spaced ones
 _MOST_WORDS = 2**22  # words of evaluation rows whose runs are looked up
-_MOST_REPEATS = 2**20  # training rows among which repeats are counted
 _BLOCK_WORDS, _BLOCK_ROWS = 2**18, 2**12  # training rows that are looked up together
 _THUMBNAIL = 2**15  # bytes of a picture whose pixels are compared: decoding larger ones takes long
 _THUMBNAIL_PIXELS = 2**18
@@ -55,16 +54,16 @@ def measure_overlap(
 
     Texts are the same where their letters are, whatever their case, width and white space (NFKC); media where their
     bytes are, and with `pixels` small pictures, of at most 32 KiB, where their pixels are, in whatever format they are
-    kept. A row is in the training data if each of its inputs is.
+    kept. A row is in the training data if one there has all the same inputs.
     `document` says what a text is, see `mmhub.data.corpus.documents`.
 
     The result: "rows" of `test`, "checked_rows" of them that were looked up (those with an input, at most
-    `MOST_ROWS`), "train_rows", "exact" and "exact_share" of those checked; "repeats", the share of training rows that
-    occur more than once there, which says how alike rows are anyway; "unread" inputs, if any; "modalities" {name:
-    {"rows", "exact", "exact_share"}} where there are several. For texts also "n", the words of a run: 13 (Brown et al.,
-    arXiv:2005.14165) where half the texts have twice as many, else 8; "ngram_rows", those of at least n words; and of
-    them "ngram" and "ngram_share", where any run is in the training data, and "ngram_half" and "ngram_half_share",
-    where more than half of them are.
+    `MOST_ROWS`), "train_rows", "exact" and "exact_share" of those checked; "repeats", the share of them that occur more
+    than once among themselves, which says how alike rows are anyway; "unread" inputs, if any; "modalities" {name:
+    {"rows", "exact", "exact_share"}} where there are several, each input by itself. For texts also "n", the words of a
+    run: 13 (Brown et al., arXiv:2005.14165) where half the texts have twice as many, else 8; "ngram_rows", those of at
+    least n words; and of them "ngram" and "ngram_share", where any run is in the training data, and "ngram_half" and
+    "ngram_half_share", where more than half of them are.
 
     Raises:
         UsageError: a column is missing. InputError: a document is not text. TooMuch: more than `most_bytes` of texts
@@ -73,25 +72,23 @@ def measure_overlap(
     trains = [train] if isinstance(train, Rows) else list(train)
     reader = _Reader(dict(inputs), document, policy or Policy(), pixels, most_bytes)
     wanted = _read_test(reader, test)
-    met = {name: _Met(keys) for name, keys in wanted.keys.items()}
+    asked = wanted.keys | {_ROW: wanted.row_keys()}
+    met = {name: _Met(keys) for name, keys in asked.items()}
     n = _run_length(wanted)
     owners, runs = wanted.runs(n)
     met_runs = _Met(runs)
-    kept: dict[str, list[Keys]] = {name: [] for name in inputs}
     count = 0
     for rows in trains:
-        for block in reader.blocks(rows):
-            for name, keys in block.keys.items():
+        for block in reader.blocks(rows, lap=n - 1):
+            for name, keys in (block.keys | {_ROW: block.row_keys()}).items():
                 met[name].add(keys)
-                if count < _MOST_REPEATS:
-                    kept[name].append(keys)
             if len(runs):
                 met_runs.add(block.runs(n)[1])
-            count += block.rows
-    hits = {name: met[name].of(keys) for name, keys in wanted.keys.items()}
+            count += block.count
+    hits = {name: met[name].of(keys) for name, keys in asked.items()}
     found: dict[str, Any] = {"rows": len(test), "checked_rows": wanted.rows, "train_rows": count}
-    found |= _counted("exact", _all_inputs(hits, wanted.keys), wanted.rows)
-    found["repeats"] = _repeats({name: np.concatenate([*keys, _NONE]) for name, keys in kept.items()})
+    found |= _counted("exact", hits[_ROW], wanted.rows)
+    found["repeats"] = _repeats(asked[_ROW])
     if len(inputs) > 1:
         found["modalities"] = {
             name: {"rows": there} | _counted("exact", hits[name], there)
@@ -118,8 +115,9 @@ def training_overlap(
         return measure_overlap(every, valid, inputs, document=document, policy=policy, pixels=False, most_bytes=most)
     except TooMuch:
         return {"skipped": f"the data has more than {MOST_BYTES // 2**20} MiB"}
-    except (MmhubError, OSError, ValueError, TypeError):  # a file that has gone since; it may be a path of this machine
-        return {"skipped": "the data cannot be read as it was"}
+    except Exception as error:  # of whatever reads the data, or for want of memory: the training itself is done
+        why = "it takes more memory than there is" if isinstance(error, MemoryError) else ""
+        return {"skipped": why or "the data cannot be read as it was"}  # the error may tell a path of this machine
 
 
 class TooMuch(Exception):
@@ -127,19 +125,32 @@ class TooMuch(Exception):
 
 
 _NONE: Keys = np.zeros(0, np.uint64)
+_ROW = ""  # instead of an input's name: all inputs of a row together
 
 
 @dataclass
 class _Block:
-    """Rows as hashes: of each input, 0 where it is missing, and of the words of their texts."""
+    """Rows as hashes: of each input, 0 where it is missing, and of the words of their texts.
+
+    The first may be the rest of a long row, without its inputs: `count` are those that begin here.
+    """
 
     keys: dict[str, Keys]
     words: Keys
     starts: NDArray[np.int64]  # of each row's words, and their end
+    count: int = 0
 
     @property
     def rows(self) -> int:
         return len(self.starts) - 1
+
+    def row_keys(self) -> Keys:
+        """The hash of all inputs of each row, whichever it lacks, and 0 of the rest of a row."""
+        columns = list(self.keys.values())
+        found = columns[0].copy()
+        for column in columns[1:]:
+            found = found * np.uint64(_STEP) + column
+        return found
 
     def runs(self, n: int) -> tuple[NDArray[np.int64], Keys]:
         """The row and the hash of every `n` words that follow each other in a text."""
@@ -187,6 +198,31 @@ class _Words(dict[str, int]):
         return found
 
 
+class _Growing:
+    """A block that is being filled."""
+
+    def __init__(self, inputs: Iterable[str]) -> None:
+        self.keys = {name: array("Q") for name in inputs}
+        self.words, self.starts = array("Q"), array("q", [0])
+        self.count = 0
+
+    def add(self, keys: Mapping[str, int], words: array[int]) -> array[int]:
+        """Add a row, or what is left of one, and return its words."""
+        for name, key in keys.items():
+            self.keys[name].append(key)
+        self.words.extend(words)
+        self.starts.append(len(self.words))
+        return words
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.starts) > _BLOCK_ROWS or len(self.words) >= _BLOCK_WORDS
+
+    def done(self) -> _Block:
+        keys = {name: np.array(column, np.uint64) for name, column in self.keys.items()}
+        return _Block(keys, np.array(self.words, np.uint64), np.array(self.starts, np.int64), self.count)
+
+
 @dataclass
 class _Reader:
     """Turns rows into hashes."""
@@ -200,25 +236,27 @@ class _Reader:
     unread: int = 0
     read: int = 0
 
-    def blocks(self, rows: Rows, *, most_rows: int = _BLOCK_ROWS, most_words: int = _BLOCK_WORDS) -> Iterator[_Block]:
-        """Yield the rows that have any input, some at a time; `most_words` of a row count."""
-        samples = iter(self._samples(rows))
-        while True:
-            keys = {name: array("Q") for name in self.inputs}
-            words, starts = array("Q"), array("q", [0])
-            for sample in samples:
-                text = _text_of(sample.get("text"))
-                for name, column in keys.items():
-                    column.append(self._key(name, text if name == "text" else sample[name]))
-                if text is not None:
-                    words.extend(map(self.words.__getitem__, islice(_words_of(text), most_words)))
-                starts.append(len(words))
-                if len(starts) > most_rows or len(words) >= most_words:
-                    break
-            if len(starts) == 1:
-                return
-            arrays = {name: np.array(column, np.uint64) for name, column in keys.items()}
-            yield _Block(arrays, np.array(words, np.uint64), np.array(starts, np.int64))
+    def blocks(self, rows: Rows, *, lap: int | None = None) -> Iterator[_Block]:
+        """Yield the rows that have any input, some at a time.
+
+        The words of a long row go on in the next block, from the last `lap` on; without it, only the first ones count.
+        """
+        block = _Growing(self.inputs)
+        for sample in self._samples(rows):
+            text = _text_of(sample.get("text"))
+            keys = {name: self._key(name, text if name == "text" else sample[name]) for name in self.inputs}
+            words = map(self.words.__getitem__, _words_of(text or ""))
+            more = block.add(keys, array("Q", islice(words, _BLOCK_WORDS)))
+            block.count += 1
+            while lap is not None and (part := array("Q", islice(words, _BLOCK_WORDS))):
+                yield block.done()
+                block, last = _Growing(self.inputs), more[-lap:]
+                more = block.add(dict.fromkeys(self.inputs, 0), last + part)
+            if block.is_full:
+                yield block.done()
+                block = _Growing(self.inputs)
+        if block.count or block.words:
+            yield block.done()
 
     def _samples(self, rows: Rows) -> Iterator[dict[str, Any]]:
         if self.document != "row" and {*self.inputs} == {"text"}:
@@ -339,7 +377,8 @@ def _read_test(reader: _Reader, test: Rows) -> _Block:
     starts = [block.starts[:-1] + start for block, start in zip(blocks, before, strict=False)]
     keys = {name: np.concatenate([*(block.keys[name] for block in blocks), _NONE]) for name in reader.inputs}
     ends = np.array([before[-1]], np.int64)
-    return _Block(keys, np.concatenate([*(block.words for block in blocks), _NONE]), np.concatenate([*starts, ends]))
+    every = np.concatenate([*(block.words for block in blocks), _NONE])
+    return _Block(keys, every, np.concatenate([*starts, ends]))
 
 
 def _run_length(block: _Block) -> int:
@@ -348,20 +387,10 @@ def _run_length(block: _Block) -> int:
     return LONG if len(lengths) and np.median(lengths) >= 2 * LONG else SHORT
 
 
-def _all_inputs(hits: Mapping[str, NDArray[np.bool_]], keys: Mapping[str, Keys]) -> NDArray[np.bool_]:
-    """Which rows have nothing but inputs that were hit."""
-    there = np.logical_or.reduce([keys[name] != 0 for name in keys])
-    return there & np.logical_and.reduce([hits[name] | (keys[name] == 0) for name in keys])
-
-
-def _repeats(keys: Mapping[str, Keys]) -> float:
-    """The share of rows of which each input occurs more than once."""
-    again = {}
-    for name, column in keys.items():
-        _, places, counts = np.unique(column, return_inverse=True, return_counts=True)
-        again[name] = (counts[places] > 1) & (column != 0)
-    rows = _all_inputs(again, keys)
-    return round(float(rows.mean()), 6) if len(rows) else 0.0
+def _repeats(keys: Keys) -> float:
+    """The share of rows that occur more than once."""
+    _, places, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    return round(float((counts[places] > 1).mean()), 6) if len(keys) else 0.0
 
 
 def _shared_runs(n: int, owners: NDArray[np.int64], hit: NDArray[np.bool_], rows: int) -> dict[str, Any]:

@@ -73,6 +73,14 @@ class Registry:
     plugins: Mapping[str, PluginEntry] = field(default_factory=dict)
     models: Mapping[str, ModelSpec] = field(default_factory=dict)
 
+    def signer(self, repo_id: str) -> Path | Identity | None:
+        """Return who this file says signs a Hub repository. A Hub takes any case of its name, and so do patterns."""
+        known = (
+            who for one, who in self.hub.signers.items() if fnmatch.fnmatchcase(repo_id.casefold(), one.casefold())
+        )
+        who = next(known, None)
+        return self.path.parent / os.path.expanduser(who) if isinstance(who, str) else who
+
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
@@ -139,21 +147,17 @@ class Registries:
         """Return who must have signed a Hub repository, one of a scope at most: a project can tighten, never loosen.
 
         Raises:
-            TrustError: `require_signed` is set, and no scope names a signer of it.
+            TrustError: a scope sets `require_signed`, and neither it nor one below it in `files`, which a project
+            cannot write, names a signer.
         """
-        found: list[Path | Identity] = []
-        for file in self.files:
-            matching = (who for one, who in file.hub.signers.items() if fnmatch.fnmatchcase(repo_id, one))
-            who = next(matching, None)
-            if who is not None:
-                found.append(file.path.parent / os.path.expanduser(who) if isinstance(who, str) else who)
-        strict = next((file.path for file in self.files if file.hub.require_signed), None)
-        if strict and not found:
-            raise TrustError(
-                f"{strict} sets [hub] require_signed, and nobody is named who signs '{repo_id}'",
-                f'add the key you trust: [hub] signers = {{"{repo_id.partition("/")[0]}/*" = "KEY.pub"}}',
-            )
-        return found
+        named = [file.signer(repo_id) for file in self.files]
+        for at, file in enumerate(self.files):
+            if file.hub.require_signed and not any(named[at:]):
+                raise TrustError(
+                    f"{file.path} sets [hub] require_signed, and nobody is named who signs '{repo_id}'",
+                    f'add the key you trust there: [hub] signers = {{"{repo_id.partition("/")[0]}/*" = "KEY.pub"}}',
+                )
+        return [who for who in named if who is not None]
 
     def wants_statements(self) -> Path | None:
         """Return the file that sets `require_statements`: nothing is pushed that says not what it was trained on."""

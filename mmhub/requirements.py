@@ -10,6 +10,8 @@ from mmhub.errors import PluginError, TrustError
 from mmhub.plugins import Index, Plugin, install_line, newer_index
 from mmhub.records import CORE, canonical
 
+MOST = 1000  # that a checkpoint may have
+
 
 @dataclass(frozen=True)
 class Unmet:
@@ -29,8 +31,10 @@ def unmet_requirements(requires: Sequence[Mapping[str, Any]], index: Index) -> l
     """Compare the `requires` records of a checkpoint's config.json with what is installed. Imports no plugin.
 
     Raises:
-        TrustError: a record is not a plain distribution name and version specifier.
+        TrustError: a record is not a plain distribution name and version specifier; or they are a thousand and more.
     """
+    if len(requires) > MOST:
+        raise TrustError(f"the checkpoint's config.json holds more than {MOST:,} requires", "do not use it")
     unmet = _check_all(requires, index)
     newer = newer_index(index) if unmet else index
     return unmet if newer is index else _check_all(requires, newer)

@@ -136,7 +136,7 @@ class Guard(Protocol):
     """What stands between people and a model; base classes are not needed.
 
     Whatever goes wrong inside a guard refuses the sample: a guard that fails does not let through. What it refuses or
-    changes is logged: the reason of a `Refusal` as it is, that of a text unless it repeats what was said.
+    changes is logged: the reason of a `Refusal` as it is, and not that of a text, which may repeat what was said.
 
     Besides what is below, a guard may have
 
@@ -144,8 +144,11 @@ class Guard(Protocol):
       inputs, `review` for outputs. Where no guard of a model watches outputs, texts are streamed as they are written.
     - `rewrite(sample) -> sample | Change`, called before its `check` and before later guards: the sample as it may
       reach the model, the same object if it stays as it is. A conversation is {"messages": [...]} there, and for
-      `check` and `review` {"text": all that is said, ...}. `mmhub.guard.with_texts` changes texts of any shape.
+      `check` and `review` {"text": all that is said, ...}, where a guard watches inputs alone without what the model
+      has said. `mmhub.guard.with_texts` changes texts of any shape.
     - `check_all(samples) -> list`, what `check` says of each of them, faster.
+    - `media`, a tuple of modalities that it reads: of these it and the model get bytes that were read once, as
+      {"bytes", "path"}, and an `InputError` about one is an error of the sample instead of a refusal.
 
     Guards come by the hook `mmhub_generation_guards`, for every model, or as components of the kind "guard", for models
     that name them: then a class with a `Config` is built as `cls(config, model=model, folder=folder)`, `folder` being

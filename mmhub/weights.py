@@ -334,6 +334,7 @@ def amount_in(paths: Iterable[Path]) -> Amount:
 
 _LARGE = 2**25  # a table of so many numbers takes 256 MB at most
 _NO_SIZES = ("length", "theta", "seed", "rate")  # settings that may be large and make nothing large
+_STATISTICS = ("mean", "std")  # of targets, in their own units
 
 
 def check_sizes(table: Any, held: Amount, where: str) -> None:
@@ -350,9 +351,13 @@ def check_sizes(table: Any, held: Amount, where: str) -> None:
             todo += [(str(key), one) for key, one in value.items()]
         elif isinstance(value, list):
             todo += [(name, one) for one in value]
-        elif isinstance(value, (int, float)) and value > limit and not any(word in name for word in _NO_SIZES):
+        elif isinstance(value, (int, float)) and value > limit and not _no_size(name):
             what = f"{where}: {name} is {str(value)[:24]}, and all its weights are {held.numbers:,} bytes"
             raise TrustError(what, "fetch the checkpoint again")
+
+
+def _no_size(name: str) -> bool:
+    return any(word in name for word in _NO_SIZES) or name.rpartition("_")[2] in _STATISTICS
 
 
 def _replace(undo: ExitStack, owner: Any, name: str, value: Any) -> None:

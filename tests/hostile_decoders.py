@@ -30,6 +30,23 @@ def hang(content: bytes, name: str, policy: Policy) -> Found:
     yield {}
 
 
+def drip(content: bytes, name: str, policy: Policy) -> Found:
+    """Answer again and again, each time soon."""
+    while True:
+        time.sleep(0.05)
+        yield np.zeros(1, np.uint8)
+
+
+def chatter(content: bytes, name: str, policy: Policy) -> Found:
+    while True:
+        yield {"word": "x" * 60_000}
+
+
+def crumble(content: bytes, name: str, policy: Policy) -> Found:
+    while True:
+        yield np.zeros(0, np.uint8)
+
+
 def spin(content: bytes, name: str, policy: Policy) -> Found:
     while True:
         pass

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 CANARY = "canary"  # a file in the base folder that no payload may write
 SECRET = "secret.json"  # a file in the base folder that no checkpoint may read
 SECONDS, MEGABYTES = 5.0, 500.0  # more than a sound folder takes, and no more
+WAIT = 30.0  # seconds more by the clock, where the machine does other work
 REFUSED = (5, 2)
 Table = dict[str, Any]
 _TEXT = "a good thing"
@@ -168,6 +169,21 @@ def _file(name: str, content: Callable[[Path], bytes]) -> Callable[[Path], None]
         (folder / name).write_bytes(content(folder))
         if name != "config.json":
             rehash(folder)
+
+    return fault
+
+
+def write_code(folder: Path, name: str) -> None:
+    """Write a Python module that makes a folder beside `folder` when it is imported."""
+    (folder / f"{name}.py").write_text(f"import os\nos.mkdir({str(folder.parent / CANARY)!r})\n", "utf-8")
+
+
+def _code(name: str, how: Callable[[Path], None]) -> Callable[[Path], None]:
+    """A fault, and the module that it asks for."""
+
+    def fault(folder: Path) -> None:
+        write_code(folder, name)
+        how(folder)
 
     return fault
 
@@ -421,6 +437,11 @@ def _quantized(folder: Path) -> None:
     change(folder, lambda table: table.update(mmhub_format=2, quantized="int8"))
 
 
+def _guard(pattern: str) -> Callable[[Path], None]:
+    guard = {"use": "mmhub-guards/pattern", "schema": 1, "config": {"patterns": {"a": pattern}}}
+    return _config(lambda table: table.update(mmhub_format=3, guards=[guard]))
+
+
 def _template(text: str) -> Callable[[Path], None]:
     return _file("chat_template.jinja", lambda _: text.encode())
 
@@ -453,6 +474,36 @@ _DEEP = "[" * 100_000
 _ODD = "\u202emodel\u202c.safetensors"
 _REGEX = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
 
+_PIECES = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
+_DOUBLED = {"type": "Replace", "pattern": {"String": "o"}, "content": "oo"}
+# Tokenizers that make so much of a short text that it fills all memory.
+GROWING: dict[str, Table] = {
+    "a tokenizer that doubles a text": {"normalizer": {"type": "Sequence", "normalizers": [_DOUBLED] * 31}},
+    "a tokenizer that writes before a text": {"normalizer": {"type": "Prepend", "prepend": "a" * 20_000_000}},
+    "a tokenizer that repeats a text": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": _PIECES[:1] * 300_000,
+            "pair": _PIECES,
+            "special_tokens": {},
+        }
+    },
+}
+# Templates of which one call, or one comparison, would take all time or memory.
+TEMPLATES = {
+    "a template that writes a nested list": "{% set a = [1] %}" + "{% set a = [a, a] %}" * 40 + "{{ a | string }}",
+    "a template that compares nested lists": (
+        "{% set a = [1] %}{% set c = [1] %}" + "{% set a = [a, a] %}{% set c = [c, c] %}" * 40 + "{{ a == c }}"
+    ),
+    "a template that writes a list of lists": "{% set a = ['a'] * 4000000 %}{% set b = [a] * 40 %}{{ b }}",
+    "a template that writes lists as JSON": "{% set a = ['a'] * 4000000 %}{% set b = [a] * 40 %}{{ b | tojson }}",
+    "a template that translates a text": "{{ ('a' * 4000).translate({97: 'b' * 4000000}) }}",
+    "a template that adds up lists": "{% set a = [1] * 4000000 %}{{ ([a] * 100) | sum(start=[]) }}",
+    "a template that fills in texts": "{{ ('%s' * 400000) | format(*(['a' * 4000] * 400000)) }}",
+    "a template that wraps a text": "{{ ('a ' * 2000000) | wordwrap(1) }}",
+    "a template that writes capitals": "{% for i in range(90000) %}{{ ('a' * 4000000) | upper | length }}{% endfor %}",
+}
+
 FAULTS: dict[str, dict[str, Callable[[Path], None]]] = {
     "lstm": {
         # code
@@ -466,8 +517,10 @@ FAULTS: dict[str, dict[str, Callable[[Path], None]]] = {
         "weights in numpy's archive": _weights("model.npz"),
         "weights in hdf5": _weights("model.h5"),
         "weights in a distributed checkpoint": _weights(".metadata"),
-        "a listed Python file": _listed("mmhub_evil.py"),
-        "auto_map in config.json": _config(lambda t: (t.pop("mmhub_format"), t.update(auto_map={"AutoModel": "e.E"}))),
+        "a listed Python file": _code("mmhub_evil", _listed("mmhub_evil.py")),
+        "auto_map in config.json": _code(
+            "e", _config(lambda t: (t.pop("mmhub_format"), t.update(auto_map={"AutoModel": "e.E"})))
+        ),
         "a dotted path in use": _config(lambda t: t["components"]["decoder"].update(use="os.system")),
         "a factory in use": _config(lambda t: t["components"]["decoder"].update(use="mmhub-heads/os:system")),
         "_target_ in a configuration": _part("decoder", _target_="os.system"),
@@ -549,6 +602,8 @@ FAULTS: dict[str, dict[str, Callable[[Path], None]]] = {
         "3,000,000 layers": _part("text_encoder", depth=3_000_000),
         "a million million features": _part("text_encoder", dim=2**40),
         "more features than memory": _part("text_encoder", dim=2**31, embedding_dim=2**31),
+        "a guard whose pattern repeats a hundred million times": _guard("(?:(?:(?:a?){500}){500}){500}"),
+        "a guard whose pattern nests too deeply": _guard("(" * 2000 + "a" + ")" * 2000),
         "a million million words": _config(
             lambda t: (
                 t["components"]["text_encoder"]["config"].update(vocab_size=2**40),
@@ -573,6 +628,7 @@ FAULTS: dict[str, dict[str, Callable[[Path], None]]] = {
             lambda t: t.update(model={"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "a"]] * 1_000_000})
         ),
         "a tokenizer whose pattern runs away": _vocabulary(lambda t: t.update(pre_tokenizer=_REGEX)),
+        **{name: _vocabulary(lambda t, parts=parts: t.update(parts)) for name, parts in GROWING.items()},
         "a tokenizer with more words than it says": _vocabulary(
             lambda t: t["model"].update(vocab=t["model"]["vocab"] | {f"w{i}": 2**31 + i for i in range(9)})
         ),
@@ -637,8 +693,10 @@ FAULTS: dict[str, dict[str, Callable[[Path], None]]] = {
         "a library's index that leaves the folder": _layout_index("../outside.safetensors"),
         "a library's index at an absolute path": _layout_index("/etc/passwd.safetensors"),
         "a library's index of a pickle": _layout_index("pytorch_model.bin"),
-        "a model with code of its own": _layout(auto_map={"AutoModel": "evil.Model"}),
-        "a model type with code of its own": _layout(model_type="evil", auto_map={"AutoConfig": "evil.Config"}),
+        "a model with code of its own": _code("evil", _layout(auto_map={"AutoModel": "evil.Model"})),
+        "a model type with code of its own": _code(
+            "evil", _layout(model_type="evil", auto_map={"AutoConfig": "evil.Config"})
+        ),
         "a library's 3,000,000 layers": _layout(num_hidden_layers=3_000_000),
         "a library's million million words": _layout(vocab_size=2**40),
         "a library's million million features": _layout(hidden_size=2**40),
@@ -673,6 +731,7 @@ FAULTS: dict[str, dict[str, Callable[[Path], None]]] = {
         "a template that calls itself": _template("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"),
         "a template that looks for Python": _template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
         "a template nested 10,000 times": _template("{% if 1 %}" * 10_000 + "{% endif %}" * 10_000),
+        **{name: _template(text) for name, text in TEMPLATES.items()},
         "a template that includes a file": _template("{% include '/etc/passwd' %}"),
     },
 }
@@ -703,18 +762,47 @@ TEXTS = {"a tokenizer whose pattern runs away": "a" * 60 + "b"}
 
 # -- what a command does with one -------------------------------------------------------------------------------
 
-# The network is out of reach, no program is started (but for that which tells Python where the system's libraries are)
-# and no pickle asks for a function: each would be said and end it.
-_WATCHED = """
-import sys
-NEVER = {"socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "pickle.find_class"}
+# The network is out of reach, no program is started (but for that which tells Python where the system's libraries are,
+# and that in which strangers' templates run), no pickle asks for a function, and nothing is written but in the cache,
+# where temporary files are, too: each would be said and end it.
+WATCH = """
+import os, sys
+CACHE = os.path.realpath(os.path.dirname(sys.argv[1]))
+NEVER = {"socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty",
+         "os.posix_spawn", "os.spawn", "pty.spawn", "pickle.find_class"}
+WRITES = {"os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2,
+          "os.truncate": 1, "os.chmod": 1, "os.chown": 1, "os.utime": 1, "os.setxattr": 1}
+APART = [sys.executable, "-s", "-c", "from mmhub.interfaces.decoding import main; main()"]
+def elsewhere(path, folder):
+    if isinstance(path, int):  # opened before
+        return False
+    path = os.fsdecode(path)
+    if isinstance(folder, int) and folder >= 0:
+        path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)
+    place = os.path.join(os.path.realpath(os.path.dirname(os.path.abspath(path))), os.path.basename(path))
+    return place != "/dev/null" and not (place + os.sep).startswith(CACHE + os.sep)
+def forbidden(event, args):
+    if event == "subprocess.Popen":
+        return args[0] != "/sbin/ldconfig" and args[1] != APART
+    if event == "open":
+        writes = args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        return writes and elsewhere(args[0], -1)
+    if event in WRITES:
+        count = WRITES[event]
+        paths = args[1:2] if event == "os.symlink" else args[:count]
+        folders = args[-len(paths):] if event not in ("os.truncate", "os.setxattr") else [-1]
+        return any(map(elsewhere, paths, folders))
+    return event in NEVER
 def watch(event, args):
-    if event in NEVER and "ldconfig" not in str(args[0]):
-        import os
+    if forbidden(event, args):
         os.write(2, f"FORBIDDEN {event} {args!r}\\n".encode())
         os._exit(99)
-import mmhub.cli.main
 sys.addaudithook(watch)
+"""
+_WATCHED = """
+import sys
+import mmhub.cli.main
+exec(WATCH)
 try:
     mmhub.cli.main.main(sys.argv[2:])
 finally:  # what the system tells the parent counts what the parent had when it made this process
@@ -732,14 +820,16 @@ def observe(arguments: Iterable[str], *, cwd: Path, cache: Path, stdin: str = ""
         "OMP_NUM_THREADS": "1",
         "NO_COLOR": "1",
         "MMHUB_CONFIG": str(cache / "own"),
+        "TMPDIR": str(cache / "tmp"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "tmp" / "torch"),
     }
     with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as given:
         given.write(stdin.encode())
         given.seek(0)
-        cache.mkdir(exist_ok=True)
+        (cache / "tmp").mkdir(parents=True, exist_ok=True)
         peak = cache / "peak"
         peak.unlink(missing_ok=True)
-        command = [sys.executable, "-c", _WATCHED, str(peak), *arguments]
+        command = [sys.executable, "-c", _WATCHED.replace("exec(WATCH)", WATCH), str(peak), *arguments]
         begun = time.monotonic()
         process = subprocess.Popen(
             command, cwd=cwd, env=environment, stdin=given, stdout=subprocess.DEVNULL, stderr=errors

@@ -99,7 +99,7 @@ def said(report: dict[str, Any], rule: str) -> list[str]:
 
 def test_of_a_sound_model_nothing_bad_is_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, report = audited(capsys, folder, "--full")
-    assert (code, report["verdict"], report["summary"]) == (0, "good", "nothing bad found")
+    assert (code, report["verdict"], report["summary"]) == (0, "nothing bad found", "nothing bad found")
     (weights,) = (one for one in report["files"] if one["format"] == "safetensors")
     assert weights["recorded"] == "equal" and weights["read"]
     assert weights["sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
@@ -111,6 +111,16 @@ def test_of_a_sound_model_nothing_bad_is_found(folder: Path, capsys: pytest.Capt
     code, out, _ = run(capsys, "audit", str(folder))
     assert code == 0 and out.rstrip().endswith("nothing bad found")
     assert "mmhub-image >=0.1,<1 (0." in out and ", official)" in out
+
+
+DISGUISES = ("tokenizer.model", "x.gguf", "x.png", "x.wav", "m.onnx", "data.parquet", "blob", "x.dat")
+REST = b"'fortran_order': False, 'shape': (1,)}"
+NAMED = {"name": "default", "template": "{{ x.__class__ }}"}
+
+
+def header(text: bytes) -> bytes:
+    """An array's file, with the given header."""
+    return b"\x93NUMPY\x01\0" + (len(text) + 1).to_bytes(2, "little") + text + b"\n" + PICKLE
 
 
 BAD = {
@@ -143,6 +153,19 @@ BAD = {
     "YAML that calls": ("hparams.yaml", b"a: !!python/object/apply:os.system [touch canary]", "code"),
     "a template": ("chat_template.jinja", b"{{ x.__class__.__mro__ }}", "template"),
     "a template in JSON": ("tokenizer_config.json", b'{"chat_template": "{{ x.__globals__ }}"}', "template"),
+    **{f"a pickle called {name}": (name, PICKLE, "disguise") for name in DISGUISES},
+    "no sound": ("a.wav", b"I1\n" + bytes(40), "disguise"),
+    "an old pickle called a tokenizer": ("tokenizer.model", b"cos\nsystem\n(S'touch canary'\ntR.", "disguise"),
+    "objects in other letters": ("a.npy", header(b'{"descr": "|O", "fortran_order": False, "shape": (1,)}'), "format"),
+    "objects in short": ("a.npy", header(b"{'descr': 'O', 'fortran_order': False, 'shape': (1,)}"), "format"),
+    "objects far away": ("a.npy", header(b"{" + b" " * 1500 + b"'descr': '|O', " + REST), "format"),
+    "objects in a field": ("a.npy", header(b"{'descr': [('a', '<f4'), ('b', '|O')], " + REST), "format"),
+    "an array that never ends": ("a.npz", zipped(a=b"\x93NUMPY\x02\0\xff\xff\xff\x7f{"), "format"),
+    "one of several templates": ("tokenizer_config.json", json.dumps({"chat_template": [NAMED]}).encode(), "template"),
+    "a template of its own": ("chat_template.json", b'{"chat_template": "{{ x.__class__ }}"}', "template"),
+    "code for Windows": ("a.pyw", b"x", "format"),
+    "code with a dot behind": ("a.py.", b"x", "format"),
+    "code with a space behind": ("a.py ", b"x", "format"),
     "a name that hides": ("READ\u202eME.md", b"x", "name"),
 }
 
@@ -192,6 +215,74 @@ def test_a_file_that_is_not_what_is_recorded_is_found(folder: Path, capsys: pyte
     (folder / "model.safetensors").unlink()
     code, report = audited(capsys, folder)
     assert code == 5 and said(report, "hash") == ["is recorded in config.json and is not there"]
+
+
+def test_a_configuration_too_large_to_be_read_is_bad(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("config.json", "generation_config.json"):
+        with (folder / name).open("ab") as file:
+            file.write(b" " * (2**24 + 1))
+    code, report = audited(capsys, folder)
+    assert code == 5 and {("size", "config.json"), ("size", "generation_config.json")} <= set(bad(report))
+
+
+def test_of_very_many_arrays_some_are_looked_into_and_that_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder, {"a.npz": zipped(**{f"{i:02}.npy": array(np.zeros(1)) for i in range(70)})})
+    code, report = audited(capsys, folder)
+    assert code == 0 and said(report, "size") == ["has 70 arrays, of which 64 were looked into"]
+
+
+def test_a_pointer_in_place_of_a_picture_is_said_to_be_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(folder, {"a.png": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"})
+    code, report = audited(capsys, folder)
+    assert code == 0 and said(report, "format") == ["is a pointer of Git LFS, not the file"]
+
+
+@pytest.mark.parametrize("many", ["requires", "components"])
+def test_more_records_than_any_model_has_are_bad_and_none_of_them_is_looked_into(
+    folder: Path, capsys: pytest.CaptureFixture[str], many: str
+) -> None:
+    config = json.loads((folder / "config.json").read_bytes())
+    if many == "requires":
+        config[many] = [{"distribution": "a", "specifier": "", "saved_with": "1"}] * 1001
+    else:
+        config[many] = {f"x{i}": {} for i in range(101)}
+    write(folder, {"config.json": json.dumps(config).encode()})
+    code, report = audited(capsys, folder)
+    assert code == 5 and any("holds more than" in one for one in said(report, "description"))
+    assert run(capsys, "models", "show", str(folder))[0] == 5
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        '{"parents": [{"name": DEEP, "commit": "x", "more": DEEP}], "forced": [{"finding": DEEP}], "code": DEEP}',
+        '{"overlap": {"valid": {"exact": 1HUGE, "skipped": DEEP}}, "data": {"train": {"files": [{"name": DEEP}]}}}',
+        '{"overlap": {"valid": {"exact": 1HUGE, "checked_rows": "x", "exact_share": NaN}}, "data": [1]}',
+        '{"parents": [{"name": NaN, "commit": "\\ud800"}], "forced": {"a": 1}, "code": {"commit": DEEP}}',
+    ],
+)
+def test_a_provenance_that_makes_no_sense_is_told_in_words(
+    folder: Path, capsys: pytest.CaptureFixture[str], facts: str
+) -> None:
+    facts = facts.replace("DEEP", "[" * 900 + "]" * 900).replace("HUGE", "0" * 400)
+    code, report = audited(capsys, write(folder, {"provenance.json": facts.encode()}))
+    assert all(set(one) <= {"name", "commit"} for one in report["provenance"].get("parents", []))
+    assert "NaN" not in json.dumps(report["provenance"])
+    assert run(capsys, "audit", str(folder))[0] == code
+
+
+def test_an_adapter_for_weights_that_are_elsewhere_is_bad(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((folder / "config.json").read_bytes())
+    base = {"name": "/nowhere/model", "commit": "", "sha256": "0" * 64}
+    adapter = {"rank": 1, "alpha": 1, "dropout": 0.0, "targets": [], "weights": "adapter-x.safetensors", "base": base}
+    config["components"]["decoder"]["adapter"] = adapter
+    code, report = audited(capsys, write(folder, {"config.json": json.dumps(config).encode()}))
+    assert code == 5
+    assert said(report, "base") == [
+        "the decoder is an adapter for weights outside, '/nowhere/model', which are not here"
+    ]
 
 
 def test_a_link_is_not_followed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,6 +425,39 @@ def test_what_is_dangerous_in_a_repository_is_named_and_never_fetched(
     assert not {"evil.py", "model.pt"} & fetched(server)
 
 
+def test_a_configuration_is_looked_into_wherever_it_lies_and_however_many_files_there_are(
+    server: FaultyHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code_of_its_own = b'{"auto_map": {"AutoModel": "x.y"}}'
+    server.files |= {"my-part/config.json": code_of_its_own, "a/b/config.json": code_of_its_own}
+    server.files |= {f"a{i}.json": b"{}" for i in range(4)} | {"zconfig.json": code_of_its_own}
+    monkeypatch.setattr("mmhub.hub.audit._MOST_SMALL", 8)
+    code, report = audited(capsys, REPO)
+    assert code == 5
+    assert bad(report) == [("code", name) for name in ("a/b/config.json", "my-part/config.json", "zconfig.json")]
+    assert said(report, "unread")[0].startswith("2 other files were not looked into")
+
+
+def test_what_has_no_known_name_is_a_warning_and_looked_into_when_asked_for(
+    server: FaultyHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.files |= {"blob": PICKLE, "x.png": PICKLE}
+    code, report = audited(capsys, REPO)
+    (warning,) = (one for one in report["findings"] if one["rule"] == "unread" and one["severity"] == "warning")
+    assert code == 0 and warning["message"].startswith("2 other files were not looked into")
+    code, report = audited(capsys, REPO, "--full")
+    assert code == 5 and bad(report) == [("disguise", "blob"), ("disguise", "x.png")]
+
+
+def test_a_large_configuration_of_a_repository_is_bad(
+    server: FaultyHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmhub.hub.audit.TEXT_BYTES", 10_000)
+    server.files["tokenizer_config.json"] = b'{"auto_map": 1, "a": "' + b" " * 10_000 + b'"}'
+    code, report = audited(capsys, REPO, "--full")
+    assert code == 5 and bad(report) == [("unread", "tokenizer_config.json")]
+
+
 def test_a_hub_that_lists_another_hash_than_config_json_is_found(
     server: FaultyHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -355,7 +479,7 @@ def test_a_signature_is_none_unchecked_valid_or_invalid(
     assert code == 0 and report["signature"]["state"] == "unchecked" and len(report["signature"]["key"]) == 64
     code, report = audited(capsys, REPO, "--verify", public)
     assert code == 0 and report["signature"] | {"key": ""} == {
-        "state": "valid", "key": "", "by": ["k.pem.pub"], "problem": None
+        "state": "valid", "key": "", "by": ["k.pem.pub"], "problem": None, "name": REPO
     }  # fmt: skip
     assert "model.safetensors" not in fetched(server) or server.sent < 10_000
     server.files["README.md"] += b"!"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,13 @@ import torch
 
 import mmhub
 from benchmarks import explain as planted
+from mmhub.build import add_guards
+from mmhub.config import GuardRecipe
 from mmhub.errors import InputError, UsageError
 from mmhub.explain import METHODS
 from mmhub.explain.places import spans_of, spots_of
-from mmhub.interfaces import Policy
+from mmhub.explain.probe import untouched
+from mmhub.interfaces import Policy, decode_config
 from mmhub.model import Model
 
 TEXTS = ["a lovely day in town", "an awful night by the sea"]
@@ -26,13 +31,8 @@ PARTS: dict[str, Any] = {
     "image": {"use": "timm", "config": {"architecture": "test_resnet", "image_size": 32, "crop_pct": 1.0}},
     "audio": {"use": "cnn", "config": {"sample_rate": 8000, "n_mels": 16, "dim": 8}},
 }
+ATTENDING: dict[str, Any] = {"use": "transformer", "config": {"dim": 16, "depth": 1, "heads": 2}}
 SAMPLE: dict[str, Any] = {"text": TEXTS[0], "image": PICTURE, "audio": SOUND}
-# Where the goal of 0.95 was missed, or just met, when it was measured: 0.93, 0.95 and 0.92 of 60.
-COARSE = {
-    ("gradient-x-input", "cnn"): 0.85,
-    ("integrated-gradients", "cnn"): 0.9,
-    ("attention-rollout", "test_vit"): 0.85,
-}
 QUICK: dict[str, Any] = {"faithfulness": False, "shares": False, "steps": 4}
 
 
@@ -74,7 +74,8 @@ def test_planted_evidence_is_found_in_every_modality(modality: str, encoder: str
             assert method == "attention-rollout" and encoder in ("lstm", "test_resnet", "cnn")
             continue
         assert found.cases >= 100
-        assert found.hit >= COARSE.get((method, encoder), 0.95), found
+        assert found.accuracy > 0.95
+        assert found.hit >= 0.95, (method, found)
 
 
 @pytest.mark.parametrize("fusion", ["concat", "gated", "attention"])
@@ -106,7 +107,7 @@ def test_a_modality_that_the_answer_does_not_depend_on_has_no_share() -> None:
 
 
 def test_integrated_gradients_add_up_to_what_the_sample_changes() -> None:
-    model = composed("text", text={"use": "transformer", "config": {"dim": 16, "depth": 1, "heads": 2}})
+    model = composed("text", text=ATTENDING)
     found = model.explain({"text": TEXTS[0]}, steps=32)
     assert found.gap is not None
     total = sum(piece.score for piece in found.attributions[0].pieces)
@@ -159,7 +160,7 @@ def test_what_cannot_be_explained_is_said_in_one_line() -> None:
 
 @pytest.mark.parametrize("method", [*METHODS, "fails"])
 def test_the_model_is_left_as_it_was(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = composed("text", text={"use": "transformer", "config": {"dim": 16, "depth": 1, "heads": 2}})
+    model = composed("text", text=ATTENDING)
     model.freeze("text")
     model.train()
     state, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
@@ -175,6 +176,70 @@ def test_the_model_is_left_as_it_was(method: str, monkeypatch: pytest.MonkeyPatc
     assert all(weight.grad is None for weight in model.parameters())
     assert model.frozen == {"text"}
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_others_predict_and_explain_while_a_model_is_explained() -> None:
+    model = composed("text", "audio", fusion="attention", text=ATTENDING)
+    samples = [{"text": text, "audio": SOUND} for text in TEXTS]
+    wanted = model.predict(samples)
+    scores = [model.explain(sample, **QUICK).attributions for sample in samples]
+    wrong, rounds, done = list[Any](), 0, threading.Event()
+
+    def predict() -> None:
+        nonlocal rounds
+        while not done.is_set():
+            rounds += 1
+            for one, other in zip(model.predict(samples), wanted, strict=True):
+                if one["scores"] != pytest.approx(other["scores"], abs=1e-5):
+                    wrong.append(one)
+
+    def explain(number: int) -> None:
+        for method in ("attention-rollout", "integrated-gradients"):
+            found = model.explain(samples[number], method=method, **QUICK)
+        for one, other in zip(found.attributions, scores[number], strict=True):
+            assert [p.score for p in one.pieces] == pytest.approx([p.score for p in other.pieces], abs=1e-4)
+
+    with ThreadPoolExecutor(3) as pool:
+        predicting = pool.submit(predict)
+        try:
+            for job in [pool.submit(explain, number) for number in range(2)]:
+                job.result()
+        finally:
+            done.set()
+        predicting.result()
+    assert rounds > 1
+    assert not wrong
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_an_explanation_waits_for_that_of_another_thread() -> None:
+    model = composed("text")
+    with ThreadPoolExecutor(1) as pool:
+        with untouched(model):
+            waiting = pool.submit(model.explain, {"text": TEXTS[0]}, **QUICK)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.05)
+        assert waiting.result(30).attributions
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_integrated_gradients_take_more_steps_where_few_miss_the_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = composed("text")
+    plain = model.explain({"text": TEXTS[0]}, **QUICK)
+    worth = sum(piece.score for piece in plain.attributions[0].pieces)
+    middle = plain.value - worth / 2
+
+    def tip_over(_: Any, __: Any, output: Any) -> None:
+        output.logits = torch.sigmoid(40 / abs(worth) * (output.logits - middle))
+
+    model.decoder.register_forward_hook(tip_over)
+    options: dict[str, Any] = {"target": plain.target, "steps": 8, "faithfulness": False, "shares": False}
+    near = model.explain({"text": TEXTS[0]}, **options)
+    monkeypatch.setattr("mmhub.explain.gradients._FINER", (1,))
+    far = model.explain({"text": TEXTS[0]}, **options)
+    assert near.gap is not None
+    assert far.gap is not None
+    assert near.gap < 0.05 < far.gap
 
 
 def test_half_precision_weights_are_explained() -> None:
@@ -219,9 +284,10 @@ def test_two_inputs_that_belong_together_are_explained_by_their_similarity() -> 
     )
     sample = {"text": TEXTS[0], "image": PICTURE}
     found = model.explain(sample, method="gradient-x-input", faithfulness=False)
+    assert (found.shares, found.baseline) == ({}, None), "one side alone is like none: there is nothing to share"
+    assert any("no shares" in note for note in found.notes)
     sides = list(model.predict(sample)[0]["embeddings"].values())
     assert found.value == pytest.approx(float(np.dot(*sides)), abs=1e-4)
-    assert sum(found.shares.values()) == pytest.approx(found.value - found.baseline, abs=1e-3)
     with pytest.raises(UsageError, match="there is one"):
         model.explain({"text": TEXTS[0]})
 
@@ -297,3 +363,44 @@ def test_tokens_are_found_in_a_text_by_what_they_are_decoded_to() -> None:
 
     spans = spans_of(Letters(), [ord(char) for char in "<ab c>"], ["ab c"])
     assert spans == [None, (0, 1, "a"), (1, 2, "b"), None, (3, 4, "c"), None]
+
+
+def writer(*guards: dict[str, Any]) -> Model:
+    torch.manual_seed(0)
+    decoder = {"dim": 16, "depth": 1, "heads": 2, "max_length": 64, "generation": {"max_new_tokens": 4}}
+    return mmhub.compose(
+        "language-modelling",
+        decoder={"use": "transformer-lm", "config": decoder},
+        tokenizer={"kind": "byte"},
+        texts=["a"],
+        guards=list(guards),
+    ).eval()
+
+
+def test_of_an_answer_that_a_guard_changes_no_token_is_shown() -> None:
+    pytest.importorskip("mmhub_guards")
+    masked = {"use": "pattern", "config": {"patterns": {"all": "(?s)."}, "action": "replace", "on": ["output"]}}
+    with pytest.raises(InputError, match="a guard changes this answer, so that it is not explained"):
+        writer(masked).explain({"text": "ab"}, **QUICK)
+    assert writer(masked).explain({"text": "ab"}, target="c", **QUICK).steps[0].text == "c"
+
+
+def test_what_is_explained_is_what_guards_let_through() -> None:
+    pytest.importorskip("mmhub_guards")
+    hidden = {"use": "wordlist", "config": {"words": ["secret"], "action": "replace", "on": ["input"]}}
+    given, passed = {"text": "the secret"}, {"text": "the ***"}
+    found, wanted = writer(hidden).explain(given, **QUICK), writer().explain(passed, **QUICK)
+    assert found.target == wanted.target and found.steps == wanted.steps
+    assert "".join(piece.text for piece in found.attributions[0].pieces).endswith("***")
+    parts = {"text": PARTS["text"]}
+    torch.manual_seed(0)
+    model = mmhub.compose(
+        encoders=parts, decoder={"use": "classification", "config": {"labels": ["no", "yes"]}}, texts=TEXTS
+    ).eval()
+    plain = model.explain({"text": "a *** day"}, **QUICK)
+    lovely = {"use": "wordlist", "config": {"words": ["lovely"], "action": "replace"}}
+    add_guards(model, [decode_config(GuardRecipe, lovely, "")])
+    model._guards = None
+    found = model.explain({"text": "a lovely day"}, **QUICK)
+    assert (found.attributions, found.answer) == (plain.attributions, plain.answer)
+    assert found.notes[-1] == "guards have changed the sample: what they let through is explained"

@@ -83,6 +83,9 @@ def faithful(out: float = 0.3, back: float = 0.7) -> Faithfulness:
         insertion_area=back,
         random_deletion_area=0.5,
         random_insertion_area=0.5,
+        orders=19,
+        deletion_beaten=19 if out < 0.5 else 3,
+        insertion_beaten=19 if back > 0.5 else 18,
     )
 
 
@@ -176,7 +179,9 @@ def test_pictures_and_sounds_of_every_kind_are_shown_and_broken_ones_are_not() -
 
 def test_without_colours_there_are_numbers_and_no_control_sequence() -> None:
     shares = {"text": 1.5, "image": -0.5}
-    found = explained(text_of(), picture_parts(), sound_parts(), shares=shares, faithfulness=faithful(), gap=0.25)
+    found = explained(
+        text_of(), picture_parts(), sound_parts(), shares=shares, faithfulness=faithful(), gap=0.25, neutral=1.5
+    )
     lines = render(found, {"text": TEXT}).splitlines()
     assert all(line.isprintable() and line.isascii() for line in lines)
     assert lines[:2] == ["positive  0.9800", "'positive' by occlusion: logit 2.5 (0.5 without any input)"]
@@ -188,8 +193,8 @@ def test_without_colours_there_are_numbers_and_no_control_sequence() -> None:
     ]
     assert "   +2.000  x 8-12, y 4-8" in lines and "   +1.000  0.25-0.50 s" in lines
     assert "image    -0.500   25%" in lines
-    assert "0.3 on average, 0.5 in random order: better than chance" in " ".join(lines)
-    assert any(line.endswith("within 0.25.") for line in lines)
+    assert "0.3 on average, 0.5 in random order: better than 19 of 19 random orders." in " ".join(lines)
+    assert "The scores add up to the difference to a neutral input (1.5) within 0.25." in lines
 
 
 def test_a_token_for_the_answer_is_red_and_one_against_it_blue() -> None:
@@ -263,9 +268,19 @@ def test_written_tokens_name_their_strongest_sources() -> None:
     assert lines[-1].startswith("cat    -0.25  image x 8-12, y 4-8 +2.000")
 
 
-def test_an_explanation_worse_than_chance_says_so() -> None:
+def test_an_explanation_no_better_than_random_orders_says_so() -> None:
     shown = render(explained(faithfulness=faithful(out=0.6, back=0.4)), {"text": TEXT}, width=500)
-    assert shown.count("not better than chance") == 2
+    assert "no better than random order (better than 3 of 19)" in shown
+    assert "no better than random order (better than 18 of 19)" in shown, "one in twenty is better than all by chance"
+
+
+def test_what_the_scores_add_up_to_is_said_with_tokens_that_were_written() -> None:
+    steps = (Step(text=" cat", logprob=-0.25, attributions=(text_of(),)),)
+    found = explained(steps=steps, gap=0.25, neutral=-1.5, baseline=None)
+    shown = render(found, {"text": TEXT}, width=500)
+    assert "with those of tokens written before, add up to the difference to a neutral input (-1.5)" in shown
+    assert "without any input" not in shown
+    assert "add up to the difference to a neutral input" in page(found, {"text": TEXT})
 
 
 # -- pictures -------------------------------------------------------------------------------------------------------
@@ -367,7 +382,12 @@ def test_a_page_needs_nothing_else_and_allows_no_script_but_its_own() -> None:
 
 
 def test_a_page_shows_tokens_patches_frames_shares_curves_and_steps() -> None:
-    text = page(everything(notes=("mind this",), gap=0.125), SAMPLE, name="org/model", facts={"torch": "2.x"})
+    text = page(
+        everything(notes=("mind this",), gap=0.125, neutral=0.5, points=32),
+        SAMPLE,
+        name="org/model",
+        facts={"torch": "2.x"},
+    )
     tags = Tags(text)
     spans = {one["title"]: one for one in tags.of("span") if "title" in one}
     assert spans["+0.900"]["class"] == "for" and float(spans["+0.900"]["style"].removeprefix("--s:")) == 1.0
@@ -383,7 +403,7 @@ def test_a_page_shows_tokens_patches_frames_shares_curves_and_steps() -> None:
     for part in (
         "positive 0.9800",
         "org/model",
-        "better than chance",
+        "better than 19 of 19 random orders",
         "mind this",
         "0.12",
         "2.x",

@@ -30,7 +30,10 @@ def _closed() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_closed")
-@pytest.mark.parametrize("name", [*targets.TARGETS])
+@pytest.mark.parametrize(
+    "name",  # the process that lays templates out dies of many, and another must start
+    [pytest.param(name, marks=pytest.mark.slow if name == "template" else ()) for name in targets.TARGETS],
+)
 def test_what_was_sound_or_crashed_once_is_read_or_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmhub_text.sandbox.SECONDS", 0.1)
     files = sorted((CORPUS / name).iterdir())
@@ -60,6 +63,16 @@ def test_another_error_than_ours_is_not_let_pass() -> None:
     targets.allowed(fail, b"x")
     with pytest.raises(ValueError, match="a bug"):
         targets.allowed(fail, b"")
+
+
+def test_a_crash_says_what_was_raised_and_where() -> None:
+    """The exception is on standard output, what libFuzzer makes of it on the other."""
+    fuzzer = pytest.importorskip("tests.fuzz.run", exc_type=ImportError)  # no `resource` on Windows
+    printed = " === Uncaught Python exception: ===\nKeyError: 'a'\nTraceback (most recent call last):\n"
+    printed += '  File "/x/mmhub/hub/card.py", line 7, in read_card\n    raise\n'
+    complaint = "==1== ERROR: libFuzzer: fuzz target exited\nSUMMARY: libFuzzer: fuzz target exited\n"
+    said = fuzzer.reason(printed + complaint)
+    assert said.startswith("KeyError: 'a' | ==1== ERROR: libFuzzer") and said.endswith("line 7, in read_card")
 
 
 # -- rules ------------------------------------------------------------------------------------------------------

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from mmhub.hub.card import END, START, merge_card, read_card
 from mmhub.hub.findings import Finding, Unstated, Untrusted
 from mmhub.hub.gate import decide, findings
 from mmhub.hub.leaks import find_leaks
+from mmhub.hub.secrets import _KINDS
 from mmhub.hub.staging import look
 from mmhub.hub.statements import overlap_line, stated_under_headings
 from tests.conftest import SHARED
@@ -99,6 +103,14 @@ DISGUISES: dict[str, tuple[str, Any]] = {
     "escaped in a card": ("card", '---\nnote: "' + ESCAPED.replace("u00", "x") + '"\n---\n'),
     "base64": ("text", f"# x\n{base64.b64encode(f'token {TOKEN}'.encode()).decode()}\n"),
     "base64 for addresses": ("text", base64.urlsafe_b64encode(b"?>?>?> " + TOKEN.encode()).decode().rstrip("=")),
+    "base64 with another letter": ("text", base64.b64encode(f"\u00e4 {TOKEN}".encode()).decode()),
+    "base64 in several lines": ("text", base64.encodebytes(b"y" * 40 + b" " + TOKEN.encode() + b" z" * 30).decode()),
+    "base64 in lines of JSON": ("json", json.dumps([base64.encodebytes(b"y" * 40 + b" " + TOKEN.encode()).decode()])),
+    "base64 escaped in JSON": (
+        "json",
+        json.dumps({"a": base64.b64encode(b"????" + TOKEN.encode()).decode()}).replace("/", "\\/"),
+    ),
+    "Markdown": ("card", TOKEN.replace("_", "\\_")),
     "base64 in JSON": ("json", json.dumps({"a": [base64.b64encode(TOKEN.encode()).decode()]})),
 }
 
@@ -109,6 +121,53 @@ def test_a_secret_is_found_in_disguise_and_not_repeated(disguise: str) -> None:
     (leak,) = find_leaks(text, form=form)  # type: ignore[arg-type]
     assert leak.kind == "secret" and "a Hugging Face token" in leak.what
     assert TOKEN[3:] not in leak.what + leak.public
+
+
+SECRETS = {
+    "an npm token": "npm_" + "a1B" * 12,
+    "an address of a Slack hook": "https://hooks.slack.com/services/T0A1B2C3D/B0A1B2C3D/" + "aB3" * 8,
+    "an address of a Discord hook": "https://discord.com/api/webhooks/123456789012345678/" + "a-B3" * 17,
+    "an Azure key": "AccountName=x;AccountKey=" + "aB3/" * 21 + "aB==",
+    "an AWS secret": 'aws_secret_access_key = "' + "aB3/" * 10 + '"',
+    "an AWS secret key": "AWS_SECRET_ACCESS_KEY=" + "aB3/" * 10,
+    "a secret key of AWS": '{"SecretAccessKey": "' + "aB3/" * 10 + '"}',
+    "a bearer token": 'curl -H "Authorization: Bearer ' + "a1" * 20,
+    "an API key": "sk-proj-" + "A1b2" * 10,
+    "a web token": ".".join(["eyJ" + "aB3" * 10] * 3),
+    "a password in an address": "postgres://user:hunter2@db.example.org/x",
+}
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+def test_a_secret_of_a_known_form_is_found(kind: str) -> None:
+    (leak,) = find_leaks(f"a\n{SECRETS[kind]}\n")
+    assert leak.what == f"holds what looks like a secret, {kind} (line 2)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Trained on opus-en-sk-news-commentary-parallel-corpus-v16-cleaned.", "export HF_TOKEN=hf_" + "x" * 34,
+        "https://example.org/blog/sk-learn-based-classification-of-documents-2024", "sk-" + "x" * 48,
+        "postgres://user:password@localhost/db", "curl http://user:pass@example.org/", "a classification model",
+        "see https://hub.example.org/models", "https://hooks.slack.com/services/T00000000/B00000000/" + "X" * 24,
+        'curl -H "Authorization: Bearer hf_' + "x" * 34,
+    ],
+)  # fmt: skip
+def test_what_only_looks_like_a_secret_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN_ENDPOINT", "https://hub.example.org/")
+    monkeypatch.setenv("CSRF_SECRET_NAME", "classification")
+    assert find_leaks(text, form="card") == []
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_a_text_made_to_keep_the_search_busy_does_not(kind: str) -> None:
+    piece, pattern = _KINDS[kind]
+    started = time.process_time()
+    for more in ("", "a" * 20 + "-", "a:"):
+        text = (piece + more) * (500_000 // len(piece + more))
+        re.findall(pattern, text)
+    assert time.process_time() - started < 4, "it grows with the square of the text"
 
 
 def test_a_decoded_secret_is_named_by_its_key() -> None:
@@ -124,6 +183,14 @@ def test_every_kind_of_file_is_scanned(folder: Path, name: str) -> None:
     (secret,) = [one for one in found_in(folder) if one.severity == "refuse"]
     assert (secret.kind, secret.forceable) == ("secret", False)
     assert secret.message.startswith(f"'{name}' holds what looks like a secret, a Hugging Face token (line 1)")
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "model.safetensors"])
+def test_a_pipe_is_refused_and_nobody_waits_for_it(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    code, _, err = run(capsys, "push", "./model", REPO, "--license", "mit", "--dry-run")
+    assert code == 5 and f"'{name}' is no file, but a pipe or a device" in err
 
 
 def test_names_of_tensors_are_scanned(folder: Path) -> None:
@@ -143,6 +210,7 @@ def test_names_of_tensors_are_scanned(folder: Path) -> None:
     "text",
     [
         "see /home/ann/data.csv", "/Users/ann.lee/x", "C:\\Users\\Ann Lee\\x.csv", "d:/Users/ann/x",
+        "/home/ann", "(/Users/ann)", "C:\\Users\\ann",
         "\\\\server\\share\\x", "file:///data/x", "(/home/ann/x)", "http://workstation:8000/", "git@workstation:x",
         "/srv/me/own/x",
     ],
@@ -158,6 +226,7 @@ def test_a_personal_path_is_found(text: str, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     "text",
     [
+        "/home/user", "in /home/user.", "C:\\Users\\Public",
         "/home/user/app", "/Users/you/x", "/home/$USER/x", "/home/<name>/x", "https://example.org/home/ann/x",
         "~/data", "/home/", "home/ann/x", "C:\\Users\\Public\\x", "\\\\alpha + \\\\beta", "\\\\begin{x}\\\\hline",
         "x \\\\[2pt] \\alpha\\beta", "/data/train.csv", "file:///path/to/x", "https://workstations.org/", "/homes/ann/",
@@ -311,7 +380,7 @@ def test_a_line_tells_the_overlap() -> None:
     found |= {"ngram": 70, "ngram_share": 0.1, "n": 8, "ngram_half": 7}
     assert overlap_line(found) == (
         "9 of 872 evaluation rows (1.0%) are in the training data as they are, 70 of 700 texts (10.0%) share 8 words "
-        "in a row with it and 7 most of theirs (0.2% of the training rows occur more than once)"
+        "in a row with it and 7 most of theirs (0.2% of them occur more than once among themselves)"
     )
     assert overlap_line({"skipped": "it is streamed"}).endswith("was not looked up: it is streamed")
 

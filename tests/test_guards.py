@@ -20,9 +20,11 @@ from mmhub.checkpoint import parse_config, read_config
 from mmhub.config import GuardRecipe, ModelRecipe
 from mmhub.errors import InputError, MmhubError, NotFoundError, PluginError, TrustError, UsageError
 from mmhub.generate import Conversation
-from mmhub.guard import Decisions, Guards, media_in, texts_of, with_texts
+from mmhub.generate.talks import stripped
+from mmhub.guard import Decisions, Guards, media_in, texts_of, with_media, with_texts
 from mmhub.hub.foreign import write_layout
-from mmhub.interfaces import ComponentConfig, Generation, decode_config
+from mmhub.interfaces import ComponentConfig, Generation, Policy, decode_config, raw_bytes
+from mmhub.interfaces.raw import worker_of
 from mmhub.model import Model
 from mmhub.plugins import Component, get_index
 from mmhub.spec import Change, ComponentSpec, Refusal
@@ -211,9 +213,92 @@ def test_a_failing_guard_refuses_and_one_that_fails_for_several_is_asked_for_eac
     assert ["text" in one for one in model.generate([{"text": "a"}, {"text": "b"}])] == [True, True]
     assert (guard.asked, guard.seen) == (1, [])
     found = model.generate([{"text": "a"}, {"text": "c"}, {"text": "d"}])
-    assert found[1]["refused"] == "the guard failed: ValueError: that one"
-    assert found[2]["refused"] == "the guard failed: KeyError: 'd'"
-    assert "text" in found[0]
+    assert [one.get("refused") for one in found] == [None, "the guard failed", "the guard failed"]
+
+
+def test_why_a_guard_fails_is_told_to_whoever_runs_the_model_alone(caplog: pytest.LogCaptureFixture) -> None:
+    class Missing(Watching):
+        asked = 0
+
+        def check_all(self, samples: Any) -> Any:
+            self.asked += 1
+            raise NotFoundError("no folder '/srv/gate'")
+
+    guard = Missing()
+    model = guarded(model_of(Scripted("b")), guard)
+    found = model.generate([{"text": "a"}] * 3)
+    assert {one["refused"] for one in found} == {"the guard failed"}
+    assert (guard.asked, guard.seen) == (1, [])  # it fails for each of them
+    told = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+    assert told == ["the guard mmhub/watching failed: NotFoundError: no folder '/srv/gate'"]
+
+
+def test_of_several_texts_of_a_conversation_some_may_be_refused() -> None:
+    class Second(Watching):
+        def review(self, sample: Any, answer: Any) -> Any:
+            self.seen.append(answer)
+            return Refusal("no") if len(self.seen) % 2 else answer
+
+    talks = model_of(Scripted(" b"))
+    assert stripped({"texts": [None, " b"]}) == {"texts": [None, "b"]}
+    settings = Generation(max_new_tokens=2, temperature=1.0)
+    (found,) = guarded(talks, Second(on=("output",))).generate([{"text": "a"}], settings, n=2)
+    assert found["texts"][0] is None and found["refused"] == ["no", None]
+
+
+def test_what_a_model_has_answered_is_not_for_guards_of_inputs_alone() -> None:
+    both, inputs = Watching(), Watching(on=("input",))
+    talk = Conversation(guarded(model_of(Scripted(" fine.")), both, inputs), settings=Generation(max_new_tokens=9))
+    talk.ask("one")
+    talk.ask("two")
+    assert both.seen[-1] == {"text": "one\n\nfine.\n\ntwo"}
+    assert inputs.seen[-1] == {"text": "one\n\ntwo"}
+
+
+class Looking(Watching):
+    """Reads pictures."""
+
+    media = ("image",)
+
+    def check(self, sample: Any) -> str:
+        self.seen.append(sample)
+        return ""
+
+
+def test_a_picture_that_a_guard_reads_is_fetched_once_for_it_and_for_the_model(tmp_path: Path) -> None:
+    path, guard = tmp_path / "a.png", Looking()
+    guards = Guards.none()
+    guards._guards = [(get_index().plugins[0], guard)]
+    talk = {"messages": [{"role": "user", "content": ["a", {"type": "image", "path": str(path)}]}]}
+    for sample in ({"image": str(path), "text": "a"}, {"image": [path, b"x"]}, talk):
+        path.write_bytes(b"first")
+
+        def answer(samples: Any, rows: Any) -> Any:
+            path.write_bytes(b"other")
+            return [{"read": next(raw_bytes(raw, Policy()) for raw in media_in(samples[0], "image"))}]
+
+        assert guards.answer([sample], answer) == [{"read": b"first"}]
+    plain = {"image": b"x", "text": "a"}
+    assert with_media(plain, "image", lambda raw: raw) is plain
+    assert worker_of({"bytes": b"x", "path": "https://a.org/b.png"}, Policy()) is not None  # as before it was fetched
+
+
+def test_a_picture_that_no_guard_can_read_is_an_error_of_its_own_row(tmp_path: Path) -> None:
+    class Blind(Looking):
+        def check_all(self, samples: Any) -> Any:
+            error = InputError("no picture")
+            error.modality, error.row = "image", len(samples) - 1
+            raise error
+
+        def check(self, sample: Any) -> Any:
+            return "" if sample["image"] == b"x" else self.check_all([sample])
+
+    guards = Guards.none()
+    guards._guards = [(get_index().plugins[0], Blind())]
+    for wrong in (b"y", str(tmp_path / "none.png")):
+        with pytest.raises(InputError) as caught:
+            guards.answer([{"image": b"x"}, {"image": wrong}], lambda samples, rows: [{}] * len(samples))
+        assert caught.value.row == 1
 
 
 # -- the log --------------------------------------------------------------------------------------------------------
@@ -229,12 +314,13 @@ def test_decisions_are_logged_and_what_was_said_is_not(log: Any, caplog: pytest.
     assert [(one["guard"], one["rule"], one["stage"], one["action"], one["reason"]) for one in found] == [
         ("mmhub/redacting", "secrets", "input", "changed", "a secret is taken out"),
         ("mmhub/redacting", "bombs", "input", "refused", "no bombs"),
-        ("mmhub/watching", "", "input", "refused", "(withheld: it repeats what was said)"),
+        ("mmhub/watching", "", "input", "refused", "(withheld: a guard's own words)"),
         ("mmhub/watching", "words", "output", "refused", "not that"),
     ]
     assert {one["model"] for one in found} == {"some"}
     assert all(one["time"].endswith("+00:00") for one in found)
     assert [json.loads(message) for message in caplog.messages] == found
+    assert "12345" not in caplog.text
 
 
 def test_the_message_of_a_failing_guard_is_not_logged(log: Any) -> None:
@@ -354,6 +440,8 @@ def test_a_file_of_guards_adds_them_to_every_model(tmp_path: Path, monkeypatch: 
         ('[[guards]]\nuse = "wordlst"', NotFoundError, "there is no guard 'wordlst'"),
         ('[[guards]]\nuse = "wordlist"\nconfig = { wrods = [] }', UsageError, "guards 1: unknown key 'wrods'"),
         ("\x00", UsageError, "is not valid TOML"),
+        ("", UsageError, "names no guard"),
+        ("a=" + "[" * 5000, UsageError, "nests too deeply"),
     ],
 )
 def test_a_wrong_file_of_guards_stops_the_first_answer(

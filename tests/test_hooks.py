@@ -216,8 +216,8 @@ def test_a_guard_refuses_samples_and_changes_answers_one_for_each_sample(guarded
     answers = guarded.predict([{"numbers": text} for text in texts])
     name = {"guard": "mmhub-fake-hook/words"}
     assert answers[1] == {"refused": "it has a 7"} | name
-    assert answers[3] == {"refused": "the guard failed: ValueError: unlucky"} | name
-    assert answers[4] == {"refused": "the guard failed: ValueError: too many"} | name
+    assert answers[3] == {"refused": "the guard failed"} | name
+    assert answers[4] == {"refused": "the guard failed"} | name
     assert answers[0]["seen"] and answers[2]["seen"]
     assert guarded.predict({"numbers": "1 2"}) == answers[:1]
 

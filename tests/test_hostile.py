@@ -6,11 +6,16 @@ is quick is loaded in this one by the others.
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mmhub import compose
 from mmhub.cli.main import main
 from mmhub.errors import ExitCode, MmhubError, TrustError
 from mmhub.hub.pull import load
@@ -25,7 +30,14 @@ _LATER = {
     *("zeros compressed, as the tokenizer", "zeros in an archive, as the weights", "a million requirements"),
     *("a pickle as the tokenizer", "a link to a system file as the tokenizer", "a link out of the folder"),
     *("weights as the tokenizer", "a tokenizer whose pattern runs away", "a tokenizer with more words than it says"),
-    *("a million labels", "a million components", "a header above the limit", "3,000,000 layers", "3,000,000 blocks"),
+    *(
+        *hostile.GROWING,
+        "a million labels",
+        "a million components",
+        "a header above the limit",
+        "3,000,000 layers",
+        "3,000,000 blocks",
+    ),
     *("adapters in a circle", "3,000,000 layers of BERT", "a library's 3,000,000 layers"),
 }
 QUICK = [name for faults in hostile.FAULTS.values() for name in faults if name not in _LATER]
@@ -86,17 +98,19 @@ def test_the_command_line_says_it_in_one_line(
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_no_hostile_folder_runs_code_reaches_out_hangs_or_takes_all_memory(tmp_path: Path) -> None:
-    """Time is that of computing, for the machine may do other work; what waits for ever is stopped and has no code."""
+    """Time is that of computing, for the machine may do other work; by the clock, it may take a while more."""
     base, cache = tmp_path / "folders", tmp_path / "cache"
     base.mkdir()
     found = hostile.hostile_folders(base)
     sound = [hostile.least(folder, cache) for folder in hostile.sound_of(base).values()]
     seconds, megabytes = max(one.busy for one in sound), max(one.megabytes for one in sound)
+    waited = max(one.seconds for one in sound)
     before, wrong = hostile.snapshot(base), []
     for name, folder in found.items():
         one = hostile.observe(folder.arguments, cwd=base, cache=cache, stdin=folder.stdin)
         problems = one.problems(folder.codes)
         problems += [f"{one.busy - seconds:.1f} s more"] if one.busy > seconds + hostile.SECONDS else []
+        problems += [f"{one.seconds - waited:.1f} s more by the clock"] if one.seconds > waited + hostile.WAIT else []
         problems += [f"{one.megabytes - megabytes:.0f} MB more"] if one.megabytes > megabytes + 500 else []
         problems += ["files changed"] if hostile.snapshot(base) != before else []
         wrong += [f"{name}: {'; '.join(problems)}: {one.stderr[-300:]}"] if problems else []
@@ -119,6 +133,27 @@ def test_other_commands_neither_run_nor_hang_on_them(
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize("mean", ["1000000000.0", "1000000000", "5e7"])
+def test_a_regression_of_large_numbers_loads(mean: str, tmp_path: Path) -> None:
+    encoder = {"use": "lstm", "config": {"dim": 8, "embedding_dim": 8}}
+    head = {"use": "regression", "config": {"mean": float(mean), "std": 2e8}}
+    folder = compose("regression", encoders={"text": encoder}, decoder=head, texts=["a good thing"]).save(
+        tmp_path / "model"
+    )
+    text = (folder / "config.json").read_text("utf-8")
+    assert text.count(f'"mean": {float(mean)}') == 1
+    (folder / "config.json").write_text(text.replace(f'"mean": {float(mean)}', f'"mean": {mean}'), "utf-8")
+    decoder: Any = load(folder).decoder
+    assert decoder.mean == float(mean)
+
+
+def test_the_letters_nan_in_a_librarys_model_are_no_number(folders: dict[str, hostile.Folder], base: Path) -> None:
+    assert folders
+    shutil.copytree(base / "layout", base.parent / "nan", dirs_exist_ok=True)
+    hostile.change(base.parent / "nan", lambda table: table.update(_name_or_path="org/NaNo"))
+    load(base.parent / "nan")
+
+
 # -- what refuses them ------------------------------------------------------------------------------------------
 
 
@@ -129,6 +164,42 @@ def test_a_payload_would_leave_its_canary(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     pickle.loads(hostile.payload(folder))
     assert (tmp_path / hostile.CANARY).is_dir()
+
+
+def test_code_in_a_folder_would_leave_its_canary(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    hostile.write_code(tmp_path / "folder", "evil")
+    exec((tmp_path / "folder" / "evil.py").read_text(), {})
+    assert (tmp_path / hostile.CANARY).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("pass", ""),
+        ("open(inside, 'w')", ""),
+        ("import subprocess; subprocess.run(['/bin/true'])", "FORBIDDEN subprocess.Popen"),
+        ("import os; os.posix_spawn('/bin/true', ['true'], {})", "FORBIDDEN os.posix_spawn"),
+        ("import os; os.fork()", "FORBIDDEN os.fork"),
+        ("import os; os.spawnv(os.P_WAIT, '/bin/true', ['true'])", "FORBIDDEN os."),
+        ("open(outside, 'a')", "FORBIDDEN open"),
+        ("import os; os.open(outside, os.O_CREAT | os.O_WRONLY)", "FORBIDDEN open"),
+        ("import os; os.mkdir(outside)", "FORBIDDEN os.mkdir"),
+        ("import os; open(inside, 'w'); os.rename(inside, outside)", "FORBIDDEN os.rename"),
+        ("import os; os.symlink('/', outside)", "FORBIDDEN os.symlink"),
+        ("import os; os.remove(outside)", "FORBIDDEN os.remove"),
+        ("import os; os.mkdir('x', dir_fd=os.open(os.path.dirname(outside), os.O_RDONLY))", "FORBIDDEN os.mkdir"),
+    ],
+)
+def test_who_watches_sees_programs_and_writes_elsewhere(code: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    inside, outside = str(tmp_path / "cache" / "file"), str(tmp_path / "file")
+    whole = f"{hostile.WATCH}\ninside, outside = {inside!r}, {outside!r}\n{code}\nprint('ended')"
+    command = [sys.executable, "-S", "-c", whole, str(tmp_path / "cache" / "peak")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert ("ended" in done.stdout) == (not says), done.stderr
+    assert done.stderr.startswith(says) and done.returncode == (99 if says else 0)
+    assert not Path(outside).exists()
 
 
 @pytest.mark.parametrize(
@@ -176,6 +247,11 @@ def test_a_size_may_be_as_large_as_the_weights_or_a_small_table() -> None:
     large = 2**25
     check_sizes({"dim": large, "layers": [{"theta": 10**12, "max_length": 10**9}]}, Amount(1, 1), "it")
     check_sizes({"dim": large + 1}, Amount(1, large + 1), "it")
+    check_sizes({"mean": 10**9, "target_std": 1e9}, Amount(1, 1), "it")
+    with pytest.raises(TrustError, match=r"it: window_ms is 1000000000\.0"):  # no number of layers, and yet a size
+        check_sizes({"window_ms": 1e9}, Amount(1, 5), "it")
+    with pytest.raises(TrustError, match="it: mean_dim is 1000000000"):
+        check_sizes({"mean_dim": 10**9}, Amount(1, 5), "it")
     with pytest.raises(TrustError, match="it: dim is 33554433, and all its weights are 5 bytes"):
         check_sizes({"a": [{"dim": large + 1}]}, Amount(1, 5), "it")
     with pytest.raises(TrustError, match="dim is 1000000"):

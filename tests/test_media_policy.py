@@ -100,6 +100,11 @@ BAD = {
     "http://255.255.255.255/a": UNKNOWN,
     "http://192.0.2.1/a": UNKNOWN,
     "http://192.88.99.1/a": UNKNOWN,
+    "http://192.0.0.192/latest/meta-data": UNKNOWN,  # which ipaddress calls global in some versions
+    "http://198.18.0.1/a": UNKNOWN,
+    "http://168.63.129.16/a": UNKNOWN,  # of Azure, to its own machines alone
+    "http://[64:ff9b::a83f:8110]/a": UNKNOWN,
+    "http://[::ffff:168.63.129.16]/a": UNKNOWN,
     "http://[::1]/a": UNKNOWN,
     "http://[::]/a": UNKNOWN,
     "http://[fe80::1]/a": UNKNOWN,
@@ -341,9 +346,18 @@ def test_whoever_trickles_is_cut_off_in_time(start: bytes, site: Site) -> None:
 
     site.answers["/slow"] = trickle
     since = time.monotonic()
-    line = refused(site.url("/slow"), Policy(urls=["127.0.0.1"], fetch_seconds=0.2))
+    line = refused(site.url("/slow"), Policy(urls=["127.0.0.1"], fetch_seconds=0.200004))
     ended.set()
     assert "it took longer than 0.2 s" in line and time.monotonic() - since < 5
+
+
+def test_whoever_looks_a_name_up_slowly_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: ended.wait(20) and [])
+    since = time.monotonic()
+    line = refused("http://slow.example/a", Policy(urls=True, fetch_seconds=0.1))
+    ended.set()
+    assert "it took longer than 0.1 s" in line and time.monotonic() - since < 5
 
 
 def test_redirects_are_followed_up_to_a_number(site: Site) -> None:
@@ -372,6 +386,23 @@ def public(site: Site, names: list[str], monkeypatch: pytest.MonkeyPatch) -> lis
 
     monkeypatch.setattr(socket, "create_connection", connect)
     return connected
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_others(
+    site: Site, public: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.says("/a", b"there")
+    connect, times = socket.create_connection, []
+
+    def dead(address: tuple[str, int], timeout: float) -> socket.socket:
+        times.append(timeout)
+        if address[0] == OTHER:
+            raise TimeoutError
+        return connect(address, timeout)
+
+    monkeypatch.setattr(socket, "create_connection", dead)
+    assert raw_bytes("http://both.example/a", Policy(urls=True, fetch_seconds=20)) == b"there"
+    assert times[0] <= 10 < times[1] <= 20
 
 
 @pytest.mark.parametrize(
@@ -485,6 +516,22 @@ def test_an_address_is_none_where_a_path_is_meant() -> None:
     assert shown_url("http://a:b@c/d?e#f") == "http://c/d" and shown_url("data:secret") == "data:..."
 
 
+@pytest.mark.parametrize(
+    "login",
+    [
+        *("ada:pass", "ada:pass/word", "ada:pass?word", "ada:pass#word", "ada:pass/word?word", "ada:pass@word"),
+        *("pass/word", "ada:1/pass", "ada:1?pass", "ada:pass@word/word?word", "ada:pass?word@word/word"),
+        "ada:pass\nword",
+    ],
+)
+def test_a_login_is_never_shown(login: str) -> None:
+    for url in (f"http://{login}@h.example/x", f"//{login}@h.example/x?a=b", f"HTTP://{login}@h.example?{login}@h"):
+        shown = shown_url(url)
+        assert not [part for part in ("ada", "pass", "word") if part in shown], shown
+    assert shown_url("http://ada:pass@h.example:80/x?word") == "http://h.example:80/x"
+    assert shown_url("http://h.example/@ada/x") == "http://...@ada/x"  # which might have been one
+
+
 # --- decoding in a process of its own ----------------------------------------------------------------------------
 
 BOUNDS = Bounds(memory=2**30, seconds=20, workers=1)
@@ -511,6 +558,9 @@ def test_a_decoder_gives_the_same_here_and_apart() -> None:
         pytest.param("spin", SHORT, "within 0.5 s", id="a busy loop"),
         pytest.param("hoard", BOUNDS, "within 1024 MiB; make it smaller", id="memory", marks=unix),
         pytest.param("fail", BOUNDS, "its decoder died", id="a bug"),
+        pytest.param("drip", SHORT, "within 0.5 s", id="an answer that never ends"),
+        pytest.param("chatter", BOUNDS, "answered nonsense", id="facts that never end"),
+        pytest.param("crumble", BOUNDS, "answered nonsense", id="empty arrays that never end"),
         pytest.param("shout", SHORT, "could not be decoded", id="no messages"),
     ],
 )
@@ -535,18 +585,28 @@ def test_a_decoder_that_dies_or_hangs_costs_one_input(decoder: str, bounds: Boun
         ({"shape": [10**6], "kind": "float32"}, 4),
         ({"shape": "4", "kind": "uint8"}, 4),
         ({"shape": [4], "kind": []}, 4),
-        ({"shape": [301], "kind": "uint8"}, 301),  # more than the pixels and seconds allowed can be
+        ({"shape": [2**26 + 1], "kind": "uint8"}, 2**26 + 1),  # more than the pixels and seconds allowed can be
         ({"facts": [1]}, 0),
         ({"facts": {}}, 1),
         ({}, 0),
     ],
 )
 def test_what_a_decoder_says_is_taken_for_a_strangers(head: Any, size: int) -> None:
-    left = Allowance({"max_pixels": 100, "max_seconds": 1e-9})
+    left = Allowance(Policy(max_pixels=100, max_seconds=1e-9))
     with pytest.raises(InputError, match=r"'some\.png' could not be decoded: its decoder answered nonsense"):
         left.take(head, bytearray(size), "'some.png'")
-    found = Allowance({"max_pixels": 1, "max_seconds": 0}).take({"shape": [1, 2], "kind": "uint8"}, bytearray(2), "")
+    found = Allowance(Policy()).take({"shape": [1, 2], "kind": "uint8"}, bytearray(2), "")
     assert isinstance(found, np.ndarray) and found.shape == (1, 2)
+
+
+def test_no_more_is_taken_from_a_decoder_than_the_policy_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmhub.interfaces import apart as module
+
+    asked, read = [], module.read_message
+    monkeypatch.setattr(module, "read_message", lambda file, most: asked.append(most) or read(file, most))
+    apart(hostile_decoders.doubled, b"\1\2\3", bounds=BOUNDS)
+    most = 4 * Policy().max_samples
+    assert asked[-3:] == [most, most, most - 3]
 
 
 @pytest.mark.parametrize("head", [[1], {"shape": [3], "kind": "uint8"}])
@@ -608,7 +668,8 @@ def test_many_threads_share_the_decoders() -> None:
 
 def test_what_was_fetched_is_decoded_apart_and_own_files_are_not() -> None:
     assert worker_of("a.png", Policy()) is worker_of(b"a", Policy()) is None
-    assert worker_of({"bytes": b"a", "path": "http://a/b"}, Policy()) is None
+    assert worker_of({"bytes": b"a", "path": "a.png"}, Policy()) is None
+    assert worker_of({"bytes": b"a", "path": "http://a/b"}, Policy()) == Bounds()
     assert worker_of("http://a/b", Policy()) == worker_of({"path": "http://a/b"}, Policy()) == Bounds()
     assert worker_of("a.png", Policy(worker=SHORT)) is SHORT
 
@@ -711,6 +772,78 @@ def test_long_sounds_come_from_apart_piece_by_piece(monkeypatch: pytest.MonkeyPa
     np.testing.assert_array_equal(np.concatenate(pieces), decode.decode(content, Policy()).samples)
 
 
+def processes(bounds: Bounds) -> list[int]:
+    """Numbers of those that are idle."""
+    from mmhub.interfaces.apart import _pool
+
+    return [worker._process.pid for worker in _pool(bounds)._idle]
+
+
+def test_a_decoder_that_has_answered_is_used_again(model: Any) -> None:
+    from mmhub.explain.places import picture_size
+    from mmhub.explain.sources import picture_of, wave_of
+    from mmhub_audio.decode import decode, measure
+    from mmhub_image.decode import open_image
+
+    policy = Policy(worker=BOUNDS)
+    assert measure(flac(1), policy)
+    before = processes(BOUNDS)
+    assert len(before) == 1
+    for read, raw in ((measure, flac(1)), (decode, flac(1)), (wave_of, flac(1)), (open_image, png(1))):
+        assert read(raw, policy) is not None
+        assert processes(BOUNDS) == before, read
+    assert picture_size(png(1), policy) and picture_of(png(1), policy, 9)
+    assert processes(BOUNDS) == before
+
+
+def test_the_size_of_a_picture_is_told_within_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    from mmhub.explain.places import picture_size
+
+    turned, file = Image.Exif(), io.BytesIO()
+    turned[0x0112] = 6
+    Image.new("RGB", (3, 2)).save(file, "JPEG", exif=turned)
+    assert picture_size(file.getvalue(), Policy()) == (2, 3)
+    with pytest.raises(InputError, match="more than 5 pixels"):
+        picture_size(file.getvalue(), Policy(max_pixels=5))
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("it was decoded here"))
+    assert picture_size(file.getvalue(), Policy(worker=BOUNDS)) == (2, 3)
+
+
+def endless_flac(samples: Any, rate: int) -> bytes:
+    """A file that does not say how many samples it has, as one that was written to a pipe."""
+    content = bytearray(encoded_sound(samples, rate, "FLAC"))
+    content[21:26] = content[21] & 0xF0, 0, 0, 0, 0
+    return bytes(content)
+
+
+def test_a_sound_of_unknown_length_holds_no_decoder() -> None:
+    from mmhub_audio.decode import decode, open_sound
+
+    noise = np.random.default_rng(0).normal(0, 0.1, 100_000)
+    content = endless_flac(noise, 192_000)
+    first = open_sound(content, Policy(worker=SHORT))
+    assert first.frames is None
+    second = decode(content, Policy(worker=SHORT))
+    assert np.concatenate(list(first.blocks)).tolist() == second.samples.tolist() and len(second.samples) == len(noise)
+
+
+def test_sounds_of_high_rates_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmhub_audio.decode import decode
+    from mmhub_audio.files import check_header
+
+    for rate, seconds in ((8_000, 600), (48_000, 600), (96_000, 300), (192_000, 150), (655_350, 43)):
+        check_header("a.flac", rate * seconds, rate, 1, Policy())
+    for seconds in (1.0, 60.0):
+        check_header("a.flac", int(192_000 * seconds), 192_000, 2, Policy(max_seconds=seconds))
+    with pytest.raises(InputError, match=r"lasts 600.0 s, more than the limit of 43.9 s at 655350 Hz; .* lower its"):
+        check_header("a.flac", 655_350 * 600, 655_350, 1, Policy())
+    monkeypatch.setattr("mmhub.interfaces.raw._SAMPLES", 1000)
+    with pytest.raises(InputError, match=r"lasts more than the limit of 1.5 s at 192000 Hz"):
+        decode(endless_flac(np.zeros(300_000), 192_000), Policy(max_seconds=6))
+
+
 def test_a_file_grows_in_proportion_or_little(model: Any) -> None:
     flat = chunked_png(side=200)
     assert len(model.predict([{"image": flat}])) == 1
@@ -766,7 +899,11 @@ def test_the_command_line_fetches_what_it_is_allowed_to(command: Any, saved: Pat
     assert site.asked == []
     found = command("predict", saved, "--image", url, "--allow-host", "127.0.0.1", "--json")
     assert found == command("predict", saved, "--image", "a.png", "--json") and found[0] == 0
-    (tmp_path / "rows.csv").write_text(f"image,label\n{url},no\n")
+
+
+@pytest.mark.slow
+def test_hosts_are_those_of_data_too(command: Any, saved: Path, site: Site, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(f"image,label\n{site.says('/a.png', png(1))},no\n")
     options = ("--data", "rows.csv", "--inputs", "image=image", "--target-column", "label")
     assert UNKNOWN in command("eval", saved, *options, "--allow-urls")[2]
     assert command("eval", saved, *options, "--allow-host", "127.0.0.0/8")[0] == 0
@@ -814,6 +951,7 @@ def test_the_server_does_not_start_with_what_is_no_host(command: Any, saved: Pat
     assert code == 2 and "'http://example.org' is no host to fetch from" in err
 
 
+@pytest.mark.slow
 def test_the_server_refuses_hostile_media_in_the_same_words_and_goes_on(model: Any) -> None:
     import httpx
 
@@ -828,6 +966,50 @@ def test_the_server_refuses_hostile_media_in_the_same_words_and_goes_on(model: A
         assert client.post("/predict", json=body).json()["predictions"] == model.predict([{"image": png(1)}])
 
 
+def test_the_server_answers_other_requests_while_it_fetches(model: Any, site: Site) -> None:
+    """The quick one: hostile media, what is fetched, and a fetch that lasts, at one server."""
+    import httpx
+
+    from mmhub_serve import inputs
+    from tests.serving import serving
+
+    content, ended, begun = png(1), threading.Event(), threading.Semaphore(0)
+
+    def slow(handler: BaseHTTPRequestHandler) -> None:
+        begun.release()
+        ended.wait(20)
+
+    site.answers["/slow"] = slow
+    given = {"samples": [{"image": {"base64": base64.b64encode(content).decode()}}]}
+    named, waiting = {"samples": [{"image": site.says("/a.png", content)}]}, {"samples": [{"image": site.url("/slow")}]}
+    own, answers = model.predict([{"image": content}]), []
+    with serving({"both": model}, urls=("127.0.0.1",), decoders=1) as url:
+        client = httpx.Client(base_url=url, timeout=30, trust_env=False)
+        assert client.post("/predict", json=named).json()["predictions"] == own
+        modality, bad, says = next(iter(HOSTILE.values()))
+        body = {"samples": [{modality: {"base64": base64.b64encode(bad).decode()}}]}
+        assert says in client.post("/predict", json=body).json()["error"]["message"]
+        askers = [
+            threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/predict", json=waiting, trust_env=False)))
+            for _ in range(inputs._SHARE)
+        ]
+        for asker in askers:
+            asker.start()
+        assert all(begun.acquire(timeout=20) for _ in askers)
+        assert client.post("/predict", json=given).json()["predictions"] == own
+        refused = client.post("/predict", json=named)
+        assert refused.status_code == 503 and refused.headers["Retry-After"] == "1"
+        assert "fetches for as many requests as it can" in refused.json()["error"]["message"]
+        ended.set()
+        for asker in askers:
+            asker.join(20)
+        assert [answer.status_code for answer in answers] == [400] * inputs._SHARE
+        assert client.post("/predict", json=named).json()["predictions"] == own
+        client.close()
+    assert not inputs._asking
+
+
+@pytest.mark.slow
 def test_the_server_fetches_only_where_it_was_told_to(model: Any, site: Site) -> None:
     import httpx
 

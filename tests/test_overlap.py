@@ -71,6 +71,15 @@ def test_runs_of_words_are_counted_as_by_hand(low: int, high: int, n: int, monke
     assert 0 < found["ngram_half"] < found["ngram"] < found["ngram_rows"]
 
 
+def test_a_long_training_text_is_looked_up_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = saying(400).split()
+    monkeypatch.setattr(overlap, "_BLOCK_WORDS", 30)
+    pieces = [" ".join(words[at : at + 8]) for at in range(392)]
+    found = measure(texts("a", " ".join(words), "b"), texts("z", *pieces))
+    assert (found["train_rows"], found["ngram_rows"], found["ngram"]) == (3, 392, 392), "also over the ends of blocks"
+    assert measure(texts(" ".join(words)), texts(" ".join(words[-4:] + words[:4])))["ngram"] == 0
+
+
 def test_a_run_does_not_reach_over_the_end_of_a_text() -> None:
     words = saying(16).split()
     train = texts(" ".join(words[:7]), " ".join(words[7:]))
@@ -142,13 +151,14 @@ def test_a_row_is_the_same_if_each_of_its_inputs_is(tmp_path: Path) -> None:
             {"image": png(1), "audio": flac(3)},
             {"image": None, "audio": flac(2)},
             {"image": None, "audio": None},
+            {"image": png(1), "audio": flac(2)},
         ]
     )
     found = measure_overlap(train, test, {"image": "image", "audio": "audio"})
-    assert (found["rows"], found["checked_rows"], found["exact"]) == (5, 4, 3)
+    assert (found["rows"], found["checked_rows"], found["exact"]) == (6, 5, 2), "each input may be, and the row not"
     assert found["modalities"] == {
-        "image": {"rows": 3, "exact": 3, "exact_share": 1.0},
-        "audio": {"rows": 4, "exact": 3, "exact_share": 0.75},
+        "image": {"rows": 4, "exact": 4, "exact_share": 1.0},
+        "audio": {"rows": 5, "exact": 4, "exact_share": 0.8},
     }
     assert "n" not in found
 
@@ -171,9 +181,18 @@ def test_of_many_evaluation_rows_some_are_looked_up_and_the_result_says_so(monke
     assert 0.3 <= found["exact_share"] <= 0.7
 
 
-def test_rows_that_repeat_in_training_are_told() -> None:
-    found = measure(texts("yes", "yes", "no", "maybe"), texts("yes", "perhaps"))
-    assert (found["exact_share"], found["repeats"]) == (0.5, 0.5)
+def test_evaluation_rows_that_repeat_are_told_and_training_rows_hide_nothing_by_it() -> None:
+    found = measure(texts("yes", "no", "maybe"), texts("yes", "Yes", "perhaps", "no"))
+    assert (found["exact_share"], found["repeats"]) == (0.75, 0.5)
+    rows = texts("yes", "no")
+    assert measure_overlap([texts("yes", "yes", "no", "no"), rows], rows, {"text": "text"})["repeats"] == 0.0
+
+
+def failing(error: Exception) -> Any:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise error
+
+    return fail
 
 
 def test_the_end_of_a_training_does_not_wait_for_much_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +201,12 @@ def test_the_end_of_a_training_does_not_wait_for_much_data(monkeypatch: pytest.M
 
     assert ended(texts("a b"), texts("c"))["train_rows"] == 2, "the data of all stages"
     assert ended(texts("a b"), object()) == {"skipped": "the training data is streamed"}
+    for error in (RuntimeError("/home/ann"), RecursionError(), KeyError("x"), OSError("/home/ann")):
+        monkeypatch.setattr(overlap, "measure_overlap", failing(error))
+        assert ended(texts("a b")) == {"skipped": "the data cannot be read as it was"}
+    monkeypatch.setattr(overlap, "measure_overlap", failing(MemoryError()))
+    assert ended(texts("a b")) == {"skipped": "it takes more memory than there is"}
+    monkeypatch.undo()
     monkeypatch.setattr(overlap, "MOST_BYTES", 2**20)
     assert ended(texts("a" * 2**20)) == {"skipped": "the data has more than 1 MiB"}
 

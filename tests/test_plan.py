@@ -313,7 +313,7 @@ def test_measuring_obeys_the_policy_and_fetches_nothing(tmp_path: Path, monkeypa
     def fetch(*args: Any) -> Any:
         raise AssertionError("fetched")
 
-    monkeypatch.setattr("mmhub.interfaces.raw._fetch", lambda url, policy: fetch() if policy.urls else raise_input())
+    monkeypatch.setattr("mmhub.interfaces.fetch.fetch", lambda url, policy: fetch() if policy.urls else raise_input())
     rows: list[Any] = [
         {"x": "http://example.org/a.flac"},
         {"x": str(tmp_path / "a.flac")},

@@ -556,7 +556,7 @@ def test_an_array_and_its_rate_are_one_sound_and_samples_without_a_scale_none() 
 
 
 def test_only_pictures_that_models_read_are_opened() -> None:
-    assert pytest.importorskip("mmhub_image.decode").FORMATS == media.FORMATS
+    assert pytest.importorskip("mmhub_image.encoded").FORMATS == media.FORMATS
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "TGA")
     with pytest.raises(Image.UnidentifiedImageError):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmhub.errors import UsageError
+from mmhub.errors import InputError, UsageError
 from mmhub.speech.subtitles import as_text, write
 
 SEGMENTS = {
@@ -74,6 +74,12 @@ def test_a_long_segment_without_words_is_parted_by_its_characters() -> None:
 def seconds(text: str) -> float:
     hours, minutes, rest = text.replace(",", ".").split(":")
     return int(hours) * 3600 + int(minutes) * 60 + float(rest)
+
+
+def test_a_recording_that_a_guard_refuses_makes_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the guard house refuses this recording: it holds a listed word"):
+        write({"refused": "it holds a listed word", "guard": "house"}, tmp_path / "a.srt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_silence_makes_an_empty_file_and_a_text_without_times_an_error() -> None:

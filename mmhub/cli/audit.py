@@ -48,7 +48,7 @@ def _verdict(report: Audit) -> str:
 
 
 def _data(report: Audit) -> dict[str, Any]:
-    verdict = "bad" if report.is_bad else "good"
+    verdict = "bad" if report.is_bad else "nothing bad found"
     return {"verdict": verdict, "summary": _verdict(report)} | dataclasses.asdict(report)
 
 

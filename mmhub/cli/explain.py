@@ -32,7 +32,9 @@ _KINDS = (".html", ".png", ".json")
 @click.option("--method", type=click.Choice(_METHODS), default=_METHODS[0], show_default=True)
 @click.option("--target", help="The label, or the text, to explain.  [default: what the model answers]")
 @click.option(
-    "--steps", type=click.IntRange(1, 1000), default=32, show_default=True, help="Points of integrated gradients."
+    "--steps",
+    type=click.IntRange(1, 1000),
+    help="Points of integrated gradients.  [default: 32, fewer for each of many written tokens]",
 )
 @click.option("--no-faithfulness", is_flag=True, help="Do not measure whether the pieces matter to the model.")
 @click.option("--no-shares", is_flag=True, help="Do not measure what each input contributes.")
@@ -58,7 +60,7 @@ def explain(
     others: tuple[str, ...],
     method: str,
     target: str | None,
-    steps: int,
+    steps: int | None,
     no_faithfulness: bool,
     no_shares: bool,
     out: tuple[Path, ...],
@@ -78,30 +80,21 @@ def explain(
     _check_out(out, bool(image or audio))
     check_files((*image, *audio))
     from mmhub.explain import explain as compute
+    from mmhub.explain.fetched import fetched
     from mmhub.hub import load
     from mmhub.interfaces import Policy
 
     model: Any = load(name, device=device, quantize=quantize)
-    if writing:
-        _set_writing(model, read_settings(model, writing))
-    sample, policy = _fetched(_sample(model, given), Policy(urls=allow_urls))
+    settings, policy = read_settings(model, writing) if writing else None, Policy(urls=allow_urls)
+    sample = fetched(model, _sample(model, given), policy)  # what is shown is what the model has seen
     measured: dict[str, Any] = {"method": method, "faithfulness": not no_faithfulness, "shares": not no_shares}
-    found = compute(model, sample, target=target, steps=steps, policy=policy, **measured)
+    found = compute(model, sample, target=target, steps=steps, policy=policy, settings=settings, **measured)
     document = {"name": name, "explanation": found.as_dict()}
     for file in out:
         _write(file, document, found, sample, policy)
         note(f"the explanation is in {file}", quiet)
     if as_json or not out:
         emit(document, as_json, "" if as_json else _shown(found, sample))
-
-
-def _set_writing(model: Any, settings: Any) -> None:
-    """Let the model write with these settings where nothing else is said."""
-    import msgspec
-
-    if not hasattr(model.decoder.config, "generation"):
-        raise UsageError("this model's way of writing is fixed", "leave the options of generation out")
-    model.decoder.config = msgspec.structs.replace(model.decoder.config, generation=settings)
 
 
 def _given(
@@ -137,24 +130,6 @@ def _sample(model: Any, given: dict[str, list[Any]]) -> dict[str, Any]:
         alone = model.decoder.paired and list(model.encoders) == ["text"]
         sample["text"] = list(both.values()) if alone else both
     return sample
-
-
-def _fetched(sample: dict[str, Any], policy: Any) -> tuple[dict[str, Any], Any]:
-    """The sample with what addresses lead to, fetched once: what is shown is what the model has seen."""
-    from dataclasses import replace
-
-    from mmhub.interfaces.raw import Bounds, is_url, raw_bytes
-
-    def read(value: Any) -> Any:
-        return raw_bytes(value, policy) if is_url(value) else value
-
-    found = sample | {
-        name: list(map(read, value)) if isinstance(value, list) else read(value)
-        for name, value in sample.items()
-        if name in ("image", "audio")
-    }
-    fetched = any(found[name] != sample[name] for name in found)
-    return found, replace(policy, worker=Bounds()) if fetched else policy
 
 
 def _check_out(files: tuple[Path, ...], media: bool) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from mmhub.cli.output import emit, json_option, note, quiet_option
+from mmhub.cli.text import printable
 
 
 @click.command()
@@ -29,7 +30,7 @@ def pull(name: str, revision: str | None, out: Path | None, verify: str | None, 
         disable_progress_bars()
     from mmhub.checkpoint import is_checkpoint, read_config, verify_files
     from mmhub.hub.pull import locate, resolve_name
-    from mmhub.hub.signing import read_signer
+    from mmhub.hub.signing import NAME, read_signer, signed_name
 
     signer = read_signer(verify) if verify else None
     folder, verified = locate(name, resolve_name(name, revision), out, signer)
@@ -40,14 +41,17 @@ def pull(name: str, revision: str | None, out: Path | None, verify: str | None, 
         if not verified:
             verify_files(folder, config)
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
+    signed_as = signed_name(folder / NAME, name) if signer and (folder / NAME).is_file() else None
     if signer:
-        note(f"signed by {signer}, and every file is what was signed", quiet)
+        under = f" as {printable(signed_as)}" if signed_as else ""
+        note(f"signed by {signer}{under}, and every file is what was signed", quiet)
     data = {
         "name": name,
         "path": str(folder),
         "task": task,
         "files": files,
         "signed_by": str(signer) if signer else None,
+        "signed_as": signed_as,
     }
     emit(data, as_json, str(folder))
 

@@ -107,7 +107,7 @@ def write_subtitles(out: Path, answers: Sequence[dict[str, Any]]) -> None:
     """Write the transcript of one recording as subtitles.
 
     Raises:
-        UsageError: it has no times.
+        UsageError: it has no times. InputError: a guard refused it.
     """
     from mmhub.speech import subtitles
 

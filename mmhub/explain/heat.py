@@ -8,6 +8,7 @@ from typing import Any
 
 from mmhub.explain.records import Attribution, Explanation, Faithfulness, Piece
 
+_SURE = 0.95  # of random orders that an order must beat
 FAINT = 0.08  # strength below which a piece is left without a colour
 _AGAINST, _FOR = 255.0, 27.0  # hues in degrees, which the colour-blind tell apart, too
 _CLEAR, _DARK, _VIVID = 0.97, 0.58, 0.17  # lightness at 0 and at full strength, and chroma there
@@ -132,7 +133,9 @@ def spoken(answer: Mapping[str, Any]) -> tuple[str, float | None]:
 
 def about(explanation: Explanation) -> str:
     """Say in a sentence what the scores are about."""
-    ends = f"{explanation.value:.4g} ({explanation.baseline:.4g} without any input)"
+    ends = f"{explanation.value:.4g}"
+    if explanation.baseline is not None:
+        ends += f" ({explanation.baseline:.4g} without any input)"
     named = explanation.unit if explanation.unit != "value" else "the value"
     return f"by {explanation.method.replace('-', ' ')}: {named} {ends}"
 
@@ -142,12 +145,11 @@ def faith(found: Faithfulness) -> str:
 
     >>> curve = (1.0, 0.5, 0.0)
     >>> print(faith(Faithfulness(deletion=curve, insertion=curve, deletion_area=0.31, insertion_area=0.4,
-    ...     random_deletion_area=0.52, random_insertion_area=0.45)))
-    Strongest pieces taken out first: 0.31 on average, 0.52 in random order: better than chance. \
-Put in first: 0.4, 0.45 in random order: not better than chance.
+    ...     random_deletion_area=0.52, random_insertion_area=0.45, orders=19, deletion_beaten=19, insertion_beaten=8)))
+    Strongest pieces taken out first: 0.31 on average, 0.52 in random order: better than 19 of 19 random orders. \
+Put in first: 0.4, 0.45 in random order: no better than random order (better than 8 of 19).
     """
-    out = _against(found.deletion_area < found.random_deletion_area)
-    back = _against(found.insertion_area > found.random_insertion_area)
+    out, back = _against(found.deletion_beaten, found.orders), _against(found.insertion_beaten, found.orders)
     return (
         f"Strongest pieces taken out first: {found.deletion_area:.4g} on average, "
         f"{found.random_deletion_area:.4g} in random order: {out}. Put in first: {found.insertion_area:.4g}, "
@@ -155,5 +157,18 @@ Put in first: 0.4, 0.45 in random order: not better than chance.
     )
 
 
-def _against(better: bool) -> str:
-    return "better than chance" if better else "not better than chance"
+def sums(explanation: Explanation) -> str:
+    """Say in a sentence what the scores of integrated gradients add up to; "" with other methods."""
+    if explanation.gap is None or explanation.neutral is None:
+        return ""
+    written = ", with those of tokens written before," if explanation.steps else ""
+    return (
+        f"The scores{written} add up to the difference to a neutral input ({explanation.neutral:.4g}) "
+        f"within {abs(explanation.gap):.2g}."
+    )
+
+
+def _against(beaten: int, orders: int) -> str:
+    if orders and beaten >= _SURE * orders:
+        return f"better than {beaten} of {orders} random orders"
+    return f"no better than random order (better than {beaten} of {orders})"

@@ -29,6 +29,7 @@ from mmhub.explain.heat import (
     spoken,
     strength,
     strongest,
+    sums,
     title,
 )
 from mmhub.explain.records import Attribution, Explanation
@@ -124,6 +125,7 @@ def page(
         shares=_shares(explanation.shares),
         faith=faith(explanation.faithfulness) if explanation.faithfulness else "",
         curves=curves(explanation.faithfulness) if explanation.faithfulness else {},
+        sums=sums(explanation),
         steps=_steps(explanation, shelf),
         more_steps=max(len(explanation.steps) - _STEPS, 0),
         scores=_scores(explanation.answer),
@@ -135,8 +137,8 @@ def page(
 
 
 def short_name(name: str) -> str:
-    """Return a model's name for others to read: of a folder of this machine the end alone."""
-    return "/".join(Path(name).resolve().parts[-2:]) if os.path.exists(name) else name
+    """Return a model's name for others to read: of a folder of this machine the last part alone."""
+    return Path(name).resolve().name if os.path.exists(name) else name
 
 
 def versions() -> dict[str, str]:

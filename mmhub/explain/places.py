@@ -6,9 +6,9 @@ from, and a second of sound.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 
 from mmhub.conversation import media_of, text_of
 from mmhub.errors import InputError
-from mmhub.interfaces import Policy
-from mmhub.interfaces.raw import raw_bytes
+from mmhub.explain.sources import decode_size
+from mmhub.interfaces import Policy, describe_raw, raw_bytes
+from mmhub.interfaces.apart import decode_apart
+from mmhub.interfaces.raw import worker_of
 from mmhub.model import Model
 
 Span = tuple[int, int, str]
 _RATE = 16_000  # Hz of the sound that a processor is tried with
+_PIXELS = 2**20  # of the picture that it is tried with: a larger one is made smaller in proportion
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def spans_of(processor: Any, ids: Sequence[int], texts: Sequence[str]) -> list[S
     """
     tokenizer = getattr(processor, "tokenizer", None)
     known = None if tokenizer is None or not 1 <= len(texts) <= 2 else _by_tokenizer(tokenizer, ids, texts)
-    return known or _by_decoding(processor, ids, texts)
+    return known or _by_search(processor, ids, texts)
 
 
 def _by_tokenizer(tokenizer: Any, ids: Sequence[int], texts: Sequence[str]) -> list[Span | None] | None:
@@ -125,22 +128,62 @@ def _span(text: str, start: int, end: int, shift: int) -> Span | None:
     return (start + shift, end + shift, text[start:end]) if start < end else None
 
 
-def _by_decoding(processor: Any, ids: Sequence[int], texts: Sequence[str]) -> list[Span | None]:
-    """Find the texts, the last ones first, in what the ids are decoded to."""
-    pieces = _decoded(processor, ids)
-    ends = list(np.cumsum([len(piece) for piece in pieces]))
-    whole, found = "".join(pieces), list[Span | None]([None] * len(ids))
-    limit, shift = len(whole), sum(len(text) + 1 for text in texts)
+def unplaced(spans: Iterable[tuple[float, float]], texts: Sequence[str]) -> int:
+    """Count the texts in which no token stands, of starts and ends of tokens as `spans_of` gives them."""
+    known, shift, lacking = [one for one in spans if one[0] < one[1]], 0, 0
+    for text in texts:
+        lacking += bool(text.strip()) and not any(a < shift + len(text) and b > shift for a, b in known)
+        shift += len(text) + 1
+    return lacking
+
+
+def _by_search(processor: Any, ids: Sequence[int], texts: Sequence[str]) -> list[Span | None]:
+    """Find the texts, the last ones first: their own ids among the ids, or themselves in what these are decoded to."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    found, pieces = list[Span | None]([None] * len(ids)), list[str]()
+    limit, shift = len(ids), sum(len(text) + 1 for text in texts)
     for text in reversed(texts):
         shift -= len(text) + 1
-        place = whole.rfind(text, 0, limit)
-        if place < 0:
+        spans = _by_ids(tokenizer, ids[:limit], text) if tokenizer is not None else {}
+        if not spans:
+            pieces = pieces or _decoded(processor, ids)
+            spans = _by_decoding(pieces[:limit], text)
+        for number, (a, b) in spans.items():
+            found[number] = _span(text, a, b, shift)
+        limit = min(spans, default=limit)
+    return found
+
+
+def _by_ids(tokenizer: Any, ids: Sequence[int], text: str) -> dict[int, tuple[int, int]]:
+    """Where the ids that a text has alone stand last, but for those at its ends that grew together with others."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    count = len(encoding.ids)
+    for first, last in ((0, count), (1, count), (0, count - 1), (1, count - 1)):
+        run = encoding.ids[first:last]
+        if not run or (len(run) < min(count, 2)):
             continue
-        limit = place
-        for number, (piece, end) in enumerate(zip(pieces, ends, strict=True)):
-            a, b = max(int(end) - len(piece) - place, 0), min(int(end) - place, len(text))
-            if a < b:
-                found[number] = _span(text, a, b, shift)
+        for start in range(len(ids) - len(run), -1, -1):
+            if ids[start] != run[0] or list(ids[start : start + len(run)]) != run:
+                continue
+            places = {start + at: encoding.offsets[first + at] for at in range(len(run))}
+            if first and start and _bare(tokenizer, ids[start - 1]) == _bare(tokenizer, encoding.ids[0]):
+                places[start - 1] = encoding.offsets[0]  # it alone is marked as the beginning of a word
+            return places
+    return {}
+
+
+def _bare(tokenizer: Any, one: int) -> str:
+    return str(tokenizer.id_to_token(one) or "").lstrip("▁Ġ ")
+
+
+def _by_decoding(pieces: Sequence[str], text: str) -> dict[int, tuple[int, int]]:
+    """Where the text stands last in what the ids are decoded to."""
+    place, end, found = "".join(pieces).rfind(text), 0, dict[int, tuple[int, int]]()
+    for number, piece in enumerate(pieces if place >= 0 else ()):
+        end += len(piece)
+        a, b = max(end - len(piece) - place, 0), min(end - place, len(text))
+        if a < b:
+            found[number] = (a, b)
     return found
 
 
@@ -161,7 +204,9 @@ def grown(texts: Sequence[str]) -> list[str]:
 
 
 def _picture(processor: Any, raw: Any, policy: Policy) -> Spot:
-    width, height = picture_size(raw, policy)
+    true = picture_size(raw, policy)
+    less = min(1.0, math.sqrt(_PIXELS / max(true[0] * true[1], 1)))
+    width, height = (max(1, round(edge * less)) for edge in true)
     ramps = np.zeros((height, width, 3), np.uint8)
     ramps[..., 0] = np.linspace(0, 255, width).round()[None]
     ramps[..., 1] = np.linspace(0, 255, height).round()[:, None]
@@ -171,7 +216,9 @@ def _picture(processor: Any, raw: Any, policy: Policy) -> Spot:
     )
     shares = (seen - dark) / np.where(bright == dark, 1, bright - dark)
     x, y = _line(shares[0].mean(0), width), _line(shares[1].mean(1), height)
-    return Spot(lines=(*x, *y), size=(float(width), float(height)))
+    wide, high = true[0] / width, true[1] / height
+    lines = (x[0] * wide, x[1] * wide, y[0] * high, y[1] * high)
+    return Spot(lines=lines, size=(float(true[0]), float(true[1])))
 
 
 def _line(shares: NDArray[np.float64], length: int) -> tuple[float, float]:
@@ -186,20 +233,26 @@ def _line(shares: NDArray[np.float64], length: int) -> tuple[float, float]:
 
 def picture_size(raw: Any, policy: Policy) -> tuple[int, int]:
     """Return width and height of a picture that a processor has read, upright."""
-    from PIL import Image, ImageOps
-
-    content = raw_bytes(raw, policy) if not hasattr(raw, "shape") else None
-    if content is not None:
-        with Image.open(io.BytesIO(content)) as image:
-            return ImageOps.exif_transpose(image).size
     if hasattr(raw, "shape"):
         shape = tuple(raw.shape)
         return (shape[2], shape[1]) if hasattr(raw, "detach") else (shape[1], shape[0])
-    return ImageOps.exif_transpose(raw).size
+    content = raw_bytes(raw, policy)
+    if content is None:
+        from PIL import ImageOps
+
+        return ImageOps.exif_transpose(raw).size
+    name = describe_raw(raw)
+    found = list(decode_apart(decode_size, content, name, policy, worker_of(raw, policy)))
+    told = found[0] if found else None
+    width, height = (told.get("width"), told.get("height")) if isinstance(told, Mapping) else (0, 0)
+    if type(width) is not int or type(height) is not int or not 0 < width * height <= policy.max_pixels:
+        raise InputError(f"{name} could not be decoded: its decoder answered nonsense", "it may be made to harm")
+    return width, height
 
 
 def _seconds(processor: Any, policy: Policy) -> float:
     """What one position of sound lasts, by how many a second has."""
+    policy = replace(policy, max_seconds=max(policy.max_seconds, 1.0))
     noise = np.random.default_rng(0).normal(0, 0.1, _RATE).astype(np.float32)
     try:
         return 1.0 / max(int(processor([(noise, _RATE)], policy).mask.sum()), 1)

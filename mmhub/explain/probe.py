@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
+from threading import Lock, RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -120,19 +122,48 @@ def one_item(items: Items, number: int) -> Items:
     return Items(data, mask[:, :length] if padded else mask, torch.zeros_like(items.rows[:1]), 1, marks)
 
 
-def _own_recurrence(model: Model) -> Any:
+_ENTRY, _CUDNN = Lock(), RLock()  # to the table of turns, and to a setting of the whole process
+_turns: WeakKeyDictionary[Model, Any] = WeakKeyDictionary()
+
+
+def _turn(model: Model) -> Any:
+    with _ENTRY:
+        return _turns.setdefault(model, RLock())
+
+
+@contextmanager
+def _own_recurrence(model: Model) -> Iterator[None]:
     """Without cuDNN where there are recurrent layers, through which it passes a gradient in training mode alone."""
-    recurrent = any(isinstance(module, torch.nn.RNNBase) for module in model.modules())
-    return torch.backends.cudnn.flags(enabled=False) if recurrent and model.device.type == "cuda" else nullcontext()
+    if model.device.type == "cuda" and any(isinstance(module, torch.nn.RNNBase) for module in model.modules()):
+        with _CUDNN, torch.backends.cudnn.flags(enabled=False):
+            yield
+    else:
+        yield
 
 
 @contextmanager
 def untouched(model: Model) -> Iterator[None]:
     """Freeze the weights and evaluate meanwhile; afterwards all is as before, whatever happened.
 
+    A model is explained by one thread at a time, others wait: each would take what the other changed for how it was.
+    Those who predict do not: weights and gradients are nothing to them, and modes of torch functions are a thread's
+    own.
+
     Raises:
         UsageError: gradients cannot pass through a part.
     """
+    with _turn(model), _frozen(model), _own_recurrence(model):
+        try:
+            yield
+        except (RuntimeError, NotImplementedError) as error:
+            if "derivative" in str(error) or "does not require grad" in str(error) or "autograd" in str(error):
+                what = f"no gradient passes through this model: {str(error).splitlines()[0]}"
+                raise UsageError(what, "use --method occlusion") from None
+            raise
+
+
+@contextmanager
+def _frozen(model: Model) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     frozen, share = model.frozen, model.unimodal_loss
@@ -142,13 +173,7 @@ def untouched(model: Model) -> Iterator[None]:
         for parameter, _ in wanted:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
-        with _own_recurrence(model):
-            yield
-    except (RuntimeError, NotImplementedError) as error:
-        if "derivative" in str(error) or "does not require grad" in str(error) or "autograd" in str(error):
-            what = f"no gradient passes through this model: {str(error).splitlines()[0]}"
-            raise UsageError(what, "use --method occlusion") from None
-        raise
+        yield
     finally:
         model.frozen, model.unimodal_loss = frozen, share
         for parameter, grad in wanted:

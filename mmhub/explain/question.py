@@ -5,8 +5,10 @@ A question has K numbers: one of a label, value or pair, and one for each token 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -17,7 +19,8 @@ from torch import Tensor
 from mmhub.batch import Batch, Bundle, Items
 from mmhub.errors import InputError, UsageError, did_you_mean
 from mmhub.explain.places import grown
-from mmhub.interfaces import LanguageModel, Policy, TextDecoder, own_stream
+from mmhub.guard import texts_of
+from mmhub.interfaces import Generation, LanguageModel, Policy, TextDecoder, own_stream
 from mmhub.model import Model
 
 LONGEST = 32  # tokens of an answer that are written and explained
@@ -34,6 +37,7 @@ class Question:
         measure: what the decoder reads, R rows -> the numbers (R, K).
         ids: of the tokens that were written, () where none were. written: their texts.
         labels: the same as `encode_targets` gives them, (1, L), for decoders that read them beside the bundle.
+        sample: as guards have let it through, which is what the model has read.
     """
 
     batch: Batch
@@ -45,20 +49,34 @@ class Question:
     written: tuple[str, ...] = ()
     labels: Tensor | None = None
     notes: tuple[str, ...] = ()
+    sample: Mapping[str, Any] = field(default_factory=dict)
 
 
-def ask(model: Model, sample: Mapping[str, Any], target: str | None, policy: Policy) -> Question:
-    """Find out what to explain: the `target`, or what the model answers.
+def ask(
+    model: Model,
+    sample: Mapping[str, Any],
+    target: str | None,
+    policy: Policy,
+    settings: Generation | None = None,
+) -> Question:
+    """Find out what to explain: the `target`, or what the model answers; a language model writes it by `settings`.
 
     Raises:
         UsageError: the model has no such target, or its answers cannot be explained. InputError: the sample cannot be
-        read, or a guard refuses it.
+        read, or a guard refuses it, or changes the text that the model answers.
     """
     model.check_sample(0, sample)
     if isinstance(model.decoder, LanguageModel):
-        return _ask_writer(model, sample, target, policy)
-    answer = model.predict([sample], policy=policy)[0]
-    _check_passed(answer)
+        return _ask_writer(model, sample, target, policy, settings)
+    free = copy.copy(model).without_guards()
+    passed, answer = _guarded(model, sample, policy, target, lambda one: _answered(free, one, policy, settings))
+    found = _asked(model, passed, answer, target, policy)
+    return replace(found, sample=passed, notes=(*found.notes, *_changed_note(sample, passed)))
+
+
+def _asked(
+    model: Model, sample: Mapping[str, Any], answer: Mapping[str, Any], target: str | None, policy: Policy
+) -> Question:
     batch = model.collate([sample], policy).to(model.device)
     if isinstance(model.decoder, TextDecoder):
         return _ask_reader(model, batch, answer, target)
@@ -70,9 +88,55 @@ def ask(model: Model, sample: Mapping[str, Any], target: str | None, policy: Pol
     return _KINDS[kind](model, batch, answer, target)
 
 
-def _check_passed(answer: Mapping[str, Any]) -> None:
+def _answered(model: Model, sample: Mapping[str, Any], policy: Policy, settings: Generation | None) -> dict[str, Any]:
+    if settings is None:
+        return model.predict([sample], policy=policy)[0]
+    if model.task.name == "speech-recognition":
+        from mmhub.speech import transcribe
+
+        return transcribe(model, [sample], policy=policy, settings=settings)[0]
+    return model.generate([sample], settings, policy=policy)[0]
+
+
+def _guarded(
+    model: Model,
+    sample: Mapping[str, Any],
+    policy: Policy,
+    target: str | None,
+    answer_of: Callable[[Mapping[str, Any]], dict[str, Any]],
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The sample as guards let it through, and the answer to it.
+
+    Raises:
+        InputError: a guard refuses either, or changes the text that would be explained.
+    """
+    taken: list[tuple[Mapping[str, Any], dict[str, Any]]] = []
+
+    def answers(passed: Sequence[Mapping[str, Any]], _: Sequence[int]) -> list[dict[str, Any]]:
+        taken.append((passed[0], answer_of(passed[0])))
+        return [dict(taken[0][1])]
+
+    seen, said = partial(_seen, model, True), partial(_seen, model, False)
+    (answer,) = model.guarded([sample], answers, seen, policy, said)
     if "refused" in answer:
         raise InputError(f"the guard {answer.get('guard')} refuses this sample: {answer['refused']}")
+    if target is None and answer.get("text") != taken[0][1].get("text"):
+        raise InputError("a guard changes this answer, so that it is not explained", "give a target")
+    return taken[0][0], answer
+
+
+def _seen(model: Model, whole: bool, sample: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A sample as guards are shown it, with the model's own words or without."""
+    if not model.converses:
+        return sample
+    from mmhub.generate.talks import as_said, as_sample
+
+    return (as_sample if whole else as_said)(model, model.messages_of(sample))
+
+
+def _changed_note(given: Mapping[str, Any], passed: Mapping[str, Any]) -> tuple[str, ...]:
+    note = "guards have changed the sample: what they let through is explained"
+    return (note,) if list(texts_of(given)) != list(texts_of(passed)) else ()
 
 
 # -- labels and numbers ------------------------------------------------------------------------------------------------
@@ -191,7 +255,8 @@ def _ask_hearer(model: Model, batch: Batch, answer: Mapping[str, Any], target: s
         rows, lengths = len(output.logits), output.mask.sum(1).clamp(min=1)
         known = torch.full((rows,), labels.shape[1], device=labels.device)
         scores = output.logits.float().log_softmax(-1).transpose(0, 1)
-        return -F.ctc_loss(scores, labels.expand(rows, -1), lengths, known, reduction="none")[:, None]
+        found = -F.ctc_loss(scores, labels.expand(rows, -1), lengths, known, reduction="none")
+        return found.masked_fill(~output.mask.any(1), torch.nan)[:, None]  # nothing is heard
 
     return Question(batch, answer, text, _NATS, logprob)
 
@@ -200,7 +265,9 @@ def _ask_reader(model: Model, batch: Batch, answer: Mapping[str, Any], target: s
     """The log-probability of each token of a text, by a decoder that reads features and writes."""
     decoder: Any = model.decoder
     text = str(answer["text"]) if target is None else target
-    labels: Tensor = decoder.encode_targets([text])[:, :LONGEST].to(model.device)
+    labels: Tensor = decoder.encode_targets([text]).to(model.device)
+    cut = bool((labels[0, LONGEST:] != _IGNORED).any())
+    labels = labels[:, :LONGEST]
     chosen = (labels[0] != _IGNORED).nonzero().squeeze(1)
     ids = tuple(labels[0, chosen].tolist())
 
@@ -209,31 +276,41 @@ def _ask_reader(model: Model, batch: Batch, answer: Mapping[str, Any], target: s
         found: Tensor = decoder.token_losses(bundle, labels.expand(rows, -1))
         return -found[:, chosen].float()
 
-    return Question(batch, answer, text, _NATS, logprobs, ids, _texts(decoder, ids), labels, _cut_note(ids))
+    return Question(batch, answer, text, _NATS, logprobs, ids, _texts(decoder, ids), labels, _cut_note(cut))
 
 
-def _ask_writer(model: Model, sample: Mapping[str, Any], target: str | None, policy: Policy) -> Question:
+def _ask_writer(
+    model: Model, sample: Mapping[str, Any], target: str | None, policy: Policy, wanted: Generation | None
+) -> Question:
     """The log-probability of each token that a language model writes behind a prompt."""
     decoder: Any = model.language_model
     if not hasattr(decoder, "all_logits"):
         raise UsageError(f"the decoder {type(decoder).__name__} does not say what it gives to each token", _OTHER)
-    batch, kept = _prompt(model, sample, policy), list[int]()
+    batches, kept, cut = list[Batch](), list[int](), list[bool]()
+    if model.converses:
+        from mmhub.generate.talks import without_answer
 
-    def answer_of(*_: Any) -> list[dict[str, Any]]:
+        sample = {"messages": without_answer(model.messages_of(sample))}
+
+    def answer_of(passed: Mapping[str, Any]) -> dict[str, Any]:
         from mmhub.generate import write
 
-        settings = decoder.generation
-        settings = msgspec.structs.replace(settings, max_new_tokens=min(LONGEST, settings.max_new_tokens))
-        settings = msgspec.structs.replace(settings, min_new_tokens=min(settings.min_new_tokens, LONGEST))
-        found = write(decoder, model.fused(batch), settings)[0][0]
-        kept.extend(found.ids)
-        return [{"text": found.text, "finish": found.finish, "score": found.score}]
+        batches.append(_prompt(model, passed, policy))
 
-    answer = model.guarded([sample], answer_of)[0]
-    _check_passed(answer)
+        settings = wanted or decoder.generation
+        limited = settings.max_new_tokens > LONGEST
+        most, least = min(settings.max_new_tokens, LONGEST), min(settings.min_new_tokens, LONGEST)
+        settings = msgspec.structs.replace(settings, max_new_tokens=most, min_new_tokens=least)
+        found = write(decoder, model.fused(batches[0]), settings)[0][0]
+        kept.extend(found.ids)
+        cut.append(limited and found.finish == "length")
+        return {"text": found.text, "finish": found.finish, "score": found.score}
+
+    passed, answer = _guarded(model, sample, policy, target, answer_of)
     if target is not None:
         ids = decoder.processor.prompt(target, policy).tolist()
-        kept = (ids[1:] if ids[:1] == [decoder.processor.begin_id] else ids)[:LONGEST]
+        ids = ids[1:] if ids[:1] == [decoder.processor.begin_id] else ids
+        kept, cut = ids[:LONGEST], [len(ids) > LONGEST]
     if not kept:
         raise UsageError("the target has no token", "give a text that the model might write")
 
@@ -244,21 +321,20 @@ def _ask_writer(model: Model, sample: Mapping[str, Any], target: str | None, pol
         logits: Tensor = decoder.all_logits(bundle)
         rows = torch.arange(len(logits), device=model.device)[:, None]
         scores = logits[rows, before.clamp(min=0)].float().log_softmax(-1)
-        return scores.gather(2, chosen.expand(len(logits), -1)[..., None]).squeeze(2)
+        found = scores.gather(2, chosen.expand(len(logits), -1)[..., None]).squeeze(2)
+        return found.masked_fill(before < 0, torch.nan)  # nothing stands before the first token
 
     text = answer["text"] if target is None else target
-    longer = _longer(batch, kept)
-    ids = tuple(kept)
-    return Question(longer, answer, text, _NATS, logprobs, ids, _texts(decoder, ids), None, _cut_note(ids))
+    longer = _longer(batches[0], kept)
+    written = tuple(kept)
+    texts, notes = _texts(decoder, written), (*_cut_note(any(cut)), *_changed_note(sample, passed))
+    return Question(longer, answer, text, _NATS, logprobs, written, texts, None, notes, passed)
 
 
 def _prompt(model: Model, sample: Mapping[str, Any], policy: Policy) -> Batch:
     """What a language model begins with, as a batch of one row on its device."""
     if model.converses:
-        from mmhub.generate.talks import without_answer
-
-        talk = without_answer(model.messages_of(sample))
-        return model.collate([{"messages": talk}], policy).to(model.device)
+        return model.collate([sample], policy).to(model.device)
     processor: Any = model.language_model.processor
     if isinstance(sample.get("text"), (list, tuple)):
         raise InputError("a language model writes on from one text, and there are several")
@@ -288,5 +364,5 @@ def _texts(decoder: Any, ids: tuple[int, ...]) -> tuple[str, ...]:
     )
 
 
-def _cut_note(ids: tuple[int, ...]) -> tuple[str, ...]:
-    return (f"only the first {LONGEST} tokens of the answer are explained",) if len(ids) >= LONGEST else ()
+def _cut_note(cut: bool) -> tuple[str, ...]:
+    return (f"only the first {LONGEST} tokens of the answer are explained",) if cut else ()

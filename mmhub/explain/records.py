@@ -48,8 +48,8 @@ class Faithfulness:
     """What happens to the target when pieces are taken out, or put in, most important first.
 
     Curves are the target's value at equal steps from nothing to everything removed (or inserted), from 0 to 1. `*_area`
-    is the mean of its curve: a faithful explanation has a low `deletion_area` and a high `insertion_area`; `random_*`
-    are those of pieces in random order (mean of several), which it must beat. Petsiuk et al., arXiv:1806.07421.
+    is the mean of its curve: a faithful explanation has a low `deletion_area` and a high `insertion_area`. `random_*`
+    are the means of `orders` random orders; so many of these are beaten. Petsiuk et al., arXiv:1806.07421.
     """
 
     deletion: tuple[float, ...]
@@ -58,6 +58,9 @@ class Faithfulness:
     insertion_area: float
     random_deletion_area: float
     random_insertion_area: float
+    orders: int = 0
+    deletion_beaten: int = 0
+    insertion_beaten: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +79,12 @@ class Explanation:
 
     `target` is what is explained: a label, "value" of a regression, a written text. `value` is the number that the
     attributions are about (`unit`: "logit", "log-probability in nats", "value", "cosine similarity"), `baseline` the
-    same without any input. `shares` are the modalities' Shapley values: they add up to `value` - `baseline`. `gap` is
-    how far a method whose attributions must add up to the difference is from it (integrated gradients), else None.
-    `steps` are there for texts that were written.
+    same without any input, None where the model gives no number then. `shares` are the modalities' Shapley values: they
+    add up to `value` - `baseline`. `steps` are there for texts that were written.
+
+    Integrated gradients begin at an input that says nothing, such as a picture of one colour, whose value is `neutral`.
+    Their scores, those of `steps` for tokens written before among them, add up to `value` - `neutral` but for `gap`,
+    which sums what is missing to each number of the target; each took `points` gradients. None with other methods.
     """
 
     task: str
@@ -86,11 +92,13 @@ class Explanation:
     target: str
     unit: str
     value: float
-    baseline: float
+    baseline: float | None
     answer: Mapping[str, Any]
     attributions: tuple[Attribution, ...]
     shares: Mapping[str, float] = field(default_factory=dict)
     gap: float | None = None
+    neutral: float | None = None
+    points: int | None = None
     faithfulness: Faithfulness | None = None
     steps: tuple[Step, ...] = ()
     notes: tuple[str, ...] = ()  # what the reader must know, such as that a part has no attention

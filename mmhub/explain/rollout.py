@@ -1,8 +1,8 @@
 """Attribution by attention: what flows from which token to which, layer by layer, as far as the answer needs it.
 
 Roll-out (Abnar and Zuidema, arXiv:2005.00928) multiplies attention matrices and is the same for every label. Here each
-head is weighed by how much its attention helps the target, by its gradient (after Chefer et al., arXiv:2103.15679, who
-weigh each entry, which drowns in noise where attention is saturated); and what an encoder's tokens are worth to all
+head is weighed by how much the target depends on its attention, by its gradient (after Chefer et al., arXiv:2103.15679,
+who weigh each entry, which drowns in noise where attention is saturated); and what an encoder's tokens are worth to all
 that stands above it is their gradient times themselves.
 """
 
@@ -92,6 +92,7 @@ class _Read:
     item: int
     features: Features
     maps: list[Tensor] = field(default_factory=list)
+    shape: tuple[int, ...] = ()  # height and width of a picture
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _read(probe: Probe, surface: Surface, items: Items, number: int) -> _Read:
     with Attentions() as seen, Lookup(given):
         features = probe.model.encode_items(surface.name, one)
     features = replace(features, marks=one.marks)
-    return _Read(surface.name, number, features, seen.square(features.tokens.shape[1]))
+    return _Read(surface.name, number, features, seen.square(features.tokens.shape[1]), tuple(x.shape[2:]))
 
 
 def _packed(reads: Sequence[_Read], items: Items) -> Encoded:
@@ -223,7 +224,8 @@ def _rolled(one: _Read, grad: Tensor | None, grads: list[Tensor | None]) -> Tens
 def _product(maps: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:
     """Multiply layers, (..., heads, T, T) each: half of a token stays, half comes from where it attends to.
 
-    A head counts as much as its attention helps the target; where none does, all count the same.
+    A head counts as much as the target depends on its attention, for or against: where an answer is saturated the sign
+    of a gradient is chance. Where it depends on none, all count the same.
     """
     size = maps[0].shape[-1]
     stays = torch.eye(size, device=maps[0].device)
@@ -231,9 +233,10 @@ def _product(maps: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:
     for weights, grad in zip(maps, grads, strict=True):
         if weights.shape[-1] == size and grad is not None:
             heads = weights.detach().float().flatten(0, -3)
-            helps = (heads * grad.float().flatten(0, -3)).clamp(min=0).sum((1, 2))
-            helps = helps / helps.sum() if bool(helps.sum() > 0) else torch.full_like(helps, 1 / len(helps))
-            total = (stays + (helps[:, None, None] * heads).sum(0)) / 2 @ total
+            matters = (heads * grad.float().flatten(0, -3)).abs().sum((1, 2))
+            alike = torch.full_like(matters, 1 / len(matters))
+            matters = matters / matters.sum() if bool(matters.sum() > 0) else alike
+            total = (stays + (matters[:, None, None] * heads).sum(0)) / 2 @ total
     return total
 
 
@@ -246,7 +249,7 @@ def attention_rollout(probe: Probe, pieces: Pieces, found: Flow) -> Tensor:
         share = _of_media(found, tokens, stream)
         for one, worth in zip(found.items, tokens, strict=True):
             if one.maps:
-                _place(pieces, one.name, one.item, worth * share, scores[number])
+                _place(pieces, found, one, worth * share, scores[number])
         if stream is not None:
             _place_text(pieces, stream, found.texts[0], scores[number])
     return scores
@@ -261,12 +264,20 @@ def _of_media(found: Flow, tokens: Sequence[Tensor], stream: Tensor | None) -> f
     return media / total if total else 0.0
 
 
-def _place(pieces: Pieces, name: str, item: int, worth: Tensor, scores: Tensor) -> None:
-    """Give tokens' relevance to the pieces of an item: one each, but for class tokens in front of a grid."""
-    group = next(one for one in pieces.groups if (one.modality, one.item) == (name, item))
-    if len(worth) > len(group.numbers):
-        worth = worth[len(worth) - len(group.numbers) :] if group.kind == "patch" else worth[: len(group.numbers)]
-    for number, value in zip(group.numbers, worth.tolist(), strict=False):
+def _place(pieces: Pieces, found: Flow, one: _Read, worth: Tensor, scores: Tensor) -> None:
+    """Give tokens' relevance to the pieces of an item: one each, but for class tokens in front of a grid.
+
+    Raises:
+        UsageError: there are others than pieces, so that nobody knows where they stand.
+    """
+    group = next(group for group in pieces.groups if (group.modality, group.item) == (one.name, one.item))
+    count = int(one.features.mask[0].sum())
+    known = group.grid == grid_of(found, one.name, one.item) if group.kind == "patch" else count == len(group.numbers)
+    if not known:
+        what = f"where in the {one.name} the encoder's {count} tokens stand is not known"
+        raise UsageError(what, "use --method occlusion or integrated-gradients")
+    worth = worth[:count]
+    for number, value in zip(group.numbers, worth[len(worth) - len(group.numbers) :].tolist(), strict=True):
         if number != FIXED:
             scores[number] = value
 
@@ -274,6 +285,7 @@ def _place(pieces: Pieces, name: str, item: int, worth: Tensor, scores: Tensor) 
 def _place_text(pieces: Pieces, stream: Tensor, is_text: Tensor, scores: Tensor) -> None:
     places = is_text.nonzero().squeeze(1).tolist()
     numbers = [number for group in pieces.groups if group.modality in ("text", "written") for number in group.numbers]
+    assert len(places) - len(numbers) in (0, 1), "the last token that was written is no piece"
     for place, number in zip(places, numbers, strict=False):
         if number != FIXED and place < len(stream):
             scores[number] = stream[place]
@@ -288,4 +300,5 @@ def grid_of(found: Flow, name: str, item: int) -> tuple[int, ...] | None:
     if name != "image":
         return (count,)
     side = math.isqrt(count)
-    return (side, side) if count - side * side < side else None
+    square = len(set(one.shape)) < 2 and count - side * side < side
+    return (side, side) if square else None

@@ -23,11 +23,18 @@ _ORDERS = 32  # that are drawn above
 Subset = frozenset[str]
 
 
+def ends(probe: Probe, pieces: Pieces) -> tuple[float, float]:
+    """Return the value of the whole sample, and that of nothing."""
+    names = _names(probe, pieces)
+    value, baseline = _values(probe, pieces, names, [frozenset(names), frozenset()]).values()
+    return value, baseline
+
+
 def shares(probe: Probe, pieces: Pieces, seed: int = 0) -> tuple[dict[str, float], float, float]:
     """Return each modality's Shapley value (Shapley 1953; Lundberg and Lee, arXiv:1705.07874), the value of the whole
-    sample, and that of nothing. The values add up to the difference of these two."""
-    batch = probe.question.batch
-    names = [name for name, items in batch.items.items() if len(items) and _has_own(pieces, name)]
+    sample, and that of nothing. The values add up to the difference of these two; they are no numbers where the model
+    gives none without some modality."""
+    names = _names(probe, pieces)
     orders = _orders(names, seed)
     wanted = {frozenset(order[:end]) for order in orders for end in range(len(order) + 1)}
     if len(names) <= EXACT:
@@ -36,6 +43,11 @@ def shares(probe: Probe, pieces: Pieces, seed: int = 0) -> tuple[dict[str, float
     worth = known.__getitem__
     found = _exact(names, worth) if len(names) <= EXACT else _sampled(names, orders, worth)
     return found, known[frozenset(names)], known[frozenset()]
+
+
+def _names(probe: Probe, pieces: Pieces) -> list[str]:
+    """The modalities of the sample that can be taken away."""
+    return [name for name, items in probe.question.batch.items.items() if len(items) and _has_own(pieces, name)]
 
 
 def _has_own(pieces: Pieces, name: str) -> bool:

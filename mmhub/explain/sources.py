@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from mmhub.errors import InputError
 from mmhub.explain.records import Attribution, Piece
 from mmhub.interfaces import Policy, raw_bytes
 from mmhub.interfaces.apart import Decoded, decode_apart
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 RATE = 16_000  # Hz of a sound in a page, at most
 SECONDS = 120.0  # of a sound that are shown, at most
+_TURNED = (5, 6, 7, 8)  # orientations in Exif by a quarter
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
@@ -118,10 +120,23 @@ def picture_of(raw: Any, policy: Policy, edge: int) -> Image | None:
         content = raw_bytes(raw, policy)
         if content is not None:
             found = decode_apart(decode_picture, content, "a picture", policy, worker_of(raw, policy), edge=edge)
-            return Image.fromarray(next(part for part in found if not isinstance(part, Mapping)))
+            (pixels,) = found
+            return Image.fromarray(pixels)
         return _shown(raw if isinstance(raw, Image.Image) else Image.fromarray(_pixels(raw)), policy, edge)
     except Exception:  # whatever a decoder raises: there is nothing to show, and the numbers are still there
         return None
+
+
+def decode_size(content: bytes, name: str, policy: Policy) -> Decoded:
+    """Yield {"width", "height"} of an encoded picture, upright, in pixels, from its header."""
+    from PIL import ExifTags, Image
+
+    with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        if image.width * image.height > policy.max_pixels:
+            raise InputError(f"{name} has more than {policy.max_pixels} pixels", "make it smaller")
+        turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+        width, height = image.size[::-1] if turned else image.size
+    yield {"width": width, "height": height}
 
 
 def decode_picture(content: bytes, name: str, policy: Policy, edge: int) -> Decoded:

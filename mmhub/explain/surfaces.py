@@ -87,9 +87,12 @@ def surface_of(model: Model, name: str, items: Items) -> Surface:
 
 
 def _nothing(x: Tensor, items: Items) -> Tensor:
-    """The mean picture, or what is heard where nothing is said: zeros are no sound that a front end has ever met."""
+    """A picture in its median colour, or what is heard where nothing is said: zeros are no sound that a front end has
+    ever met, and of a picture that is 0 everywhere layer norms make whatever little is added to it."""
     if is_spectrum(items):
         return x.amin(dim=(1, 2), keepdim=True).expand_as(x)
+    if x.ndim == 4 and items.mask.shape[1] == 1:
+        return x.flatten(2).median(2).values[..., None, None].expand_as(x)
     origin = torch.zeros_like(x)
     if x.ndim == 2:
         draw = torch.Generator().manual_seed(0)

@@ -20,6 +20,7 @@ from mmhub.explain.heat import (
     spoken,
     strength,
     strongest,
+    sums,
     title,
 )
 from mmhub.explain.records import Attribution, Explanation, Step
@@ -53,8 +54,7 @@ def render(explanation: Explanation, sample: Mapping[str, Any], *, width: int = 
     lines += _shares(explanation.shares, paint)
     lines += _steps(explanation.steps, paint)
     lines += ["", *paint.wrapped(faith(explanation.faithfulness))] if explanation.faithfulness else []
-    if explanation.gap is not None:
-        lines += paint.wrapped(f"The scores add up to the difference to no input within {abs(explanation.gap):.2g}.")
+    lines += paint.wrapped(sums(explanation))
     return "\n".join([*lines, *(line for text in explanation.notes for line in paint.wrapped(f"Note: {clean(text)}"))])
 
 

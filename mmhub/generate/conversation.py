@@ -9,7 +9,7 @@ from mmhub.batch import Bundle
 from mmhub.errors import InputError
 from mmhub.generate.memory import Memory
 from mmhub.generate.samples import write_rows
-from mmhub.generate.talks import Layout, Lead, as_sample, read_talk, stripped, with_stops
+from mmhub.generate.talks import Layout, Lead, as_said, as_sample, read_talk, stripped, with_stops
 from mmhub.interfaces import Generation, Policy
 
 if TYPE_CHECKING:
@@ -86,7 +86,10 @@ def answer(
     def seen(sample: Mapping[str, Any]) -> dict[str, Any]:
         return as_sample(model, read_talk(model, sample["messages"]))
 
-    (found,) = model.guarded([{"messages": talk}], reply, seen, policy)
+    def said(sample: Mapping[str, Any]) -> dict[str, Any]:
+        return as_said(model, read_talk(model, sample["messages"]))
+
+    (found,) = model.guarded([{"messages": talk}], reply, seen, policy, said)
     if lead is not None and reviewed and "text" in found:
         lead(found["text"])
     return found

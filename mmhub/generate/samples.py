@@ -15,6 +15,7 @@ from mmhub.generate.media import Media
 from mmhub.generate.talks import (
     Layout,
     Lead,
+    as_said,
     as_sample,
     kept_tokens,
     read_talk,
@@ -88,10 +89,13 @@ def generate(
     def seen(sample: Sample) -> Sample:
         return as_sample(model, read_talk(model, sample["messages"])) if model.converses else sample
 
+    def said(sample: Sample) -> Sample:
+        return as_said(model, read_talk(model, sample["messages"])) if model.converses else sample
+
     if n == 1 or not model.has_guards:
-        answers = model.guarded(samples, answer, seen, policy)
+        answers = model.guarded(samples, answer, seen, policy, said)
     else:
-        answers = _each_guarded(model, samples, answer, seen, policy, n)
+        answers = _each_guarded(model, samples, answer, seen, policy, n, said)
     answers = list(map(stripped, answers)) if model.converses else answers
     if reviewed and stream is not None:
         _stream_reviewed(answers, stream, first)
@@ -250,6 +254,7 @@ def _each_guarded(
     seen: Callable[[Sample], Sample],
     policy: Policy,
     n: int,
+    said: Callable[[Sample], Sample],
 ) -> list[Answer]:
     """Let the guards see each of a sample's texts by itself: what one is refused for does not concern the others."""
 
@@ -267,7 +272,7 @@ def _each_guarded(
     for row, sample in enumerate(samples):
         model.check_sample(row, seen(sample) if isinstance(sample, Mapping) else sample)
     try:
-        answers = model.guarded([sample for sample in samples for _ in range(n)], apart, seen, policy)
+        answers = model.guarded([sample for sample in samples for _ in range(n)], apart, seen, policy, said)
     except InputError as error:
         error.row = (error.row or 0) // n
         error.__notes__ = [f"in sample {error.row}"]

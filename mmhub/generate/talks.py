@@ -122,6 +122,11 @@ def as_sample(model: Model, talk: Sequence[Message]) -> dict[str, Any]:
     return {"text": text} | {name: found[0] if len(found) == 1 else found for name, found in media.items() if found}
 
 
+def as_said(model: Model, talk: Sequence[Message]) -> dict[str, Any]:
+    """As `as_sample`, without what the model has answered: what guards of inputs alone see."""
+    return as_sample(model, [message for message in talk if message["role"] != "assistant"])
+
+
 class Lead:
     """Passes text on, without the white space that stands before the first word."""
 
@@ -141,5 +146,5 @@ def stripped(answer: Mapping[str, Any]) -> dict[str, Any]:
     if "text" in found:
         found["text"] = found["text"].strip()
     if "texts" in found:
-        found["texts"] = [text.strip() for text in found["texts"]]
+        found["texts"] = [text and text.strip() for text in found["texts"]]  # None where a guard refused one
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from mmhub.guard.decisions import Decisions
 from mmhub.guard.guards import Guards, current_policy
 from mmhub.guard.sources import GuardRecord, GuardSource, read_guards
-from mmhub.guard.texts import media_in, texts_of, with_texts
+from mmhub.guard.texts import media_in, texts_of, with_media, with_texts
 
 __all__ = [
     "Decisions",
@@ -20,5 +20,6 @@ __all__ = [
     "media_in",
     "read_guards",
     "texts_of",
+    "with_media",
     "with_texts",
 ]

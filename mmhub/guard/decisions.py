@@ -18,6 +18,7 @@ Action = Literal["refused", "changed", "abstained"]
 
 logger = logging.getLogger("mmhub.guards")
 WITHHELD = "(withheld: it repeats what was said)"
+UNKNOWN = "(withheld: a guard's own words)"  # which may say anything
 
 
 class Decisions:

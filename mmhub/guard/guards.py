@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from mmhub.errors import InputError, PluginError
-from mmhub.guard.decisions import Action, Decisions, Stage, without_content
+from mmhub.errors import InputError, MmhubError, NotFoundError, PluginError, UsageError
+from mmhub.guard.decisions import UNKNOWN, Action, Decisions, Stage, logger
 from mmhub.guard.sources import guards_of_process
-from mmhub.interfaces import Policy
+from mmhub.guard.texts import with_media
+from mmhub.interfaces import Policy, raw_bytes
 from mmhub.plugins import Component, Plugin, get_index, hook_items
 from mmhub.records import cause
 from mmhub.spec import Change, Refusal
@@ -44,6 +46,7 @@ class Guards:
                 raise PluginError(
                     f"the guard in plugin {plugin} cannot be used: {plugin.problem}", _switch_off(plugin.distribution)
                 )
+        self._told: set[str] = set()  # failures that a warning was given of
         self._decisions = Decisions(getattr(model, "name", ""))
         sources = [*getattr(model, "guards", ()), *guards_of_process()]
         self._guards: list[tuple[Plugin | Component, Guard]] = [(s.component, s.build(model)) for s in sources]
@@ -78,34 +81,44 @@ class Guards:
         predict: Predict,
         seen: Callable[[Sample], Sample] = lambda sample: sample,
         policy: Policy | None = None,
+        said: Callable[[Sample], Sample] | None = None,
     ) -> list[Answer]:
         """Answer the samples that no guard refuses by one call of `predict(samples, rows)`, and review what it answers.
 
         `rows` are the positions in `samples` of those that passed, which guards may have rewritten. `seen` says what
-        `check` and `review` are shown of a sample, `policy` what may be read of its media.
+        `check` and `review` are shown of a sample, `said` what `check` is of guards that watch inputs alone, `policy`
+        what may be read of its media. Where a guard reads media, it and `predict` get the same bytes of them.
 
         Raises:
-            InputError: `predict` cannot read a sample; `row` is its position in `samples`.
+            InputError: `predict`, or a guard that reads media, cannot read a sample; `row` is its position in
+            `samples`.
         """
         token = _policy.set(policy)
         try:
-            return self._answer(samples, predict, seen)
+            return self._answer(samples, predict, seen, said or seen)
         finally:
             _policy.reset(token)
 
-    def _answer(self, samples: Sequence[Sample], predict: Predict, seen: Callable[[Sample], Sample]) -> list[Answer]:
-        passed, answers = dict(enumerate(samples)), dict[int, Answer]()
+    def _answer(
+        self,
+        samples: Sequence[Sample],
+        predict: Predict,
+        seen: Callable[[Sample], Sample],
+        said: Callable[[Sample], Sample],
+    ) -> list[Answer]:
+        media = {one for _, guard in self._guards if _watches(guard, "input") for one in getattr(guard, "media", ())}
+        passed = {row: _held(sample, row, media) for row, sample in enumerate(samples)}
+        answers = dict[int, Answer]()
         for owner, guard in self._guards:
-            refused = self._screen(owner, guard, passed, seen) if _watches(guard, "input") else {}
+            shown = seen if _watches(guard, "output") else said
+            refused = self._screen(owner, guard, passed, shown) if _watches(guard, "input") else {}
             answers |= refused
             passed = {row: sample for row, sample in passed.items() if row not in refused}
         rows = list(passed)
         try:
             given = predict(list(passed.values()), rows)
         except InputError as error:
-            error.row = rows[error.row or 0]
-            error.__notes__ = [f"in sample {error.row}"]  # the old one counts only the samples that passed
-            raise
+            raise _at(error, rows[error.row or 0]) from None
         answers |= {row: self._review(seen(passed[row]), answer) for row, answer in zip(rows, given, strict=True)}
         return [answers[row] for row in range(len(samples))]
 
@@ -128,10 +141,12 @@ class Guards:
                 refused[row] = self._failed(error, owner, guard, "input")
         rows = [row for row in samples if row not in refused]
         for row, found in zip(rows, _checked(guard, [seen(samples[row]) for row in rows]), strict=True):
+            if isinstance(found, InputError) and found.modality in getattr(guard, "media", ()):
+                raise _at(found, row)  # which the model could not read either
             if isinstance(found, Exception):
                 refused[row] = self._failed(found, owner, guard, "input")
             elif found:
-                refused[row] = self._refused(found, owner, guard, "input", seen(samples[row]))
+                refused[row] = self._refused(found, owner, guard, "input")
         return refused
 
     def _review(self, sample: Sample, answer: Answer) -> Answer:
@@ -148,25 +163,30 @@ class Guards:
             except Exception as error:
                 return self._failed(error, owner, guard, "output")
             if "refused" in new and "refused" not in answer:
-                given = self._refused(str(new["refused"]), owner, guard, "output", sample, answer)
+                given = self._refused(str(new["refused"]), owner, guard, "output")
                 return given | new
             if changed:
                 self._note(owner, guard, "output", "changed", change.rule, change.reason)
             answer = new
         return answer
 
-    def _refused(
-        self, found: Refusal | str, owner: Plugin | Component, guard: Guard, stage: Stage, *given: Sample
-    ) -> Answer:
+    def _refused(self, found: Refusal | str, owner: Plugin | Component, guard: Guard, stage: Stage) -> Answer:
         """The answer that says so, noted; the reason of a `Refusal` repeats nothing, any other may."""
         refusal = found if isinstance(found, Refusal) else Refusal(str(found))
-        reason = refusal.reason if refusal is found else without_content(refusal.reason, *given)
+        reason = refusal.reason if refusal is found else UNKNOWN
         self._note(owner, guard, stage, refusal.action, refusal.rule, reason)
         return {"refused": refusal.reason, "guard": _name(owner, guard), **refusal.beside}
 
     def _failed(self, error: Exception, owner: Plugin | Component, guard: Guard, stage: Stage) -> Answer:
-        self._note(owner, guard, stage, "refused", "failure", f"the guard failed: {type(error).__name__}")
-        return {"refused": f"the guard failed: {cause(error)}", "guard": _name(owner, guard)}
+        """The answer that says no more than that; whoever runs the model is told why, once."""
+        name, kind = _name(owner, guard), type(error).__name__
+        self._note(owner, guard, stage, "refused", "failure", f"the guard failed: {kind}")
+        ours = isinstance(error, MmhubError) and not isinstance(error, InputError)
+        why = cause(error) if ours else kind  # the text of another may repeat what was said
+        if why not in self._told:
+            self._told.add(why)
+            logger.warning("the guard %s failed: %s", name, why)
+        return {"refused": "the guard failed", "guard": name}
 
     def _note(
         self, owner: Plugin | Component, guard: Guard, stage: Stage, action: Action, rule: str, reason: str
@@ -182,6 +202,8 @@ def _checked(guard: Guard, samples: list[Sample]) -> list[Any]:
             found = list(together(samples))
             if len(found) == len(samples):
                 return found
+        except (NotFoundError, PluginError, UsageError) as error:  # it fails for all
+            return [error] * len(samples)
         except Exception:  # for one of them, perhaps: the others need not suffer
             pass
     return [_checked_one(guard, sample) for sample in samples]
@@ -192,6 +214,30 @@ def _checked_one(guard: Guard, sample: Sample) -> Any:
         return guard.check(sample)
     except Exception as error:
         return error
+
+
+def _held(sample: Sample, row: int, media: set[str]) -> Sample:
+    """A sample with what files and addresses of some media hold, read once: what a guard sees is what a model sees."""
+    policy = current_policy()
+
+    def read(raw: Any) -> Any:
+        path: Any = raw.get("path") if isinstance(raw, Mapping) and raw.get("bytes") is None else raw
+        content = raw_bytes(path, policy) if isinstance(path, (str, os.PathLike)) else None
+        return raw if content is None else {"bytes": content, "path": os.fspath(path)}
+
+    for modality in media:
+        try:
+            sample = with_media(sample, modality, read)
+        except InputError as error:
+            error.modality = modality
+            raise _at(error, row) from None
+    return sample
+
+
+def _at(error: InputError, row: int) -> InputError:
+    error.row = row
+    error.__notes__ = [f"in sample {row}"]  # an old one counts only some of the samples
+    return error
 
 
 def _watches(guard: Guard, stage: Stage) -> bool:

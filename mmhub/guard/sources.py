@@ -99,4 +99,9 @@ def guards_of_process() -> list[GuardSource]:
         raise InputError(f"cannot read the guards '{path}': {getattr(error, 'strerror', None) or error}") from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"'{path}' is not valid TOML: {error}") from None
-    return read_guards(decode_config(_File, table, str(path)).guards, str(path), path.absolute().parent)
+    except RecursionError:
+        raise UsageError(f"'{path}' nests too deeply") from None
+    tables = decode_config(_File, table, str(path)).guards
+    if not tables:
+        raise UsageError(f"'{path}' names no guard", "give it tables [[guards]], or unset MMHUB_GUARDS")
+    return read_guards(tables, str(path), path.absolute().parent)

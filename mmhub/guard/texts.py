@@ -58,6 +58,42 @@ def media_in(sample: Sample, modality: str) -> Iterator[Any]:
                 yield from () if one is None else (one,)
 
 
+def with_media(sample: Sample, modality: str, change: Callable[[Any], Any]) -> Sample:
+    """Return a sample with every raw input of a modality changed; the same object where nothing changes.
+
+    >>> with_media({"image": "a.png", "text": "a"}, "image", lambda raw: b"x")
+    {'image': b'x', 'text': 'a'}
+    """
+    found = dict(sample)
+    raw = sample.get(modality)
+    if isinstance(raw, (list, tuple)):
+        found[modality] = _kept(raw, [change(one) for one in raw])
+    elif raw is not None:
+        found[modality] = change(raw)
+    if sample.get("messages") is not None:
+        messages = _messages(sample["messages"])
+        made = [_with_parts(message, modality, change) for message in messages]
+        found["messages"] = sample["messages"] if _kept(messages, made) is messages else made
+    return sample if all(found[key] is sample[key] for key in sample) else found
+
+
+def _kept(old: Any, new: list[Any]) -> Any:
+    return old if all(a is b for a, b in zip(old, new, strict=True)) else new
+
+
+def _with_parts(message: Any, modality: str, change: Callable[[Any], Any]) -> Any:
+    """A message whose parts of a modality are changed, each as mmhub has them: {"type": modality, modality: raw}."""
+    content = _listed(message.get("content")) if isinstance(message, Mapping) else None
+    if content is None:
+        return message
+    parts = []
+    for part in content:
+        raw = next(media_in({"messages": [{"content": [part]}]}, modality), None)
+        made = None if raw is None else change(raw)
+        parts.append(part if made is raw else {"type": modality, modality: made})
+    return message if _kept(content, parts) is content else {**message, "content": parts}
+
+
 _NAMES = {"image": ("image", "image_url"), "audio": ("audio", "audio_url", "input_audio")}
 
 

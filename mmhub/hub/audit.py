@@ -7,7 +7,7 @@ written by strangers: it is shown as text, and what cannot be read is a finding 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,25 @@ from mmhub.hashes import git_sha1_of, sha256_of
 from mmhub.hub.cache import as_table, read_json, snapshot
 from mmhub.hub.client import api, hub_errors, is_offline
 from mmhub.hub.describe import Description, describe
-from mmhub.hub.download import Place, Remote, check_commit, fetch, in_cache, list_files
-from mmhub.hub.formats import TEXT_BYTES, Finding, Severity, check_content, check_name, format_of
+from mmhub.hub.download import Place, Remote, check_commit, check_names, fetch, in_cache, list_files
+from mmhub.hub.formats import TEXT_BYTES, Finding, Severity, check_content, check_name, format_of, is_config
 from mmhub.hub.integrity import read_index
 from mmhub.hub.readme import strings
 from mmhub.hub.signed import GIT, check_folder, check_repo, is_cached, signers_of
-from mmhub.hub.signing import NAME, Signer, key_hint
+from mmhub.hub.signing import NAME, Signer, key_hint, signed_name
 from mmhub.hub.statements import overlap_line
-from mmhub.names import Resolved
+from mmhub.names import Resolved, resolve
 from mmhub.plugins import get_index
 from mmhub.records import canonical
 from mmhub.registry import read_registries
 
-_LOOKED_INTO = re.compile(r"(\w+/)?[\w.-]+\.(json|jinja|md|txt|sig|yaml|yml)|LICENSE")  # of a repository, if small
-_MOST_SMALL = 200
+_TEXTS = ("json", "text", "template", "yaml", "signature")  # formats that are fetched of a repository, if small
+_NEVER = ("pickle", "code", "archive")  # formats whose names are enough
+_FIRST = ("config.json", "README.md", NAME, "provenance.json", "modules.json", "model.safetensors.index.json")
+_MOST_SMALL, _MOST_BYTES = 200, 2**28  # of a repository's files beside its weights that are fetched
+_MOST_MISSING = 100  # recorded files that are named if they are not there
+_MOST_TABLES = 20  # that are told of a list which a stranger wrote
+_CLIPPED = 200  # characters of what a stranger wrote
 _LARGE = 2**30  # bytes
 _SECONDS = 10
 
@@ -151,19 +156,24 @@ def _open_repo(report: Audit, found: Resolved, full: bool) -> tuple[Path, dict[s
 
 
 def _fetch_some(report: Audit, place: Place, commit: str, listed: Mapping[str, Remote], full: bool) -> None:
-    """Fetch what is small and text; with `full` also sound-looking weights. Never anything else."""
-    small = [one for one in listed.values() if _LOOKED_INTO.fullmatch(one.path) and one.size <= TEXT_BYTES]
+    """Fetch what is small and text, configurations first; with `full` also weights, and whatever else is small."""
+    unsafe = [one for one in listed.values() if format_of(one.path) not in _NEVER and one.size <= TEXT_BYTES]
+    small = [one for one in unsafe if format_of(one.path) in _TEXTS or (full and format_of(one.path) != "safetensors")]
+    small.sort(key=lambda one: (one.path not in _FIRST, not is_config(one.path), format_of(one.path) not in _TEXTS))
     weights = [one for one in listed.values() if full and one.path.endswith(".safetensors")]
+    left = _MOST_BYTES
     for remote in (*small[:_MOST_SMALL], *weights):
+        left -= 0 if remote in weights else remote.size
         try:
-            fetch(place, commit, [remote])
+            if left >= 0 or remote in weights:
+                check_names(place.repo, [remote.path], listed)
+                fetch(place, commit, [remote])
         except TrustError as error:
             report.add("bad", "delivery", error.message, remote.path)
-    if len(small) > _MOST_SMALL:
-        report.add("warning", "size", f"has {len(small)} small files, of which {_MOST_SMALL} were read")
 
 
 def _add_files(report: Audit, folder: Path, listed: Mapping[str, Remote], records: Mapping[str, Any]) -> None:
+    absent = {name for name in listed if not (folder / name).is_file()}
     for name, remote in listed.items():
         path = folder / name
         here = path.is_file() and (not path.is_symlink() or is_cached(path, folder))
@@ -180,14 +190,24 @@ def _add_files(report: Audit, folder: Path, listed: Mapping[str, Remote], record
         report.files.append(
             File(name=name, bytes=remote.size, format=format_of(name), sha256=known, recorded=word, read=here)
         )
-    for name in sorted(set(records) - set(listed)):
+    for name in sorted(set(records) - set(listed))[:_MOST_MISSING]:
         report.files.append(File(name=name, bytes=None, format=format_of(name), recorded="missing"))
         report.add("bad", "hash", "is recorded in config.json and is not there", name)
-    unread = [
-        one.name for one in report.files if one.format == "safetensors" and not one.read and one.recorded != "missing"
-    ]
-    if unread:
-        report.add("note", "unread", f"{len(unread)} weight files were not fetched, so not looked into (--full does)")
+    _add_unread(report, [one for one in report.files if not one.read and one.name in absent])
+
+
+def _add_unread(report: Audit, unread: Sequence[File]) -> None:
+    """Say what was not looked into, for nothing is known of it; a configuration may ask for anything."""
+    for one in unread:
+        if is_config(one.name):
+            report.add("bad", "unread", f"has {one.bytes:,} bytes and was not looked into", one.name)
+    weights = [one for one in unread if one.format == "safetensors"]
+    others = [one.name for one in unread if one.format not in (*_NEVER, "safetensors") and not is_config(one.name)]
+    if weights:
+        report.add("note", "unread", f"{len(weights)} weight files were not fetched, so not looked into (--full does)")
+    if others:
+        what = f"{len(others)} other files were not looked into (--full looks into small ones), first {others[0]}"
+        report.add("warning", "unread", what)
 
 
 def _is_worth_reading(kind: str, size: int, found: Iterable[Finding]) -> bool:
@@ -243,7 +263,7 @@ def _check_config(report: Audit, folder: Path, config: Mapping[str, Any]) -> Non
         if not ALLOWED.fullmatch(one.name) and one.name != GIT:
             report.add("warning", "foreign", "belongs to no checkpoint of mmhub, and is never fetched", one.name)
     guards = config.get("guards")
-    report.guards = [str(as_table(one).get("use", "?")) for one in guards] if isinstance(guards, list) else []
+    report.guards = [_word(one.get("use", "?")) for one in _tables(guards)]
     report.watermark = any(key.startswith("watermark") and value for key, value in _settings(config))
     _add_plugins(report, config.get("requires"))
 
@@ -266,7 +286,7 @@ def _settings(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 def _add_plugins(report: Audit, records: Any) -> None:
     index, registries = get_index(), read_registries()
     for record in _tables(records):
-        name = str(record.get("distribution", "?"))
+        name = _word(record.get("distribution", "?"))
         plugin = index.plugin(name)
         entries = (
             entry for file in registries.files for key, entry in file.plugins.items() if key_of(key) == key_of(name)
@@ -282,8 +302,8 @@ def _add_plugins(report: Audit, records: Any) -> None:
         report.plugins.append(
             {
                 "distribution": name,
-                "required": str(record.get("specifier", "")),
-                "saved_with": str(record.get("saved_with", "")),
+                "required": _word(record.get("specifier", "")),
+                "saved_with": _word(record.get("saved_with", "")),
                 "installed": plugin.version if plugin else _own_version() if own else "",
                 "trust": trust,
             }
@@ -318,6 +338,7 @@ def _add_signature(
         signers = []
     hint = key_hint(folder / NAME) if NAME in listed else ""
     report.signature = {"state": "unchecked" if NAME in listed else "none", "key": hint, "by": None, "problem": None}
+    report.signature["name"] = None
     if not signers:
         what = "is signed; --verify KEY.pub checks by whom" if NAME in listed else "is not signed"
         report.add("note", "signature", what)
@@ -334,6 +355,7 @@ def _add_signature(
             others = signed.others
             signed.check(folder, [one.name for one in report.files if one.read and one.name in signed.digests])
         report.signature |= {"state": "valid", "by": [str(one) for one in signers]}
+        report.signature["name"] = signed_name(folder / NAME, report.name)
         if others:
             report.add(
                 "warning", "signature", f"{len(others)} files were not signed; they are never fetched", others[0]
@@ -352,7 +374,10 @@ def _add_origin(report: Audit, found: Resolved, folder: Path, config: Mapping[st
         if not any(one.rule in ("link", "kind") for one in report.findings):  # a pipe would be waited for
             about = describe(found)
     except MmhubError as error:
-        report.add("warning", "description", error.message)
+        report.add("bad" if isinstance(error, TrustError) else "warning", "description", error.message)
+    except RecursionError:
+        report.add("bad", "description", "what it says of itself is nested too deeply")
+    _check_bases(report, found, about)
     report.kind = about.library or report.kind
     report.license = about.license
     report.licences = [
@@ -369,6 +394,20 @@ def _add_origin(report: Audit, found: Resolved, folder: Path, config: Mapping[st
     if unknown:
         report.add("note", "licence", f"the licence of the data {', '.join(unknown)} is not known here")
     report.provenance = _provenance(report, as_table(_json(folder, "provenance.json")))
+
+
+def _check_bases(report: Audit, found: Resolved, about: Description) -> None:
+    """An adapter of a repository must say at which commit its base is; one of a folder may be for another folder."""
+    for base in about.bases:
+        if base["commit"]:
+            try:
+                resolve(f"hub:{base['name']}@{base['commit']}")
+            except MmhubError as error:
+                report.add("bad", "base", f"the {base['part']} is an adapter for what cannot be: {error.message}")
+            continue
+        what = f"the {base['part']} is an adapter for weights outside, '{_word(base['name'])}'"
+        here = found.kind == "local" and Path(base["name"]).exists()
+        report.add("warning" if here else "bad", "base", what if here else f"{what}, which are not here")
 
 
 def _data_license(name: str) -> str:
@@ -389,14 +428,14 @@ def _provenance(report: Audit, facts: Mapping[str, Any]) -> dict[str, Any]:
         report.add("note", "provenance", "nothing is recorded of how it was made")
         return {}
     code = as_table(facts.get("code"))
-    forced = [str(one.get("finding", "?")) for one in _tables(facts.get("forced"))]
+    forced = [_word(one.get("finding", "?")) for one in _tables(facts.get("forced"))]
     if forced:
         report.add("warning", "forced", f"was published with --force, in spite of: {'; '.join(forced)}")
-    overlap = {split: overlap_line(as_table(one)) for split, one in as_table(facts.get("overlap")).items()}
-    data = {split: _hashes(as_table(record).get("files")) for split, record in as_table(facts.get("data")).items()}
+    overlap = {split: overlap_line(one) for split, one in _parts(facts.get("overlap"))}
+    data = {split: _hashes(one.get("files")) for split, one in _parts(facts.get("data"))}
     return {
-        "code": {key: code.get(key) for key in ("commit", "dirty") if key in code} or None,
-        "parents": _tables(facts.get("parents")),
+        "code": _words(code, "commit", "dirty") or None,
+        "parents": [_words(one, *_PARENT) for one in _tables(facts.get("parents"))],
         "data": data,
         "forced": forced,
         "overlap": overlap,
@@ -404,9 +443,27 @@ def _provenance(report: Audit, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hashes(files: Any) -> list[dict[str, Any]]:
-    return [{key: one.get(key) for key in ("name", "sha256")} for one in _tables(files)]
+    return [{"name": None, "sha256": None} | _words(one, "name", "sha256") for one in _tables(files)]
+
+
+def _parts(value: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The first tables of a table that a stranger wrote, with their keys."""
+    return [(_word(key), as_table(one)) for key, one in list(as_table(value).items())[:_MOST_TABLES]]
+
+
+_PARENT = ("part", "name", "repo", "commit", "sha256")
+
+
+def _words(table: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """Those of a stranger's entries that are texts, clipped, or yes and no."""
+    found = {key: table[key] for key in keys if key in table}
+    return {key: one if isinstance(one, bool) else _word(one) for key, one in found.items()}
+
+
+def _word(value: Any) -> str:
+    return value[:_CLIPPED] if isinstance(value, str) else "?"
 
 
 def _tables(value: Any) -> list[dict[str, Any]]:
     """The first tables of a list that a stranger wrote."""
-    return [one for one in value if isinstance(one, dict)][:20] if isinstance(value, list) else []
+    return [one for one in value if isinstance(one, dict)][:_MOST_TABLES] if isinstance(value, list) else []

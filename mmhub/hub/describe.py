@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from mmhub.errors import MmhubError, NetworkError, PluginError, UsageError
+from mmhub.errors import MmhubError, NetworkError, PluginError, TrustError, UsageError
 from mmhub.hub.cache import as_table, read_json, snapshot
 from mmhub.hub.client import api, hub_errors, is_offline
 from mmhub.hub.download import Remote, check_commit, fetch, in_cache
@@ -34,6 +34,7 @@ _DESCRIBING = re.compile(
     rf"config\.json|modules\.json|README\.md|provenance\.json|model\.safetensors\.index\.json|{_RESULTS.pattern}"
 )
 _SECONDS = 10
+_MOST_PARTS = 100  # of a model, as for loading it
 FORMAT = 3  # of checkpoints; `mmhub.checkpoint` has it from where importing it costs seconds
 
 
@@ -71,7 +72,8 @@ def describe(found: Resolved) -> Description:
 
     Raises:
         NotFoundError, NetworkError: the Hub has no such repository or is out of reach, and nothing is cached.
-        UsageError: a local folder holds no model. TrustError: its requirements are malformed.
+        UsageError: a local folder holds no model. TrustError: its requirements are malformed, or it has more parts
+        than any model.
     """
     if found.kind == "compose":
         return _composition(found)
@@ -283,6 +285,8 @@ def _add_checkpoint(about: Description, config: dict[str, Any], files: _Files, f
         size = as_table(one).get("bytes")
         about.files.setdefault(name, size if isinstance(size, int) else None)
     parts = {role: one for role, one in as_table(config.get("components")).items() if isinstance(one, dict)}
+    if len(parts) > _MOST_PARTS:
+        raise TrustError(f"its config.json holds more than {_MOST_PARTS} components", "do not use it")
     sizes_by_role = _role_sizes(parts, files, about.files)
     about.components = {
         role: {"use": str(one.get("use", "")), "config": one.get("config") or {}, "bytes": sizes_by_role.get(role)}

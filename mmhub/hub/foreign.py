@@ -7,8 +7,10 @@ here knows other libraries by the keys of their config.json alone. Weights are f
 from __future__ import annotations
 
 import errno
+import json
 import stat
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,8 +100,16 @@ def _check_plain(folder: Path) -> None:
         if not stat.S_ISDIR(status.st_mode) or path.name.endswith((".json", ".safetensors")):
             check_plain(path, status)
     path = folder / "config.json"
-    if path.is_file() and b"NaN" in read_plain(path, CONFIG_BYTES):
+    if path.is_file() and _holds_nan(read_plain(path, CONFIG_BYTES)):
         raise TrustError(f"'{path}' holds NaN, which is no number", "fetch the model again")
+
+
+def _holds_nan(content: bytes) -> bool:
+    """Does JSON hold NaN as a value? Infinity may be meant; what is no JSON is refused by whoever reads it."""
+    constants: set[str] = set()
+    with suppress(ValueError, RecursionError):
+        json.loads(content, parse_constant=constants.add)
+    return "NaN" in constants
 
 
 def why_not(folder: Path) -> str:

@@ -6,8 +6,10 @@ there, for other programs may open it.
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ Severity = Literal["bad", "warning", "note"]
 TEXT_BYTES = 16 * 2**20  # of a text that is read whole
 _ABSURD = 2**30  # bytes, which no text of a model has
 _TAIL = 2**16 + 22  # where the end of a zip archive may begin
-_MEMBERS = 64  # of an archive of arrays
+_MEMBERS = 64  # of an archive of arrays, that are looked into
+_ARRAY_HEADER = 2**14  # bytes; numpy reads no longer one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +45,13 @@ _BAD = {
     **dict.fromkeys(
         ("nemo", "tar", "tgz", "zip", "7z", "rar", "whl", "jar", "egg", "xz", "bz2", "gz", "zst"), _ARCHIVE
     ),
-    **dict.fromkeys(("py", "pyc", "pyd", "pyx", "ipynb", "so", "dll", "dylib", "exe", "com", "msi", "elf"), _CODE),
+    **dict.fromkeys(("pickled", "cpkl", "cloudpickle", "sav", "skops", "torchscript"), _PICKLE),
     **dict.fromkeys(
-        ("sh", "bash", "bat", "cmd", "ps1", "js", "mjs", "vbs", "lua", "pl", "rb", "php", "pth.tar"), _CODE
+        ("py", "pyw", "pyz", "pyc", "pyd", "pyx", "ipynb", "so", "dll", "dylib", "exe", "com", "msi"), _CODE
     ),
+    **dict.fromkeys(("sh", "bash", "bat", "cmd", "ps1", "psm1", "js", "mjs", "jse", "vbs", "wsf", "lua", "pl"), _CODE),
+    **dict.fromkeys(("elf", "rb", "php", "hta", "lnk", "scr", "cpl", "class", "wasm", "desktop", "appimage"), _CODE),
+    **dict.fromkeys(("r", "rds", "rdata"), "R's, which may run code when it is opened"),
     **dict.fromkeys(("h5", "hdf5", "keras", "pb"), "a Keras or TensorFlow model, which may hold code"),
     **dict.fromkeys(("pt2", "ptl", "ptc", "mlmodel", "engine", "plan"), "a compiled model, which is code"),
     **dict.fromkeys(("npy", "npz"), "an array"),  # looked into
@@ -57,6 +63,13 @@ _SAFE = {
     "model": "tokenizer", "sig": "signature", "parquet": "data", "onnx": "onnx", "gguf": "gguf", "svg": "text",
 }  # fmt: skip
 _BARE = {"LICENSE", "LICENCE", "NOTICE", ".gitattributes", ".gitignore", "COPYING"}
+# How files begin that are what their name says.
+_BEGINNINGS = {
+    "png": rb"\x89PNG\r\n\x1a\n", "jpg": rb"\xff\xd8\xff", "jpeg": rb"\xff\xd8\xff", "gif": rb"GIF8[79]a",
+    "webp": rb"RIFF[\x00-\xff]{4}WEBP", "wav": rb"(RIFF|RIFX|RF64)[\x00-\xff]{4}WAVE", "flac": rb"fLaC|ID3",
+    "parquet": rb"PAR1", "gguf": rb"GGUF|FUGG", "onnx": rb"[\x08\x12\x1a\x22\x28\x32\x3a\x42\x72]",
+}  # fmt: skip
+_POINTER = b"version https://git-lfs.github.com/spec/"
 # How files begin that are something else than text or weights.
 _MAGIC = (
     (rb"\x80[\x02-\x05][\x00-\xff]", _PICKLE),
@@ -105,12 +118,20 @@ def format_of(name: str) -> str:
 
 
 def _suffix(name: str) -> str:
-    return name.lower().rpartition(".")[2] if "." in name else ""
+    """The end of a file's name, as systems see it that drop dots and spaces behind it."""
+    last = name.rpartition("/")[2].lower().rstrip(". ")
+    return last.rpartition(".")[2] if "." in last else ""
+
+
+def is_config(name: str) -> bool:
+    """Is it a file in which keys may make some library run code? A vocabulary may hold any word."""
+    last = name.rpartition("/")[2].casefold()
+    return format_of(name) == "json" and bool(re.search("config|index|modules|provenance|template|processor", last))
 
 
 def check_name(name: str) -> Iterator[Finding]:
     """Say what is wrong with a file by its name alone."""
-    what = _BAD.get(_suffix(name.rpartition("/")[2]))
+    what = _BAD.get(_suffix(name))
     if what and _suffix(name) not in ("npy", "npz"):
         yield Finding(severity="bad", rule="format", message=f"is {what}; mmhub never opens it", file=name)
     if not name.isprintable():
@@ -126,16 +147,22 @@ def check_content(path: Path, name: str) -> Iterator[Finding]:
         file.seek(max(0, size - _TAIL))
         tail = file.read(_TAIL)
     if _suffix(name) in ("npy", "npz"):
-        yield from _array(path, name, head)
+        yield from _array(path, name)
         return
     hidden = _disguise(head, tail, kind)
+    begins = _BEGINNINGS.get(_suffix(name), rb"")
     if hidden:
         yield Finding(severity="bad", rule="disguise", message=f"is, or holds, {hidden}", file=name)
+    elif head.startswith(_POINTER) and begins:
+        yield Finding(severity="warning", rule="format", message="is a pointer of Git LFS, not the file", file=name)
+    elif not re.match(begins, head):
+        message = f"does not begin as a .{_suffix(name)} file does, so it is something else"
+        yield Finding(severity="bad", rule="disguise", message=message, file=name)
     elif kind == "safetensors":
         yield from _safetensors(path, name)
     elif kind in ("json", "template", "yaml"):
         if size > TEXT_BYTES:
-            level: Severity = "bad" if size > _ABSURD else "warning"
+            level: Severity = "bad" if size > _ABSURD or is_config(name) else "warning"
             yield Finding(severity=level, rule="size", message=f"has {size:,} bytes and was not read", file=name)
         else:
             yield from _text(path, name, kind)
@@ -143,11 +170,11 @@ def check_content(path: Path, name: str) -> Iterator[Finding]:
 
 def _disguise(head: bytes, tail: bytes, kind: str) -> str:
     """What the bytes are that the name does not say."""
-    if kind in ("safetensors", "image", "audio", "data", "onnx", "tokenizer", "gguf"):  # any bytes may begin them
+    if kind == "safetensors":  # the length of its header begins it, which may be any number
         found = next((what for magic, what in _MAGIC[1:7] if re.match(magic, head)), "")
-        found = found or (
-            _PICKLE if kind == "safetensors" and re.match(rb"\x80[\x02-\x05](}|c|\x95|\x8a)", head) else ""
-        )
+        found = found or (_PICKLE if re.match(rb"\x80[\x02-\x05](}|c|\x95|\x8a)", head) else "")
+    elif kind in ("image", "audio", "data", "onnx", "tokenizer", "gguf"):
+        found = next((what for magic, what in _MAGIC if re.match(magic, head)), "")
     elif kind in ("pickle", "code", "archive") or kind in _BAD:
         return ""  # its name is enough
     else:
@@ -165,23 +192,44 @@ def _ends_as_zip(tail: bytes) -> bool:
     return at >= 0 and len(tail) >= at + 22 and at + 22 + int.from_bytes(tail[at + 20 : at + 22], "little") == len(tail)
 
 
-def _array(path: Path, name: str, head: bytes) -> Iterator[Finding]:
+def _array(path: Path, name: str) -> Iterator[Finding]:
     """Arrays of objects are pickles."""
-    headers = [head]
-    if _suffix(name) == "npz":
-        try:
+    try:
+        with path.open("rb") as file:
+            headers = [file.read(_ARRAY_HEADER)]
+        count = 1
+        if _suffix(name) == "npz":
             with zipfile.ZipFile(path) as archive:
-                headers = []
-                for member in archive.infolist()[:_MEMBERS]:
-                    with archive.open(member) as file:
-                        headers.append(file.read(1024))
-        except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, ValueError):
-            yield Finding(severity="bad", rule="format", message="is no archive of arrays that can be read", file=name)
-            return
-    if any(re.search(rb"'descr':[^}]{0,200}\|O", one) for one in headers):
+                members = archive.infolist()
+                count, headers = len(members), [_start(archive, one) for one in members[:_MEMBERS]]
+        objects = any(map(_holds_objects, headers))
+    except Exception:  # of zip files, of decompressing, and what numpy makes of a header
+        yield Finding(severity="bad", rule="format", message="is no array, or none that can be read", file=name)
+        return
+    if objects:
         yield Finding(severity="bad", rule="format", message=f"holds objects: {_PICKLE}", file=name)
+    elif count > _MEMBERS:
+        message = f"has {count:,} arrays, of which {_MEMBERS} were looked into"
+        yield Finding(severity="warning", rule="size", message=message, file=name)
     else:
         yield Finding(severity="note", rule="format", message="is an array, which mmhub never opens", file=name)
+
+
+def _start(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    with archive.open(member) as file:
+        return file.read(_ARRAY_HEADER)
+
+
+def _holds_objects(start: bytes) -> bool:
+    """Does a header of numpy's, of which there are many spellings, say that Python objects follow?"""
+    from numpy.lib import format as npy
+
+    file = io.BytesIO(start)
+    version = npy.read_magic(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of headers that Python 2 wrote
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        return bool(read(file)[2].hasobject)  # of a third version only the letters of names are others
 
 
 def _safetensors(path: Path, name: str) -> Iterator[Finding]:
@@ -227,13 +275,14 @@ def check_template(text: str, name: str) -> Iterator[Finding]:
 
 
 def check_keys(table: Any, name: str) -> Iterator[Finding]:
-    """Find the keys of a configuration by which other libraries run code; a vocabulary may hold any word."""
-    if not re.search(r"config|index|modules|provenance", name.rpartition("/")[2]):
+    """Find the keys of a configuration by which other libraries run code."""
+    if not is_config(name):
         return
     seen = set()
     for key, value in _items(table):
-        if key == "chat_template" and isinstance(value, str):
-            yield from check_template(value, name)
+        if key == "chat_template":
+            for text in _templates(value):
+                yield from check_template(text, name)
         runs = _RUNS.get(key) if value else None
         if key == "trust_remote_code" and value is True:
             runs = "asks for trust in code of its own"
@@ -246,6 +295,15 @@ def check_keys(table: Any, name: str) -> Iterator[Finding]:
         kind = one.get("type") if isinstance(one, Mapping) else None
         if not isinstance(kind, str) or not kind.startswith("sentence_transformers."):
             yield Finding(severity="bad", rule="code", message=f"names the class {kind!r} to import", file=name)
+
+
+def _templates(value: Any) -> Iterator[str]:
+    """One template, or several with their names, in either of two forms."""
+    named = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    for one in named:
+        text = one.get("template") if isinstance(one, dict) else one
+        if isinstance(text, str):
+            yield text
 
 
 def _items(table: Any) -> Iterator[tuple[str, Any]]:

@@ -11,8 +11,9 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from mmhub.errors import UsageError
@@ -22,15 +23,19 @@ _NOBODY = (  # accounts that are nobody's, or stand for anybody's in instruction
     r"(?i:users?|username|your[\w.-]*|you|me|name|somebody|someone|runner(?:admin)?|ubuntu|jovyan|vscode|app|appuser|node"
     r"|public|default|shared)"
 )
+_END = r"(?=[\"'\s]|$)"  # of a path that is a folder's alone
+_WINDOWS = r"\b[A-Za-z]:(?:\\{1,2}|/)(?:Users|Documents and Settings)(?:\\{1,2}|/)"
 _PATHS = (
-    rf"(?<![\w.~/\\-])/(?:home|Users)/(?!{_NOBODY}[/\\])[\w.-]+/",
-    rf"\b[A-Za-z]:(?:\\{{1,2}}|/)(?:Users|Documents and Settings)(?:\\{{1,2}}|/)(?!{_NOBODY}[/\\])[\w. -]+?[\\/]",
+    rf"(?<![\w.~/\\-])/(?:home|Users)/(?!{_NOBODY}\.*(?![\w-]))[\w.-]+/?",
+    rf"{_WINDOWS}(?!{_NOBODY}(?:[/\\]|{_END}))(?:[\w. -]{{1,64}}?[\\/]|[\w.-]{{1,64}}{_END})",
     r"(?<![\\\w:])\\\\[A-Za-z][\w.-]{2,}\\[\w$.-]+\\",
     r"\bfile://(?:localhost)?/(?!path/)[\w.-]+/",
 )
 _LEARNED = ("vocab", "merges")  # keys of tokenizer files whose texts were learned, and not written by anybody here
 _BASE64 = re.compile(r"(?<![\w+/-])[A-Za-z0-9+/_-]{40,65536}={0,2}")
-_MOST_BASE64 = 5_000
+_WRAPPED = re.compile(r"(?<![\w+/-])(?:[A-Za-z0-9+/]{60,76}\r?\n[ \t]{0,8}){1,2000}[A-Za-z0-9+/]{2,76}={0,2}")  # MIME
+_SHORTEST_BASE64 = 40
+_MOST_BASE64, _MOST_DECODED = 5_000, 2**24  # of them, and bytes
 _MOST_PATHS = 3  # named of one file
 
 
@@ -57,7 +62,9 @@ def _secrets(text: str, values: list[tuple[str, str]]) -> Iterator[Leak]:
     if found is None and find_secret("\n".join(value for _, value in values)):
         where, value = next(((where, value) for where, value in values if find_secret(value)), ("several values", ""))
         found = _named(find_secret(value) or "a secret", "several values" if find_secret(where) else where)
-    found = found or _encoded_secret(text)
+    if found is None and "\\_" in text:  # as Markdown may write it
+        found = find_secret(text.replace("\\_", "_"))
+    found = found or _encoded_secret([("", text), *values])
     if found:
         yield Leak("secret", f"holds what looks like a secret, {found}", "holds what looks like a secret")
 
@@ -67,19 +74,30 @@ def _named(found: str, where: str) -> str:
     return f"{found.rpartition(' (')[0] or found} (at {where})"
 
 
-def _encoded_secret(text: str) -> str | None:
-    for number, match in enumerate(_BASE64.finditer(text)):
-        if number >= _MOST_BASE64:
+def _encoded_secret(texts: Iterable[tuple[str, str]]) -> str | None:
+    """Look into what is base64, also of several lines; of very much of it, into the first part."""
+    left = _MOST_DECODED
+    long = ((where, text) for where, text in texts if len(text) >= _SHORTEST_BASE64)
+    codes = ((where, text, one) for where, text in long for form in (_BASE64, _WRAPPED) for one in form.finditer(text))
+    for where, text, match in islice(codes, _MOST_BASE64):
+        plain = _decoded("".join(match[0].split()).rstrip("="))
+        left -= len(plain)
+        if left < 0:
             return None
-        code = match[0].rstrip("=")
-        try:
-            plain = base64.b64decode(code + "=" * (-len(code) % 4), altchars=b"-_" if {*"-_"} & {*code} else None)
-        except (binascii.Error, ValueError):
-            continue
-        found = find_secret(plain.decode()) if plain.isascii() else None
+        found = find_secret(plain)
         if found:
-            return f"{found.rpartition(' (')[0]} in base64 (line {line_at(text, match.start())})"
+            kind = f"{found.rpartition(' (')[0]} in base64"
+            return _named(f"{kind} (", where) if where else f"{kind} (line {line_at(text, match.start())})"
     return None
+
+
+def _decoded(code: str) -> str:
+    """The text that base64 stands for, bytes that are no letters of ASCII as some other; "" of what is none."""
+    try:
+        plain = base64.b64decode(code + "=" * (-len(code) % 4), altchars=b"-_" if {*"-_"} & {*code} else None)
+    except (binascii.Error, ValueError):
+        return ""
+    return plain.decode("latin-1")
 
 
 def _paths(text: str, values: list[tuple[str, str]]) -> Iterator[Leak]:
@@ -104,7 +122,7 @@ def _may_be_path(value: str) -> bool:
 def _own_forms() -> list[str]:
     """This user's own home folder, and this machine as the host of an address."""
     home, host = os.path.expanduser("~").rstrip("/\\"), socket.gethostname()
-    forms = [rf"(?<![\w.~/\\-]){re.escape(home)}[/\\]"] if len(home) > 1 else []
+    forms = [rf"(?<![\w.~/\\-]){re.escape(home)}(?:[/\\]|(?![\w.-]))"] if len(home) > 1 else []
     named = len(host) > 2 and host.lower() != "localhost"
     return [*forms, *([rf"(?://|@){re.escape(host)}(?![\w.-])"] if named else []), r"(?!)"]
 

@@ -27,6 +27,7 @@ from mmhub.hub.gate import decide, findings, with_forced
 from mmhub.hub.readme import strings
 from mmhub.hub.signed import GIT, check_sender, signers_of
 from mmhub.hub.signing import NAME as SIGNATURE
+from mmhub.hub.signing import is_signed
 from mmhub.hub.signing import sign as make_signature
 from mmhub.hub.staging import Staged, listed, look
 from mmhub.model import Model
@@ -335,7 +336,7 @@ def _commit(plan: _Plan, folder: Path, staged: Staged, card: str, head: _Head) -
     pattern = _LIBRARY_WEIGHTS if plan.layout else _OURS
     stale = [name for name in head.files if pattern.fullmatch(name) and name not in (*files, SIGNATURE)]
     digests = _digests(folder, files, card) if plan.sign else {}
-    signature = _sign(plan, digests, set(head.files) - set(stale)) if plan.sign else b""
+    signature = _sign(plan, digests, set(head.files) - set(stale), head.commit) if plan.sign else b""
     if SIGNATURE in head.files and not signature:
         stale.append(SIGNATURE)  # it is of other files
     with _opened(folder, files) as contents:
@@ -374,8 +375,10 @@ def _digests(folder: Path, files: Sequence[str], card: str) -> dict[str, str]:
     return dict(sorted((sums | {"README.md": hashlib.sha256(card.encode()).hexdigest()}).items()))
 
 
-def _sign(plan: _Plan, digests: Mapping[str, str], there: Collection[str]) -> bytes:
-    """Sign all that a repository will hold, which holds the files `there` now.
+def _sign(plan: _Plan, digests: Mapping[str, str], there: Collection[str], commit: str = "") -> bytes:
+    """Sign all that a repository will hold, which holds the files `there` now, at `commit`.
+
+    A signature of the very same stays as it is, for each new one differs, and would make a commit of nothing.
 
     Raises:
         UsageError: it would go on holding others, which are not here to be signed. TrustError: a registry names
@@ -387,7 +390,9 @@ def _sign(plan: _Plan, digests: Mapping[str, str], there: Collection[str]) -> by
             f"'{plan.repo}' also holds {listed(others)}, which cannot be signed from here",
             "put it into the folder if it belongs to the model, else delete it there; nothing was sent",
         )
-    signature = make_signature(digests, plan.sign, plan.repo, plan.passphrase)
+    old = _download(plan.repo, SIGNATURE, commit) if SIGNATURE in there else b""
+    same = bool(old) and is_signed(old, digests, plan.sign, plan.repo, plan.passphrase)
+    signature = old if same else make_signature(digests, plan.sign, plan.repo, plan.passphrase)
     check_sender(plan.repo, signature)
     return signature
 

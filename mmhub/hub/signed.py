@@ -151,7 +151,8 @@ def check_repo(
     `fresh` asks for it: one of a commit costs nothing when the commit is loaded the second time.
 
     Raises:
-        TrustError: it is not signed by every one of the `signers`, or not what they signed.
+        TrustError: it is not signed by every one of the `signers` and under this repository's name, or not what they
+        signed.
         NetworkError: the Hub cannot be asked, and this commit was not checked before.
     """
     folder = place.snapshot(commit)
@@ -180,7 +181,7 @@ def check_repo(
 def _signed_by_all(path: Path, signers: Sequence[Signer], where: str) -> dict[str, str]:
     digests: dict[str, str] = {}
     for signer in signers:
-        digests = check_signature(path, signer, where)
+        digests = check_signature(path, signer, where, repo=where)
     return digests
 
 

@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,7 +90,12 @@ def _read_public_key(path: Path) -> Any:
     return key
 
 
-_CURVES = ("secp256r1", "secp384r1", "secp521r1")
+# Each with its order n: of a signature (r, s), (r, n - s) is another that says the same.
+_CURVES = {
+    "secp256r1": 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551,
+    "secp384r1": 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFC7634D81F4372DDF581A0DB248B0A77AECEC196ACCC52973,
+    "secp521r1": int("1ff" + "f" * 63 + "a51868783bf2f966b7fcc0148f709a5d03bb5c9b8899c47aebb6fb71e91386409", 16),
+}
 
 
 def _read_key_file(path: Path, what: str) -> bytes:
@@ -129,19 +135,35 @@ def new_key(path: Path, passphrase: str = "") -> Path:
     from cryptography.hazmat.primitives import serialization as form
     from cryptography.hazmat.primitives.asymmetric import ec
 
+    if not path.name or path.is_dir():
+        raise UsageError(f"'{path}' is a folder, no name for a key", "name a file, such as org.pem")
     public = path.with_name(f"{path.name}.pub")
-    for one in (path, public):
-        if one.exists():
-            raise UsageError(f"'{one}' exists, and a key is never overwritten", "name another file")
     key = ec.generate_private_key(ec.SECP256R1())
     locked = form.BestAvailableEncryption(passphrase.encode()) if passphrase else form.NoEncryption()
     secret = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, locked)
+    shown = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
     with disk_errors("the key", path.parent):
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(secret)
-        public.write_bytes(key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo))
+        _write_new(public, shown, 0o644)
+        try:
+            _write_new(path, secret, 0o600)
+        except BaseException:
+            public.unlink()
+            raise
     return public
+
+
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    """Write a file that was not there, not even as a link; nothing is left of one that cannot be written whole."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    except FileExistsError:
+        raise UsageError(f"'{path}' exists, and a key is never overwritten", "name another file") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+    except BaseException:
+        path.unlink()
+        raise
 
 
 def is_locked(path: Path) -> bool:
@@ -156,7 +178,7 @@ def sign(digests: Mapping[str, str], key: str | os.PathLike[str], name: str, pas
     """Return the content of a `model.sig` over files: their names and SHA-256.
 
     `key` is the file of a private key in PEM form, or "sigstore". The passphrase of a locked key may also stand in
-    MMHUB_KEY_PASSPHRASE. `name` is what the signature calls the model; nobody checks it.
+    MMHUB_KEY_PASSPHRASE. `name` is the repository that it is published to: in another, the signature is refused.
 
     Raises:
         UsageError: the key is none, or the passphrase wrong. NotFoundError: there is no such file.
@@ -170,22 +192,66 @@ def sign(digests: Mapping[str, str], key: str | os.PathLike[str], name: str, pas
         path = Path(folder) / NAME
         if os.fspath(key) == SIGSTORE:
             _sign_as_identity(settings, name, path)
-        else:
-            _use_key(settings, Path(key).expanduser(), passphrase).sign(name, path)
-        return _canonical(json.loads(path.read_bytes()))
+            return _canonical(json.loads(path.read_bytes()))
+        own = Path(key).expanduser()
+        with redirect_stdout(sys.stderr):  # the library prints warnings
+            _use_key(settings, own, passphrase).sign(name, path)
+        return _canonical(_with_low_s(json.loads(path.read_bytes()), _private_key(own, passphrase).curve.name))
 
 
-def _use_key(settings: Any, path: Path, passphrase: str) -> Any:
+def is_signed(content: bytes, digests: Mapping[str, str], key: str, name: str, passphrase: str = "") -> bool:
+    """Is a `model.sig` what `sign` would make of the same: by this key, over these files, under this name?
+
+    Raises:
+        UsageError, NotFoundError: as `sign`.
+    """
+    if key == SIGSTORE:
+        return False  # who is logged in is known only by asking
+    _need_library()
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    pair = _private_key(Path(key).expanduser(), passphrase)
+    with tempfile.TemporaryDirectory() as folder:
+        path, public = Path(folder) / NAME, Path(folder) / "public.pem"
+        path.write_bytes(content)
+        public.write_bytes(pair.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+        with suppress(TrustError):
+            return check_signature(path, Signer(public), name, repo=name) == dict(digests)
+    return False
+
+
+def _private_key(path: Path, passphrase: str) -> Any:
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
     secret = passphrase or os.environ.get(PASSPHRASE, "")
     locked = is_locked(path)
     if locked and not secret:
         raise UsageError(f"the key '{path}' asks for a passphrase", f"set {PASSPHRASE}")
     try:
-        # The library says `str` and passes it on to one that wants bytes.
-        return settings.use_elliptic_key_signer(private_key=path, password=secret.encode() if locked else None)
+        key = load_pem_private_key(_read_key_file(path, "private key"), secret.encode() if locked else None)
     except Exception:  # the library raises what its parser does
+        key = None
+    if getattr(getattr(key, "curve", None), "name", "") not in _CURVES:
         why = "the passphrase may be wrong" if locked else "make a pair: mmhub keys new FILE"
-        raise UsageError(f"'{path}' is no private key on a NIST curve that can be read", why) from None
+        raise UsageError(f"'{path}' is no private key on a NIST curve that can be read", why)
+    return key
+
+
+def _with_low_s(table: Any, curve: str) -> Any:
+    """The bundle with the smaller s of the two signatures that say the same: no other is taken."""
+    from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+
+    (signature,) = table["dsseEnvelope"]["signatures"]
+    r, s = decode_dss_signature(_decoded(signature["sig"]))
+    signature["sig"] = base64.b64encode(encode_dss_signature(r, min(s, _CURVES[curve] - s))).decode()
+    return table
+
+
+def _use_key(settings: Any, path: Path, passphrase: str) -> Any:
+    _private_key(path, passphrase)
+    secret = passphrase or os.environ.get(PASSPHRASE, "")
+    # The library says `str` and passes it on to one that wants bytes.
+    return settings.use_elliptic_key_signer(private_key=path, password=secret.encode() if is_locked(path) else None)
 
 
 def _sign_as_identity(settings: Any, name: str, path: Path) -> None:
@@ -214,28 +280,53 @@ def _known_hashes(digests: Mapping[str, str]) -> Any:
 # -- checking ---------------------------------------------------------------------------------------------------
 
 
-def check_signature(path: Path, signer: Signer, where: str) -> dict[str, str]:
+def check_signature(path: Path, signer: Signer, where: str, *, repo: str = "") -> dict[str, str]:
     """Return the files that `signer` signed, {name: SHA-256}, from the `model.sig` at `path`; `where` is the model.
 
+    `repo` is the name that they must have been signed as, for a server could deliver another of the signer's models.
+
     Raises:
-        TrustError: it is damaged, or somebody else's. NetworkError: Sigstore's list of keys cannot be fetched.
+        TrustError: it is damaged, somebody else's, or of another model. NetworkError: Sigstore's list of keys cannot
+        be fetched.
     """
     _need_library()
     from model_signing.verifying import Config
 
-    digests = read_signature(path, where)
+    statement, digests = _read(path, where)
     settings = Config().set_hashing_config(_known_hashes(digests))
     if isinstance(signer.who, Identity):
         settings = _use_identity(settings, signer.who)
     else:
-        _read_public_key(signer.who)
+        if not _has_our_form(path, _read_public_key(signer.who)):
+            raise TrustError(f"the '{NAME}' of '{where}' is no signature by {signer}", _FORGED)
         settings = settings.use_elliptic_key_verifier(public_key=signer.who)
     try:
         # What we read is given as what is there: so the library's reading of the signed bytes must be the same.
-        settings.verify(Path(where), path)
+        with redirect_stdout(sys.stderr):  # the library prints warnings
+            settings.verify(Path(where), path)
     except Exception:  # the library raises what its parsers do
         raise TrustError(f"the '{NAME}' of '{where}' is no signature by {signer}", _FORGED) from None
+    name = _name_in(statement)
+    if repo and name.casefold() != repo.casefold():
+        what = f"'{repo}' holds what {signer} signed as {name!r}"
+        raise TrustError(what, "use that one; or, if it was moved, ask its owner to sign it anew")
     return digests
+
+
+def _has_our_form(path: Path, key: Any) -> bool:
+    """Does it name this key, and is it the one of the signatures that verify which we write?"""
+    from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+
+    table = json.loads(path.read_bytes())
+    try:
+        hint = table["verificationMaterial"]["publicKey"]["hint"]
+        (signature,) = table["dsseEnvelope"]["signatures"]
+        content = _decoded(signature["sig"])
+        r, s = decode_dss_signature(content)
+        same = hint == _fingerprint(key) and encode_dss_signature(r, s) == content and signature["keyid"] == ""
+        return same and s <= _CURVES[key.curve.name] // 2
+    except (KeyError, ValueError, TypeError):
+        return False
 
 
 _FORGED = "do not use it; ask its owner which key signs, or to publish it again"
@@ -257,10 +348,30 @@ def read_signature(path: Path, where: str) -> dict[str, str]:
     Raises:
         TrustError: it has another form.
     """
+    return _read(path, where)[1]
+
+
+def signed_name(path: Path, where: str) -> str:
+    """Return what a `model.sig` calls its model: the repository that it was published to.
+
+    Raises:
+        TrustError: as `read_signature`.
+    """
+    return _name_in(_read(path, where)[0])
+
+
+def _name_in(statement: Mapping[str, Any]) -> str:
+    return str(statement["subject"][0]["name"])
+
+
+def _read(path: Path, where: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The statement that is signed, and its files."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
-        return _digests(json.loads(_payload(content)))
+        statement = json.loads(_payload(content))
+        _name_in(statement)
+        return statement, _digests(statement)
     except OSError as error:
         raise MmhubError(f"cannot read '{path}': {error.strerror}", "check its permissions") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):

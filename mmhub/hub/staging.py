@@ -76,6 +76,8 @@ def _findings(path: Path, folder: Path, name: str) -> list[Finding]:
     if path.is_symlink() and not _inside_cache(path, folder):
         message = f"'{name}' is a symbolic link: replace it by the file itself"
         return [Finding(kind="link", message=message, hint="replace it by the file itself")]
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        return [Finding(kind="damage", message=f"'{name}' is no file, but a pipe or a device", hint="write it again")]
     try:
         leaks = _leaks(path)
     except TrustError as error:

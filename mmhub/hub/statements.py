@@ -135,7 +135,8 @@ def rows_of(facts: Mapping[str, Any]) -> str:
 def overlap_line(found: Mapping[str, Any]) -> str:
     """Say how much of an evaluation set is in the training data, as `mmhub.overlap` found it; no full stop."""
     if "skipped" in found:
-        return f"Whether evaluation rows are among the training rows was not looked up: {found['skipped']}"
+        why = found["skipped"] if isinstance(found["skipped"], str) else "nobody says why"
+        return f"Whether evaluation rows are among the training rows was not looked up: {why[:200]}"
     count, rows, share = (_number(found.get(key)) for key in ("exact", "checked_rows", "exact_share"))
     line = f"{count:.0f} of {rows:.0f} evaluation rows ({share:.1%}) are in the training data as they are"
     if found.get("ngram_rows"):
@@ -144,12 +145,14 @@ def overlap_line(found: Mapping[str, Any]) -> str:
         line += f", {some:.0f} of {texts:.0f} texts ({part:.1%}) share {n:.0f} words in a row with it"
         line += f" and {half:.0f} most of theirs" if half else ""
     if count and (repeats := _number(found.get("repeats"))):
-        line += f" ({repeats:.1%} of the training rows occur more than once)"
+        line += f" ({repeats:.1%} of them occur more than once among themselves)"
     return line
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else 0.0
+    """A number that a stranger wrote, 0 of what is none or absurd."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**53
+    return float(value) if known else 0.0
 
 
 def _labels(config: CheckpointConfig) -> list[str]:

@@ -13,8 +13,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -32,9 +33,15 @@ Decoder = Callable[..., Decoded]
 _KINDS = {"uint8": 1, "float32": 4}  # bytes of each number
 _AXES = 3
 _TEXT = 500  # characters of a message
+_HEADS = 1 << 16  # bytes of a message that says that a process is there
+_MESSAGES, _SHORT = 16, 2**16  # messages of one input: so many, and one more for each so many bytes
 _START_SECONDS = 120.0  # a busy machine
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "TMP", "PYTHONHOME")
 _LIMITS = ("max_bytes", "max_pixels", "max_seconds", "max_channels", "max_ratio", "ratio_floor")
+
+
+class Busy(InputError):
+    """No process became free in time: it says nothing of the input."""
 
 
 def decode_apart(
@@ -46,7 +53,8 @@ def decode_apart(
     `settings` are JSON data. Without `bounds` it runs in this process.
 
     Raises:
-        InputError: the decoder's own, or it took too much memory or time, or its process died.
+        Busy: all processes were at work all the time. InputError: the decoder's own, or it took too much memory or
+            time, or its process died.
     """
     if bounds is None:
         return decoder(content, name, policy, **settings)
@@ -67,7 +75,7 @@ class _Pool:
 
     def run(self, request: Mapping[str, Any], content: bytes, name: str) -> Decoded:
         if not self._turns.acquire(timeout=self._bounds.seconds):
-            raise InputError(f"{name} could not be decoded: all {self._bounds.workers} decoders are busy", "try again")
+            raise Busy(f"{name} could not be decoded: all {self._bounds.workers} decoders are busy", "try again")
         worker = None
         try:
             worker = self._take()
@@ -131,7 +139,8 @@ class _Worker:
         )
         self.is_free = False
         self._cut = False
-        first = self._read(_START_SECONDS)
+        self._left = 0.0
+        first = self._read(_HEADS, _START_SECONDS)
         if first is None or first[0] != {"ready": True}:
             self.stop()
             raise MmhubError("the process that decodes media does not start", "decode in this one, without a worker")
@@ -141,12 +150,16 @@ class _Worker:
         return self._process.poll() is None
 
     def run(self, request: Mapping[str, Any], content: bytes, name: str) -> Decoded:
-        """Yield what comes, the first of it facts. Whoever stops half-way leaves a process that is not free."""
+        """Yield what comes. Whoever stops half-way leaves a process that is not free.
+
+        All waiting for it together has `bounds.seconds`; what is done with the answer meanwhile does not count.
+        """
         self.is_free = False
+        self._left = self._bounds.seconds
         self._write(request, content)
-        left = Allowance(request["policy"])
+        allowed = Allowance(Policy(**request["policy"]))
         while True:
-            message = self._read(self._bounds.seconds)
+            message = self._read(min(allowed.left, self._bounds.memory))
             if message is None:
                 raise InputError(f"{name} could not be decoded {self._why()}", "it may be damaged or made to harm")
             head, body = message
@@ -156,7 +169,7 @@ class _Worker:
             if "error" in head:
                 self.is_free = head.get("go_on") is True
                 raise InputError(_text(head["error"]), _text(head["hint"]) if head.get("hint") else None)
-            yield left.take(head, body, name)
+            yield allowed.take(head, body, name)
 
     def stop(self) -> None:
         with suppress(OSError):
@@ -174,57 +187,60 @@ class _Worker:
 
     def _write(self, request: Mapping[str, Any], content: bytes) -> None:
         assert self._process.stdin is not None
-        with self._timed(self._bounds.seconds), suppress(OSError):  # reading will tell that it is dead
+        with self._timed(), suppress(OSError):  # reading will tell that it is dead
             write_message(self._process.stdin, request, content)
 
-    def _read(self, seconds: float) -> tuple[dict[str, Any], bytearray] | None:
-        """Read one message; None if there is none, or none that could be one."""
+    def _read(self, most: int, seconds: float | None = None) -> tuple[dict[str, Any], bytearray] | None:
+        """Read one message of at most so many bytes; None if there is none, or none that could be one."""
         assert self._process.stdout is not None
-        with self._timed(seconds):
+        self._left = self._left if seconds is None else seconds
+        with self._timed():
             try:
-                return read_message(self._process.stdout, most=self._bounds.memory)
+                return read_message(self._process.stdout, most)
             except (OSError, ValueError, RecursionError):
                 return None
 
-    def _timed(self, seconds: float) -> _Deadline:
-        return _Deadline(seconds, self._expire)
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Kill the process when what is left of its time is over; a timer works for pipes everywhere."""
+        since = time.monotonic()
+        timer = threading.Timer(max(0.0, self._left), self._expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            self._left -= time.monotonic() - since
 
     def _expire(self) -> None:
         self._cut = True
         self._process.kill()
 
 
-class _Deadline:
-    """Kill from a timer: works for pipes everywhere."""
-
-    def __init__(self, seconds: float, expire: Callable[[], None]) -> None:
-        self._timer = threading.Timer(seconds, expire)
-        self._timer.daemon = True
-
-    def __enter__(self) -> None:
-        self._timer.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-
-
 class Allowance:
-    """Takes facts and arrays out of messages as long as they can be what a decoder gives under the policy."""
+    """Takes facts, once, and arrays out of messages as long as they can be what a decoder gives under the policy.
 
-    def __init__(self, limits: Mapping[str, Any]) -> None:
-        rate = 768_000  # Hz, the highest that anything here reads
-        self._left = max(3 * limits["max_pixels"], 4 * rate * limits["max_seconds"])
+    `left` are the bytes that arrays may still have.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.left = max(3 * policy.max_pixels, 4 * policy.max_samples)
+        self._messages = _MESSAGES + self.left // _SHORT
+        self._told = False
 
     def take(self, head: Mapping[str, Any], body: bytearray, name: str) -> Mapping[str, Any] | NDArray[Any]:
         facts, shape, kind = head.get("facts"), head.get("shape"), head.get("kind")
-        if isinstance(facts, dict) and not body:
+        self._messages -= 1
+        if isinstance(facts, dict) and not body and not self._told:
+            self._told = True
             return facts
         if not isinstance(shape, list) or not isinstance(kind, str) or kind not in _KINDS:
             raise _nonsense(name)
         if not 0 < len(shape) <= _AXES or not all(type(size) is int and size >= 0 for size in shape):
             raise _nonsense(name)
-        self._left -= len(body)
-        if math.prod(shape) * _KINDS[kind] != len(body) or self._left < 0:
+        self.left -= len(body)
+        if math.prod(shape) * _KINDS[kind] != len(body) or self.left < 0 or self._messages < 0:
             raise _nonsense(name)
         return np.frombuffer(body, kind).reshape(shape)
 

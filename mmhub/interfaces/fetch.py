@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import http.client
 import io
+import queue
 import re
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +41,7 @@ _URL = re.compile(
     r"(?::(?P<port>[0-9]{1,5}))?(?P<target>(?:[/?][!-\[\]-~]*)?)",
     re.IGNORECASE,
 )
+_START = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
 _NUMBER = re.compile(r"(?:[0-9]+|0x[0-9a-f]*)", re.IGNORECASE)  # a last label that makes browsers see an IPv4 address
 _PATTERN = re.compile(r"\*|(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
 _LOCALHOST = "127.0.0.0/8", "::1/128"
@@ -46,7 +49,18 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _BLOCK = 1 << 16  # bytes read at a time
 _NAT64 = ip_network("64:ff9b::/96")  # RFC 6052: the last four bytes are an IPv4 address
 _GLOBAL_UNICAST = ip_network("2000::/3")
-_TUNNELS = [ip_network(text) for text in ("2001::/23", "2002::/16", "192.88.99.0/24", "3fff::/20")]  # Teredo, 6to4 ...
+# IANA's registries of special addresses, as of 2025, for ipaddress knows them as its Python's version does; and Azure's
+# platform, which answers each of its machines at a public address.
+_SPECIAL = [
+    ip_network(text)
+    for text in (
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
+        *("192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
+        *("224.0.0.0/4", "240.0.0.0/4", "168.63.129.16/32"),
+        *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),  # of 2000::/3: Teredo, 6to4, examples
+    )
+]
+_LOOKING = threading.BoundedSemaphore(32)  # look-ups at a time: whoever waits no longer for one cannot end it
 _HINT = "only public hosts are fetched from; permit another by its IP address, as in --allow-host 10.0.0.7"
 
 
@@ -59,14 +73,14 @@ def fetch(url: str, policy: Policy) -> bytes:
     if not policy.urls:
         hint = "download the file, or pass --allow-urls"
         raise InputError(f"'{shown_url(url)}' is a URL, and fetching is off", hint)
-    clock = _Clock(time.monotonic() + policy.fetch_seconds)
+    clock = _Clock.of(policy)
     with _one_line(url, policy):
-        here = Place.of(url, policy)
+        here = Place.of(url, policy, clock)
         for _ in range(policy.max_redirects + 1):
             found = _ask(here, policy, clock)
             if isinstance(found, bytes):
                 return found
-            before, here = here, Place.of(urljoin(here.url, found), policy)
+            before, here = here, Place.of(urljoin(here.url, found), policy, clock)
             if before.scheme == "https" != here.scheme:
                 raise _Failed("it leads from https to http")
         raise _Failed(f"it leads on more than {policy.max_redirects} times")
@@ -75,12 +89,22 @@ def fetch(url: str, policy: Policy) -> bytes:
 def shown_url(url: str) -> str:
     """Name an address in messages: without what may be secret in it.
 
-    >>> shown_url("https://ada:pw@example.org/a.png?signature=S")
-    'https://example.org/a.png'
+    What stands before an @ may be a login, even where slashes or question marks in it hide that.
+
+    >>> shown_url("https://ada:pw@example.org/a.png?signature=S"), shown_url("https://ada:p/w@example.org/a.png")
+    ('https://example.org/a.png', 'https://...@example.org/a.png')
     """
     if url[:5].lower() == "data:":
         return "data:..."
-    text = re.sub(r"//[^/?#]*@", "//", url.split("?")[0].split("#")[0])
+    start = _START.match(url)
+    head = start[0] if start else ""
+    login, at, rest = url[len(head) :].rpartition("@")
+    path = re.split("[?#]", rest, maxsplit=1)[0]
+    if at and re.search("[?#]", login):
+        path = "..."
+    elif at and re.search("[/@]", login):
+        path = f"...@{path}"
+    text = head + path
     return "".join(c if c.isprintable() else "?" for c in (text if len(text) <= 200 else f"{text[:200]}..."))
 
 
@@ -96,7 +120,7 @@ class Place:
     addresses: tuple[str, ...]
 
     @classmethod
-    def of(cls, url: str, policy: Policy) -> Place:
+    def of(cls, url: str, policy: Policy, clock: _Clock | None = None) -> Place:
         """Parse and check an address, and look its host up."""
         match = _URL.fullmatch(url.split("#")[0]) if len(url) <= _LONGEST else None
         if match is None:
@@ -107,7 +131,7 @@ class Place:
         port = int(match["port"] or (443 if scheme == "https" else 80))
         if not (port in (80, 443) or 1024 <= port <= 65535 or (policy.hosts and 0 < port < 1024)):
             raise _Failed(f"port {port} is not fetched from", "list the host with --allow-host")
-        addresses = _look_up(host, port)
+        addresses = _look_up(host, port, clock or _Clock.of(policy))
         if not addresses or not all(_permitted(host, address, policy) for address in addresses):
             raise _Failed("its host is unknown, or not one that may be fetched from", _HINT)
         target = target if target.startswith("/") else f"/{target}"
@@ -144,7 +168,7 @@ def is_public(address: Address) -> bool:
             return is_public(IPv4Address(int(address) & 0xFFFFFFFF))
         if address not in _GLOBAL_UNICAST:
             return False
-    return address.is_global and not address.is_multicast and not any(address in tunnel for tunnel in _TUNNELS)
+    return address.is_global and not address.is_multicast and not any(address in network for network in _SPECIAL)
 
 
 class _Failed(Exception):
@@ -156,6 +180,10 @@ class _Clock:
     """What is left of the time that a whole fetch may take, whoever is slow."""
 
     end: float
+
+    @classmethod
+    def of(cls, policy: Policy) -> _Clock:
+        return cls(time.monotonic() + policy.fetch_seconds)
 
     def left(self) -> float:
         """Return seconds. Raises TimeoutError when there are none."""
@@ -177,7 +205,7 @@ def _one_line(url: str, policy: Policy) -> Iterator[None]:
     except _Failed as failed:
         fail(*failed.args)
     except TimeoutError:
-        fail(f"it took longer than {policy.fetch_seconds:g} s", "download the file")
+        fail(f"it took longer than {policy.fetch_seconds:.3g} s", "download the file")
     except ssl.SSLCertVerificationError:
         fail("its certificate is not valid for the host", "check the address")
     except (OSError, http.client.HTTPException, ValueError):
@@ -194,18 +222,36 @@ def _what_is_odd(url: str) -> str:
     return "it is no plain address: give scheme://host/path, with other characters than ASCII as %XX"
 
 
-def _look_up(host: str, port: int) -> list[Address]:
-    """Return all addresses of a host; none if it is unknown, or an IPv4 address in another form than a.b.c.d."""
+def _look_up(host: str, port: int, clock: _Clock) -> list[Address]:
+    """Return all addresses of a host; none if it is unknown, or an IPv4 address in another form than a.b.c.d.
+
+    Raises:
+        TimeoutError: nobody has told in time.
+    """
     if host.startswith("[") or _NUMBER.fullmatch(host.rsplit(".", 1)[-1]):
         try:
             return [ip_address(host.strip("[]"))]
         except ValueError:
             return []
+    if not _LOOKING.acquire(timeout=clock.left()):
+        raise TimeoutError
+    told: queue.SimpleQueue[list[Address]] = queue.SimpleQueue()
+    threading.Thread(target=lambda: told.put(_resolved(host, port)), daemon=True).start()
+    try:
+        return told.get(timeout=clock.left())
+    except queue.Empty:
+        raise TimeoutError from None
+
+
+def _resolved(host: str, port: int) -> list[Address]:
+    """Ask the system, which takes its own time."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         return [ip_address(str(entry[4][0]).split("%")[0]) for entry in found]
     except (OSError, ValueError):
         return []
+    finally:
+        _LOOKING.release()
 
 
 def _permitted(host: str, address: Address, policy: Policy) -> bool:
@@ -268,12 +314,12 @@ def _connected(place: Place, clock: _Clock) -> Iterator[http.client.HTTPConnecti
 
 
 def _first_that_answers(place: Place, clock: _Clock) -> socket.socket:
+    """Connect to one of a host's addresses; one that does not answer leaves the others their share of the time."""
     failed: OSError = OSError()
-    for address in place.addresses[:4]:
+    addresses = place.addresses[:4]
+    for number, address in enumerate(addresses):
         try:
-            return socket.create_connection((address, place.port), timeout=clock.left())
-        except TimeoutError:
-            raise
+            return socket.create_connection((address, place.port), timeout=clock.left() / (len(addresses) - number))
         except OSError as error:
             failed = error
     raise failed

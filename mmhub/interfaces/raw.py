@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from mmhub.errors import InputError
 
 _BYTES = (bytes, bytearray, memoryview)
+_RATE, _SAMPLES = 48_000, 2**24  # samples a second that a long sound may have, and as many as any may have
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:[^,\s]*,", re.IGNORECASE)  # a scheme of one letter is a drive
 
 
@@ -50,7 +51,8 @@ class Policy:
         private: may addresses of this machine's own networks be fetched? max_redirects: that are followed.
         fetch_seconds: of one fetch from its beginning to its end.
         noise: folder of recordings that training may add as noise.
-        max_bytes: of a file as it comes. max_pixels: of a picture. max_seconds, max_channels: of a sound.
+        max_bytes: of a file as it comes. max_pixels: of a picture. max_seconds, max_channels: of a sound, see also
+            `max_samples`.
         max_ratio: bytes that one byte of a file may become when it is decoded, if it becomes more than `ratio_floor`.
         worker: bounds of the processes in which bytes are decoded, None = in this one. What was fetched is always
             decoded in another.
@@ -89,6 +91,11 @@ class Policy:
             object.__setattr__(self, "hosts", tuple(dict.fromkeys(host.lower() for host in self.hosts)))
             for host in self.hosts:
                 networks_of(host)
+
+    @property
+    def max_samples(self) -> int:
+        """Of each channel of a sound: those of `max_seconds` at 48 kHz, but never less than 2^24, which take 64 MiB."""
+        return max(int(min(self.max_seconds * _RATE, 2.0**62)), _SAMPLES)
 
     def check_ratio(self, decoded: int, encoded: int, name: str) -> None:
         """Refuse a file of `encoded` bytes that becomes `decoded`, where that is out of all proportion.
@@ -158,7 +165,7 @@ def is_url(raw: Any) -> bool:
 def worker_of(raw: Any, policy: Policy) -> Bounds | None:
     """Return the bounds of the process that decodes a raw input; None where this process may."""
     if isinstance(raw, Mapping):
-        raw = raw.get("path") if raw.get("bytes") is None else None
+        raw = raw.get("path")  # bytes beside an address were fetched from it
     return policy.worker or (Bounds() if is_url(raw) else None)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmhub.errors import UsageError
+from mmhub.errors import InputError, UsageError
 from mmhub.files import disk_errors, write_file
 
 FORMATS = (".srt", ".vtt")
@@ -25,7 +25,7 @@ def write(answer: Mapping[str, Any], path: str | Path) -> Path:
     The end of the name, .srt or .vtt, says which format. `answer` is one of `mmhub.speech.transcribe`.
 
     Raises:
-        UsageError: the name has another end, or the transcript has no times.
+        UsageError: the name has another end, or the transcript has no times. InputError: a guard refused it.
     """
     path = Path(path)
     text = as_text(answer, path.suffix.lower())
@@ -46,6 +46,8 @@ def as_text(answer: Mapping[str, Any], kind: str) -> str:
     """
     if kind not in FORMATS:
         raise UsageError(f"subtitles are no {kind!r} files", f"name a file that ends in {' or '.join(FORMATS)}")
+    if "refused" in answer:
+        raise InputError(f"the guard {answer.get('guard')} refuses this recording: {answer['refused']}")
     cues = list(_cues(answer))
     if kind == ".srt":
         timed = [f"{_time(start, ',')} --> {_time(end, ',')}\n{text}\n" for start, end, text in cues]

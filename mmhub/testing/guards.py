@@ -32,7 +32,9 @@ _ANSWERS: tuple[Mapping[str, Any], ...] = (
     {"labels": ["fine"], "scores": {"fine": 0.9, "bad": 0.1}},
     {"value": 0.5},
     {"text": "It is fine, thank you.", "finish": "end", "score": -1.5},
-    {"text": "fine day", "words": [{"word": "fine", "start": 0.0, "end": 0.5}]},
+    {"text": "fine day", "words": [{"word": "fine", "start": 0.0, "end": 0.5}], "segments": [{"text": " fine day"}]},
+    {"tags": ["O", "O"], "scores": [0.9, 0.8], "words": ["fine", "day"], "entities": [{"label": "X", "text": "day"}]},
+    {"texts": ["fine", None], "finish": ["end", None], "score": [-1.5, None], "refused": [None, "no"]},
 )
 
 

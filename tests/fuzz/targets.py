@@ -164,13 +164,16 @@ def frame() -> Reader:
 
 
 def template() -> Reader:
-    """A chat template, and a conversation laid out by it."""
+    """A chat template, read in this process and laid out in another, whose coverage nobody sees."""
     from mmhub_text.chat import render
+    from mmhub_text.typesetting import _compile
 
     talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "you"}]
 
     def target(content: bytes) -> None:
-        render(talk, content.decode("utf-8", "replace"), {"bos_token": "<s>", "eos_token": "</s>"})
+        text = content.decode("utf-8", "replace")
+        _compile(text)
+        render(talk, text, {"bos_token": "<s>", "eos_token": "</s>"})
 
     return target
 
@@ -397,6 +400,11 @@ def crashes() -> dict[str, dict[str, bytes]]:
     runaway["pre_tokenizer"]["invert"] = False
     sound = (folder / "config.json").read_text("utf-8")
     nested = b"a = " + b"[" * 3000
+    doubled = {"normalizers": [{"type": "Replace", "pattern": {"String": "o"}, "content": "oo"}] * 31}
+    doubled = tokens | {"normalizer": {"type": "Sequence"} | doubled}
+    pieces = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    template = {"type": "TemplateProcessing", "single": pieces[:1] * 300, "pair": pieces, "special_tokens": {}}
+    lists, two = "{% set a = [1] %}{% set c = [1] %}", "{% set a = [a, a] %}{% set c = [c, c] %}"
     loops = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
     return {
         "config": {
@@ -411,13 +419,21 @@ def crashes() -> dict[str, dict[str, bytes]]:
         "lock": {"nested": nested},
         "manifest": {"nested": nested},
         "journal": {"nested": b"[" * 3000},
-        "tokenizer": {"panic": json.dumps(panic).encode(), "runaway": json.dumps(runaway).encode()},
+        "tokenizer": {
+            "panic": json.dumps(panic).encode(),
+            "runaway": json.dumps(runaway).encode(),
+            "doubled": json.dumps(doubled).encode(),
+            "repeated": json.dumps(tokens | {"post_processor": template}).encode(),
+        },
         "template": {
             "loops": loops.encode(),
             "width": b"{{ '%0999999999d' % 1 }}",
             "format": b"{{ '{:{}}'.format('a', 999999999) }}",
             "batch": b"{{ [1] | batch(2000000000, 'x') | list }}",
             "include": b"{% include 'x' %}",
+            "written": f"{lists}{two * 40}{{{{ a | string }}}}".encode(),
+            "compared": f"{lists}{two * 40}{{{{ a == c }}}}".encode(),
+            "translated": b"{{ ('a' * 4000).translate({97: 'b' * 4000000}) }}",
         },
         "card": {
             "merged": _merged(),

@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -117,8 +118,10 @@ def measure(raw: Any, policy: Policy) -> tuple[int, int]:
         return _frames(raw), _rate_of(raw)
     if (bounds := worker_of(raw, policy)) is not None:
         content, name = _content(raw, policy), describe_raw(raw)
-        frames, rate = _facts(next(decode_apart(file_facts, content, name, policy, bounds)), name, policy)
-        assert frames is not None
+        found = list(decode_apart(file_facts, content, name, policy, bounds))  # to its end: the process is used again
+        frames, rate = _facts(found[0] if found else None, name, policy)
+        if frames is None:
+            raise _nonsense(name)
         return frames, rate
     with _opened(raw, policy) as file:
         return measure_file(file, describe_raw(raw), policy)
@@ -160,13 +163,17 @@ def _content(raw: Any, policy: Policy) -> bytes:
 
 
 def _open_apart(content: bytes, name: str, policy: Policy, channel: Channel, bounds: Bounds) -> Sound:
-    """Open what another process decodes; what is not too large is taken from it at once, for others wait for it."""
+    """Open what another process decodes; all that is not too much is taken from it at once, for others wait for it."""
     parts = decode_apart(file_samples, content, name, policy, bounds, channel=channel)
-    frames, rate = _facts(next(parts), name, policy)
-    blocks: Iterator[Tensor] = (_block(part, name) for part in parts)
-    if 4 * (policy.max_seconds * rate if frames is None else frames) <= _HELD:
-        blocks = iter(list(blocks))
-    return Sound(rate, frames, blocks, len(content))
+    frames, rate = _facts(next(parts, None), name, policy)
+    blocks = (_block(part, name) for part in parts)
+    held, size = [], 0
+    for block in blocks:
+        held.append(block)
+        size += block.nbytes
+        if size > _HELD:
+            break
+    return Sound(rate, frames, chain(held, blocks), len(content))
 
 
 def _facts(found: Any, name: str, policy: Policy) -> tuple[int | None, int]:

@@ -78,14 +78,21 @@ def check_header(name: str, frames: int | None, rate: int, channels: int, policy
     most = min(MAX_CHANNELS, policy.max_channels)
     if channels > most:
         raise InputError(f"{name} has {channels} channels, more than the limit of {most}")
-    if frames is not None and frames > policy.max_seconds * rate:
-        raise _too_long(name, f" {frames / rate:.1f} s,", policy.max_seconds)
+    if frames is not None and frames > _most_frames(rate, policy):
+        raise _too_long(name, f" {frames / rate:.1f} s,", rate, policy)
     if frames is not None and frames <= 0:
         raise InputError(f"{name} holds no samples")
 
 
-def _too_long(name: str, length: str, limit: float) -> InputError:
-    return InputError(f"{name} lasts{length} more than the limit of {limit:g} s", "cut it into shorter clips")
+def _most_frames(rate: int, policy: Policy) -> float:
+    return min(policy.max_seconds * rate, policy.max_samples)
+
+
+def _too_long(name: str, length: str, rate: int, policy: Policy) -> InputError:
+    limit, hint = f"{policy.max_seconds:g} s", "cut it into shorter clips"
+    if policy.max_samples < policy.max_seconds * rate:
+        limit, hint = f"{policy.max_samples / rate:.1f} s at {rate} Hz", f"{hint}, or lower its sampling rate"
+    return InputError(f"{name} lasts{length} more than the limit of {limit}", hint)
 
 
 def check_rate(rate: int, name: str) -> None:
@@ -170,8 +177,8 @@ def _until_end(file: soundfile.SoundFile, name: str, channel: Channel, policy: P
             if not len(block):
                 break
             count += len(block)
-            if count > policy.max_seconds * file.samplerate:
-                raise _too_long(name, "", policy.max_seconds)
+            if count > _most_frames(file.samplerate, policy):
+                raise _too_long(name, "", file.samplerate, policy)
             policy.check_ratio(4 * file.channels * count, size, name)
             yield one_channel(block.T, channel, name)
     if not count:

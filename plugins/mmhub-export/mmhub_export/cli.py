@@ -70,6 +70,8 @@ def export(
             found = write_format(format, model, folder, samples)
             if data and format in LOADABLE:
                 _measure(found, model, folder, data, source | {"target": target_column or ""}, quiet)
+            if model.guards and format not in LOADABLE:
+                note(_leave_out_guards(found, model, folder), quiet)
             record = found.write(folder)
             _free(out)  # another may have written it meanwhile
     for line in _lines(record):
@@ -130,6 +132,18 @@ def _measure(found: Export, model: Model, folder: Path, data: str, source: dict[
         "original": before["metrics"],
         "export": after["metrics"],
     }
+
+
+def _leave_out_guards(found: Export, model: Model, folder: Path) -> str:
+    """Say in the record, and in README.md, that guards stay behind; return the same for people."""
+    names = [source.component.id for source in model.guards]
+    found.facts["guards_left_out"] = names
+    readme = folder / "README.md"
+    if readme.exists():
+        listed = ", ".join(f"`{name}`" for name in names)
+        line = f"\nThe model that this was made of is guarded by {listed}; nothing here is.\n"
+        readme.write_text(readme.read_text("utf-8").rstrip("\n") + "\n" + line, "utf-8")
+    return f"what is written has no guards; the model has {', '.join(names)}"
 
 
 def _lines(record: dict[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ import pytest
 
 import mmhub
 from mmhub.cli.main import main
+from mmhub_export.cli import _leave_out_guards
 from mmhub_export.record import Export
 from tests.conftest import SHARED, Cli, _one_thread, _own_caches, cli  # noqa: F401
 
@@ -73,6 +74,20 @@ def test_the_result_is_the_folder_and_quiet_is_quiet(run: Any, model: Path) -> N
     assert (done.code, done.out, done.err) == (0, "deep/er\n", "")
     shown = run("models", "show", "./deep/er", "--json")
     assert json.loads(shown.out)["loadable"] == "yes"
+
+
+def test_guards_that_stay_behind_are_said(tmp_path: Path) -> None:
+    pytest.importorskip("mmhub_guards")
+    guards = [{"use": "wordlist", "config": {"words": ["bomb"]}}]
+    parts = {"text": {"use": "rnn", "config": {"dim": 4, "embedding_dim": 4}}}
+    labels = {"use": "classification", "config": {"labels": ["no", "yes"]}}
+    model = mmhub.compose(encoders=parts, decoder=labels, texts=["a"], guards=guards)
+    (tmp_path / "README.md").write_text("# mine\n")
+    record = Export(format="onnx", name="mine", task="classification", modalities=("text",))
+    said = _leave_out_guards(record, model, tmp_path)
+    assert said == "what is written has no guards; the model has mmhub-guards/wordlist"
+    assert record.write(tmp_path)["guards_left_out"] == ["mmhub-guards/wordlist"]
+    assert "is guarded by `mmhub-guards/wordlist`; nothing here is.\n" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

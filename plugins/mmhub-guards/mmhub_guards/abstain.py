@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmhub.errors import UsageError, did_you_mean
 from mmhub.spec import Change, Refusal
 from mmhub_guards.base import Answer, GuardConfig, Sample, Stage
 
@@ -36,6 +37,11 @@ class Abstain:
 
     def __init__(self, config: AbstainConfig, model: Any = None, folder: Path | None = None) -> None:
         self.config, self.name, self.on = config, config.name or "abstain", config.on
+        known = getattr(getattr(getattr(model, "decoder", None), "labels", None), "names", ())
+        for label in config.thresholds if known else ():
+            if label not in ("default", *known):
+                hint = did_you_mean(label, known) or f"it knows {', '.join(map(str, known))}"
+                raise UsageError(f"a threshold is for the label {label!r}, which the model does not have", hint)
 
     def check(self, sample: Sample) -> str:
         """Let every sample pass."""
@@ -49,7 +55,7 @@ class Abstain:
         if "tags" in answer and isinstance(scores, list):
             return self._tags(answer, scores)
         score, label = answer.get("score"), str(answer.get("label", "default"))
-        if isinstance(score, float) and 0 <= score < self._threshold(label):
+        if isinstance(score, float) and not score < 0 and not score >= self._threshold(label):  # NaN is below
             return self._refusal(label, {label: score} if not isinstance(scores, Mapping) else scores)
         return answer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,8 +13,6 @@ from mmhub.spec import Change, Refusal
 Stage = Literal["input", "output"]
 Sample = Mapping[str, Any]
 Answer = Mapping[str, Any]
-
-_LISTS = {"segments": "text", "entities": "text", "words": "word"}  # in answers, and what of them is text
 
 
 class GuardConfig(ComponentConfig, kw_only=True):
@@ -54,8 +52,8 @@ class TextGuard:
         return self._cleaned(sample, with_texts(sample, self.clean), texts_of(sample)) if self.replaces else sample
 
     def check(self, sample: Sample) -> str | Refusal:
-        """Refuse a sample for the first text that must not pass."""
-        return "" if self.replaces else self._refusal(texts_of(sample))
+        """Refuse a sample for the first text that must not pass, or for what a list of words says together."""
+        return self._refusal((*(() if self.replaces else texts_of(sample)), *_together(sample.get("text"))))
 
     def review(self, sample: Sample, answer: Answer) -> Answer | Change | Refusal:
         """Refuse an answer for the first text that must not pass, or clean it."""
@@ -63,10 +61,10 @@ class TextGuard:
             return self._cleaned(answer, with_answer(answer, self.clean), answer_texts(answer))
         return self._refusal(answer_texts(answer)) or answer
 
-    def _refusal(self, texts: Iterator[str]) -> Any:
+    def _refusal(self, texts: Iterable[str]) -> Any:
         return next(filter(None, map(self.find, texts)), "")
 
-    def _cleaned(self, old: Mapping[str, Any], new: Mapping[str, Any], texts: Iterator[str]) -> Any:
+    def _cleaned(self, old: Mapping[str, Any], new: Mapping[str, Any], texts: Iterable[str]) -> Any:
         if new is old:
             return old
         found = [one.rule for one in map(self.find, texts) if one is not None]
@@ -74,26 +72,73 @@ class TextGuard:
         return Change(new, rules, f"replaced: {rules}")
 
 
+def replaced(text: str, spans: Iterable[tuple[int, int, str]]) -> str:
+    """Return a text with other texts in the place of spans (start, end, text), which are in order and apart."""
+    made, last = [], 0
+    for start, end, put in spans:
+        made += [text[last:start], put]
+        last = end
+    return "".join([*made, text[last:]])
+
+
 def answer_texts(answer: Answer) -> Iterator[str]:
-    """Yield the texts of an answer: "text", "texts", and those of segments, entities and words."""
+    """Yield the texts of an answer: "text", "texts", those of entities, and segments and words as they are read."""
     yield from texts_of(answer)
     yield from (text for text in answer.get("texts") or () if isinstance(text, str))
-    for key, inner in _LISTS.items():
-        found = [one[inner] for one in answer.get(key) or () if isinstance(one, Mapping) and inner in one]
-        yield from found if key != "words" else [" ".join(found)] if found else []
+    yield from _inner(answer, "entities", "text")
+    yield from filter(None, map(_run, (_inner(answer, "segments", "text"), _inner(answer, "words", "word"))))
 
 
 def with_answer(answer: Answer, change: Callable[[str], str]) -> Answer:
-    """Return an answer with its texts changed, the same object if none is; words of a changed text are left out."""
+    """Return an answer with its texts changed, the same object if none is.
+
+    Words of a changed text are left out, and so are segments and entities of which it cannot be said what of each has
+    changed.
+    """
     made = dict(with_texts(answer, change))
     if isinstance(answer.get("texts"), list):
         made["texts"] = [change(text) if isinstance(text, str) else text for text in answer["texts"]]
-    for key, inner in _LISTS.items():
-        if key != "words" and isinstance(answer.get(key), list):
-            made[key] = [{**one, inner: change(one[inner])} if inner in one else one for one in answer[key]]
-    if made == dict(answer):
-        joined = " ".join(str(one.get("word", "")) for one in answer.get("words") or ())
-        if change(joined) == joined:
-            return answer
+    for key in ("segments", "entities"):
+        if isinstance(answer.get(key), list):
+            made[key] = [_with_text(one, change) for one in answer[key]]
+    heard = _run(_inner(answer, "segments", "text"))
+    if "segments" in made and _run(_inner(made, "segments", "text")) != change(heard):
+        del made["segments"]
+    words = _run(_inner(answer, "words", "word"))
+    if change(words) != words and made.get("entities") == answer.get("entities"):
+        made.pop("entities", None)
+    if made == dict(answer) and change(words) == words:
+        return answer
     made.pop("words", None)  # they spell it as well
     return made
+
+
+def _with_text(one: Any, change: Callable[[str], str]) -> Any:
+    has_text = isinstance(one, Mapping) and isinstance(one.get("text"), str)
+    return {**one, "text": change(one["text"])} if has_text else one
+
+
+def _inner(answer: Answer, key: str, inner: str) -> list[str]:
+    """The texts of a list in an answer, of mappings or of mere texts."""
+    listed = answer.get(key)
+    found = (one.get(inner) if isinstance(one, Mapping) else one for one in listed or () if isinstance(listed, list))
+    return [one for one in found if isinstance(one, str)]
+
+
+def _run(texts: Iterable[str]) -> str:
+    """Texts that are read one behind the other, as one, parted by a blank where they bring none."""
+    made = ""
+    parts: list[str] = []
+    for text in texts:
+        parts += [" "] if parts and not (made[-1:].isspace() or text[:1].isspace()) else []
+        parts.append(text)
+        made = text
+    return "".join(parts)
+
+
+def _together(texts: Any) -> list[str]:
+    """What a list of texts, which may be words, says as one."""
+    if hasattr(texts, "tolist"):
+        texts = texts.tolist()
+    listed = isinstance(texts, Sequence) and not isinstance(texts, str) and len(texts) > 1
+    return [_run(text for text in texts if isinstance(text, str))] if listed else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 
 from mmhub.guard import texts_of, with_texts
 from mmhub.spec import Change
-from mmhub_guards.base import Answer, GuardConfig, Sample, Stage
+from mmhub_guards.base import Answer, GuardConfig, Sample, Stage, replaced
+from mmhub_guards.folding import heaped, invisible
 
 _ANY = r"<\|[^|<>\s]{1,40}\|>"  # the form that most models give them
 _TURNS = 10  # a blank may join what makes another token, but not for ever
 _SAID = ("\ue000", "\ue001", "\ue002")  # stand for what is said where a template is asked what it writes around it
+_GAP = re.compile(f"[{''.join(_SAID)}]+")
 
 
 class ControlTokensConfig(GuardConfig, kw_only=True):
@@ -64,17 +67,16 @@ class ControlTokens:
             places = [places[found.end() - 1] for found, places in self._found(text)]
             if not places:
                 return text
-            for place in reversed(places):
-                text = f"{text[:place]} {text[place:]}"
+            text = replaced(text, ((place, place, " ") for place in places))
         raise ValueError("control tokens are left in a text")
 
     def _parted(self, texts: list[str]) -> list[str]:
         """Texts with a blank before each that ends a token which the ones before it begin."""
-        ends = [0, *accumulate(map(len, texts))]
-        inside = set()
+        starts = [0, *accumulate(map(len, texts))][:-1]
+        inside: set[int] = set()
         for found, places in self._found("".join(texts)):
             start, end = places[found.start()], places[found.end() - 1]
-            inside |= {number for number, border in enumerate(ends[:-1]) if start < border <= end}
+            inside |= set(range(bisect_right(starts, start), bisect_right(starts, end)))
         return [f" {text}" if number in inside else text for number, text in enumerate(texts)]
 
     def _found(self, text: str) -> Iterator[tuple[re.Match[str], list[int]]]:
@@ -86,12 +88,12 @@ class ControlTokens:
 
 def _flat(text: str) -> tuple[str, list[int]]:
     """A text in one width, without invisible characters, and where each character came from."""
-    if text.isascii():
+    if text.isascii() and text.isprintable():
         return text, list(range(len(text)))
     chars: list[str] = []
     places: list[int] = []
     for place, char in enumerate(text):
-        made = "" if unicodedata.category(char) == "Cf" else unicodedata.normalize("NFKC", char)
+        made = "" if invisible(char) or heaped(char) else unicodedata.normalize("NFKC", char)
         chars += made
         places += [place] * len(made)
     return "".join(chars), places
@@ -122,7 +124,13 @@ def _tokens(processor: Any) -> Iterator[str]:
                 written = processor.layout(messages)
             except Exception:  # a template without a system message, say
                 continue
-            yield from (mark for word in re.split(rf"[{''.join(_SAID)}\s]+", written) for mark in _marks(word))
+            yield from (mark for gap in _GAP.split(written) for word in _beside(gap.split()) for mark in _marks(word))
+            return  # without a system message a template may write a default one, of ordinary words
+
+
+def _beside(words: list[str]) -> list[str]:
+    """Of what stands between messages the first and last word, and those that look like markers."""
+    return [word for place, word in enumerate(words) if place in (0, len(words) - 1) or word[0] in "<[{#|"]
 
 
 def _template(processor: Any) -> str:

@@ -14,17 +14,24 @@ from ipaddress import ip_address
 Span = tuple[int, int]
 Detector = Callable[[str], Iterator[Span]]
 
-_EMAIL = re.compile(r"(?<![\w.+%-])[\w][\w.+%-]{0,63}@(?:[\w-]{1,63}\.){1,6}[^\W\d_]{2,24}(?![\w@-])")
+_EMAIL = re.compile(
+    r"(?<![\w.+%-])[\w][\w.+%-]{0,63}@(?:[\w-]{1,63}\.){1,6}(?:xn--[a-z0-9-]{2,59}|[^\W\d_]{2,24})(?![\w@]|-\w)"
+)
 _PHONE = re.compile(r"(?<![\w+.,])(?:\+|00(?=[1-9]))[1-9](?:[ ./-]?\(?\d{1,5}\)?){2,7}(?![\w%])")
 _NATIONAL = re.compile(r"(?<![\w.+-])(?:\(([2-9]\d\d)\) ?|([2-9]\d\d)[-.])([2-9]\d\d)[-.](\d{4})(?![\w-]|\.\d)")
+_THOUSANDS = re.compile(r"(?:\+|00)?[1-9]\d{0,2}(?:[ .]\d{3})+")
 _CALLED = re.compile(
-    r"(?i)(?<!\w)(?:tel|telephone|telefon|téléphone|tél|phone|mobile|mobil|cell|handy|fax|call|whatsapp|ring|text me)"
-    r"(?: (?:number|no|nr|is|me at|me on|us at|us on|on)){0,2}[.:]{0,2} {0,2}"
+    r"(?i)(?<!\w)(?:(tel|telephone|telefon|téléphone|tél|phone|fax|handy|whatsapp|text me)|mobile|mobil|cell|call|ring)"
+    r"((?: (?:number|no|nr|is|me at|me on|us at|us on|on)){0,2}[.:]{0,2}) {0,2}"
     r"(\(?\d(?:[ ./()-]{0,2}\d){6,13})(?![\w-]|\.\d)"
 )
-_CARD = re.compile(r"(?<![\w.,-])\d(?:[ -]?\d){12,18}(?![\w-]|[.,]\d)")
+_DATES = re.compile(  # and years from one to another
+    r"\(?(?:(?:1\d|20)\d\d([./-])[01]?\d\1[0-3]?\d|[0-3]?\d([./-])[0-3]?\d\2(?:1\d|20)\d\d"
+    r"|[12]\d{3}\)? ?[ /-] ?\(?[123]\d{3})\)?(?!\d)"
+)
+_CARD = re.compile(r"(?<![\w.,-])(?:\d{4}(?:\.\d{4}){3}|\d(?:[ -]?\d){12,18})(?![\w-]|[.,]\d)")
 _ISSUERS = re.compile(r"4|5[1-5]|2[2-7]|3[47]|3[068]|35|6(?:011|4[4-9]|5)")
-_IBAN = re.compile(r"(?<![\w-])[A-Z]{2}\d\d(?: ?[A-Z0-9]){11,30}")
+_IBAN = re.compile(r"(?<![\w-])[A-Za-z]{2}\d\d(?:[ -]?[A-Za-z0-9]){11,30}")
 _IBAN_LENGTHS = {
     "AD": 24, "AE": 23, "AT": 20, "BE": 16, "BG": 22, "BR": 29, "CH": 21, "CY": 28, "CZ": 24, "DE": 22, "DK": 18,
     "EE": 20, "ES": 24, "FI": 18, "FR": 27, "GB": 22, "GR": 27, "HR": 21, "HU": 28, "IE": 22, "IL": 23, "IS": 26,
@@ -32,7 +39,8 @@ _IBAN_LENGTHS = {
     "RO": 24, "SA": 24, "SE": 24, "SI": 19, "SK": 24, "SM": 27, "TR": 26, "UA": 29,
 }  # fmt: skip
 _IP4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
-_IP6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
+_IP6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:]|\.\d)")
+_HOST = re.compile(r"(?i)(?:\b(?:ip|ipv4|host|server|address|adresse|dns|gateway|ping|ssh)[ :=]{1,2}|[/@]|::ffff:)$")
 _VERSION = re.compile(r"(?i)(?:\bv|versions?|release|build|firmware|driver|section|chapter|§)[ :=]{0,2}$")
 _SSN = re.compile(r"(?<![\w-])(?!000|666|9\d\d)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])")
 _NINO = re.compile(
@@ -69,13 +77,18 @@ def phones(text: str) -> Iterator[Span]:
     """Yield telephone numbers: international ones, North America's usual forms, and any behind a word such as tel."""
     for found in _PHONE.finditer(text):
         digits = re.sub(r"\D", "", found[0]).removeprefix("00" if found[0].startswith("00") else "")
-        parted = re.search(r"\d[ ()/-]", found[0])  # or a number such as +3.1415
-        if 8 <= len(digits) <= 15 and (parted or (found[0].startswith("+") and "." not in found[0])):
+        parted = re.search(r"\d[ ()/-]", found[0]) or found[0].count(".") > 2  # or a number such as +3.1415
+        amount = _THOUSANDS.fullmatch(found[0]) and (len(digits) < 10 or digits.endswith("000"))
+        plain = found[0].startswith("+") and "." not in found[0]
+        if 8 <= len(digits) <= 15 and not amount and (parted or plain):
             yield found.span()
     yield from (found.span() for found in _NATIONAL.finditer(text))
     for found in _CALLED.finditer(text):
-        if 7 <= sum(map(str.isdigit, found[1])) <= 13:
-            yield found.span(1)
+        sure = found[1] or re.search(r"(?i)number|no|nr|at|me|us|:", found[2])
+        number = found[3]
+        innocent = _DATES.match(number) or _THOUSANDS.fullmatch(number) or not (sure or number[0] in "0(")
+        if 7 <= sum(map(str.isdigit, number)) <= 13 and not innocent:
+            yield found.span(3)
 
 
 def cards(text: str) -> Iterator[Span]:
@@ -96,25 +109,32 @@ def _luhn(digits: str) -> bool:
 def ibans(text: str) -> Iterator[Span]:
     """Yield account numbers of the countries that are listed here."""
     for found in _IBAN.finditer(text):
-        length, compact, end = _IBAN_LENGTHS.get(found[0][:2], 0), "", found.start()
-        for char in found[0]:
+        length, compact, end = _IBAN_LENGTHS.get(found[0][:2].upper(), 0), "", found.start()
+        for char in found[0].upper():
             if len(compact) == length:
                 break
-            compact, end = compact + char.strip(), end + 1
+            compact, end = compact + char.strip(" -"), end + 1
         moved = compact[4:] + compact[:4]
         whole = len(compact) == length and not text[end : end + 1].isalnum()
+        whole = whole and 2 * sum(map(str.isdigit, compact)) >= length  # else words behind a road's number
         if length and whole and int("".join(str(int(char, 36)) for char in moved)) % 97 == 1:
             yield found.start(), end
 
 
 def addresses(text: str) -> Iterator[Span]:
-    """Yield IP addresses of machines; not numbers of versions, nor addresses that are the same everywhere."""
+    """Yield IP addresses of machines; not numbers of versions and chapters, nor addresses that are the same everywhere.
+
+    Four numbers below 100 are an address behind a word that says so, or before a port or the size of a network.
+    """
     for found in _IP4.finditer(text):
-        if not _VERSION.search(text[max(0, found.start() - 12) : found.start()]) and _is_address(found[0]):
+        before = text[max(0, found.start() - 12) : found.start()]
+        large = max(map(int, found[0].split("."))) > 99 and not _VERSION.search(before)
+        named = _HOST.search(before) or re.match(r":\d|/\d", text[found.end() : found.end() + 2])
+        if (large or named) and _is_address(found[0]):
             yield found.span()
     for found in _IP6.finditer(text):
-        groups = [group for group in found[0].split(":") if group]
-        if len(groups) > 2 and any(map(str.isdigit, found[0])) and _is_address(found[0]):
+        long = any(len(group) > 2 for group in found[0].split(":"))
+        if long and found[0].count(":") > 2 and any(map(str.isdigit, found[0])) and _is_address(found[0]):
             yield found.span()
 
 

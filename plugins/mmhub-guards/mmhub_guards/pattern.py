@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,10 @@ import regex  # type: ignore[import-untyped]
 
 from mmhub.spec import Refusal
 from mmhub_guards.base import GuardConfig, TextGuard
+
+_REPEATS = re.compile(r"\{\s*(\d+)")
+_MOST = 1_000_000  # characters of all patterns, repeats written out: some 100 MB, compiled
+_SECONDS = 60.0
 
 
 class PatternConfig(GuardConfig, kw_only=True):
@@ -24,15 +29,26 @@ class PatternConfig(GuardConfig, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.patterns or self.seconds <= 0:
-            raise ValueError("'patterns' needs a pattern, and 'seconds' is above 0")
+        if not self.patterns or not 0 < self.seconds <= _SECONDS:
+            raise ValueError(f"'patterns' needs a pattern, and 'seconds' is above 0 and up to {_SECONDS:g}")
+        if sum(map(_size, self.patterns.values())) > _MOST:
+            raise ValueError(f"the patterns are too large: their repeats make more than {_MOST} characters of them")
         for name, pattern in self.patterns.items():
             try:
-                compiled = regex.compile(pattern)
+                if regex.compile(pattern).fullmatch("", timeout=self.seconds):
+                    raise ValueError(f"the pattern {name!r} matches nothing at all, which is everywhere")
             except regex.error as error:
                 raise ValueError(f"the pattern {name!r} is no regular expression: {error}") from None
-            if compiled.fullmatch(""):
-                raise ValueError(f"the pattern {name!r} matches nothing at all, which is everywhere")
+            except (RecursionError, MemoryError, TimeoutError, OverflowError) as error:
+                raise ValueError(f"the pattern {name!r} is too large: {type(error).__name__}") from None
+
+
+def _size(pattern: str) -> int:
+    """How many characters a pattern has, at most, with its repeats written out."""
+    size = len(pattern)
+    for found in _REPEATS.finditer(pattern):
+        size = min(size * max(1, int(found[1][:9])), _MOST + 1)
+    return size
 
 
 class Pattern(TextGuard):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect
 from pathlib import Path
 from typing import Any, Literal
 
 from mmhub.spec import Refusal
-from mmhub_guards.base import GuardConfig, TextGuard
+from mmhub_guards.base import GuardConfig, TextGuard, replaced
 from mmhub_guards.detectors import DETECTORS
+from mmhub_guards.folding import narrowed
 
 Kind = Literal["key", "email", "iban", "card", "id", "birth", "ip", "phone"]
 
@@ -26,7 +27,10 @@ class PersonalDataConfig(GuardConfig, kw_only=True):
 
 
 class PersonalData(TextGuard):
-    """Finds personal data by their form. Names and postal addresses have none, and stay."""
+    """Finds personal data by their form, in all widths, digits, blanks and dashes.
+
+    Names and postal addresses have none, and stay.
+    """
 
     kind = "personal-data"
     Config = PersonalDataConfig
@@ -36,19 +40,20 @@ class PersonalData(TextGuard):
         self._kinds, self.replaces = config.kinds, config.action == "redact"
 
     def find(self, text: str) -> Refusal | None:
-        found = next(self._spans(text), None)
+        found = next(iter(self._spans(text)), None)
         return None if found is None else Refusal(f"it holds {DETECTORS[found[2]][0]}", found[2])
 
     def clean(self, text: str) -> str:
-        for start, end, kind in sorted(self._spans(text), reverse=True):
-            text = f"{text[:start]}[{kind.upper()}]{text[end:]}"
-        return text
+        return replaced(text, ((start, end, f"[{kind.upper()}]") for start, end, kind in self._spans(text)))
 
-    def _spans(self, text: str) -> Iterator[tuple[int, int, str]]:
-        """Yield where personal data stand, and of what kind; of those that overlap the first kind's."""
-        taken: list[tuple[int, int]] = []
+    def _spans(self, text: str) -> list[tuple[int, int, str]]:
+        """Where personal data stand, and of what kind, in order; of those that overlap the first kind's."""
+        flat, places = narrowed(text)
+        taken: list[tuple[int, int, str]] = []
         for kind, (_, detect) in DETECTORS.items():
-            for start, end in detect(text) if kind in self._kinds else ():
-                if all(end <= a or start >= b for a, b in taken):
-                    taken.append((start, end))
-                    yield start, end, kind
+            for start, end in detect(flat) if kind in self._kinds else ():
+                place = bisect(taken, (start, end, kind))
+                before, after = taken[place - 1 : place], taken[place : place + 1]
+                if not any(start < one[1] and one[0] < end for one in (*before, *after)):
+                    taken.insert(place, (start, end, kind))
+        return [(places[start], places[end - 1] + 1, kind) for start, end, kind in taken]

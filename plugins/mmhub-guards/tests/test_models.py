@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mmhub
-from mmhub.errors import NotFoundError, UsageError
+from mmhub.errors import InputError, MmhubError, NotFoundError, UsageError
 from mmhub.interfaces import Policy, decode_config
 from mmhub.model import Model
 from mmhub.spec import Change, Refusal
@@ -46,6 +46,7 @@ class Judge:
 def judge(monkeypatch: pytest.MonkeyPatch) -> Judge:
     judge = Judge()
     monkeypatch.setattr(module, "_loaded", {})
+    monkeypatch.setattr(module, "_failed", {})
     monkeypatch.setattr(mmhub, "load", lambda name: judge)
     return judge
 
@@ -103,8 +104,67 @@ def test_a_model_that_cannot_judge_refuses_all(judge: Judge, monkeypatch: pytest
         guard(model="./none").check({"text": "a"})
     model = trained(tmp_path, guards=[{"use": "classifier", "config": {"model": "./none", "labels": {"toxic": 0.5}}}])
     (found,) = model.predict([{"text": "a"}])
-    assert found["refused"].startswith("the guard failed: NotFoundError: ")
-    assert found["guard"] == "mmhub-guards/classifier"
+    assert found == {"refused": "the guard failed", "guard": "mmhub-guards/classifier"}
+
+
+def test_a_model_that_cannot_be_had_is_not_asked_for_again_at_once(
+    judge: Judge, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loads: list[str] = []
+
+    def load(name: str) -> Any:
+        loads.append(name)
+        raise MmhubError("offline")
+
+    monkeypatch.setattr(mmhub, "load", load)
+    model = trained(tmp_path, guards=[{"use": "classifier", "config": {"model": "gate", "labels": {"toxic": 0.5}}}])
+    assert all("refused" in one for one in model.predict([{"text": "a"}] * 20))
+    assert loads == ["gate"]
+    monkeypatch.setattr(module, "_AGAIN", 0.0)
+    monkeypatch.setattr(mmhub, "load", lambda name: judge)
+    assert "label" in model.predict([{"text": "a"}])[0]
+
+
+def test_what_a_classifier_would_cut_off_is_judged_as_well(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = gate_of("transformer", {"dim": 8, "depth": 1, "heads": 2, "max_length": 6})
+    read: list[str] = []
+    told = gate.predict
+
+    def predict(samples: Any, **options: Any) -> Any:
+        read.extend(sample["text"] for sample in samples)
+        return told(samples, **options)
+
+    monkeypatch.setattr(gate, "predict", predict)
+    monkeypatch.setattr(mmhub, "load", lambda name: gate)
+    guard(labels={"toxic": 1e-9}).check({"text": "good " * 100 + "bad"})
+    assert len(read) > 20 and read[-1].endswith("bad")
+    assert max(gate.processors["text"].count(text) for text in read) <= 6
+    read.clear()
+    guard(labels={"toxic": 1e-9}, on=["output"]).review({}, {"text": "bad " * 9})
+    assert len(read) > 1 and "".join(read).startswith("bad")
+
+
+def gate_of(use: str, config: dict[str, Any]) -> Model:
+    return mmhub.compose(encoders={"text": {"use": use, "config": config}}, decoder=LABELS, texts=["a bad good"]).eval()
+
+
+def test_a_score_that_is_no_number_refuses(judge: Judge) -> None:
+    nan = float("nan")
+    assert guard()._refusal({"label": "fine", "score": nan, "scores": {"toxic": nan}})
+    assert isinstance(abstaining(default=0.5).review({}, {"label": "cat", "score": nan}), Refusal)
+
+
+def test_an_unreadable_picture_is_the_error_of_its_row(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    def predict(samples: Any, policy: Policy) -> Any:
+        error = InputError("no picture")
+        error.row, error.modality = 2, "image"
+        raise error
+
+    monkeypatch.setattr(judge, "predict", predict)
+    with pytest.raises(InputError) as caught:
+        guard(reads="image").check_all([{"image": ["a", "b"]}, {"text": "c"}, {"image": "d"}])
+    assert caught.value.row == 2
+    assert guard(reads="image").media == ("image",) and guard().media == ()
 
 
 def trained(folder: Path, **options: Any) -> Model:
@@ -171,6 +231,12 @@ def test_a_model_that_abstains_answers_so_and_it_is_logged(tmp_path: Path, monke
     assert sorted(found) == ["guard", "refused", "scores"]
     assert abs(sum(found["scores"].values()) - 1) < 1e-5
     assert '"action": "abstained"' in log.read_text()
+
+
+def test_a_threshold_for_a_label_that_the_model_lacks_stops_it(tmp_path: Path) -> None:
+    wrong = {"use": "abstain", "config": {"thresholds": {"toxc": 0.5}}}
+    with pytest.raises(UsageError, match="label 'toxc', which the model does not have; did you mean 'toxic'"):
+        trained(tmp_path, guards=[wrong]).predict([{"text": "a"}])
 
 
 @pytest.mark.parametrize("thresholds", [{}, {"a": 1.5}, {"a": -0.1}])

@@ -46,6 +46,7 @@ def run(*args: object) -> Result:
     return CliRunner().invoke(cli, list(map(str, args)), standalone_mode=False)
 
 
+@pytest.mark.slow
 def test_guards_of_a_recipe_go_wherever_the_model_goes(
     hub: str, client: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

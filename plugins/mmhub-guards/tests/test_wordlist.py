@@ -15,7 +15,10 @@ from mmhub_guards.length import Length
 from mmhub_guards.pattern import Pattern
 from mmhub_guards.wordlist import WordList
 
-WORDS = ("ass", "cum", "hell", "tit", "cock", "rape", "damn", "kill yourself", "naïve", "дурак", "σκατά", "scheiße")
+WORDS: tuple[str, ...] = (
+    "ass", "cum", "hell", "tit", "cock", "rape", "damn", "kill yourself", "naïve", "дурак", "σκατά", "scheiße", "ano",
+    "炸弹", "bomb", "ばか", "バカ", "사기", "ไทย", "कम",
+)  # fmt: skip
 
 BLOCKED = (
     """
@@ -27,7 +30,16 @@ a\u200bss
 a\u00adss
 аss
 аѕѕ
-ásş
+a\u0336s\u0336s\u0336
+a\u0301\u0316s\u0488s\u20dd
+a\x00ss
+as\x08s
+as\ufffds
+a\ue000ss
+as\u0378s
+as\u2800s
+as\ufe0fs
+as\U000e0101s
 (ass)
 "ass"
 ass_hat
@@ -38,7 +50,6 @@ HELL
 hеll
 ｈｅｌｌ
 he\u2060ll
-héll
 DAMN it
 damn.
 dаmn
@@ -47,15 +58,21 @@ Kill  Yourself
 kill\nyourself
 kill-yourself
 KILL\u00a0YOURSELF
-naive
 NAÏVE
 nai\u0308ve
 дурак
 ДУРАК
 Σκατά
-ΣΚΑΤΑ
-scheisse
-SCHEISSE
+ΣΚΑΤΆ
+Scheiße
+我不喜欢炸弹。
+炸弹bomb
+bomb炸弹
+あなたはばかだ
+ﾊﾞｶ
+그것은 사기이다.
+คนไทยใจดี
+यह कम है
 tit
 𝐡𝐞𝐥𝐥
 ⓗⓔⓛⓛ
@@ -104,6 +121,32 @@ Amsterdam
 wassail
 Massachusetts
 compass
+Er aß einen Apfel, und wir aßen auch.
+Das Spaß-Faß ist naß.
+Meine Mutter isst ungern.
+Die Luft ist schwül.
+Une pizza au fromage râpé.
+Des cônes et des pâtes.
+Ça va très bien, maçon.
+¡Feliz año nuevo!
+¿Cuántos años tienes?
+Tôi bị cúm tuần trước.
+Ela comeu uma maçã com o avô.
+Příliš žluťoučký kůň.
+Zażółć gęślą jaźń.
+Köttbullar är gott.
+Hän on suomalainen.
+Bir şey değil.
+Это хорошо, и сегодня нет дождя.
+Придурака нет.
+Η ώρα είναι τρεις.
+墓はどこですか
+はか と はし
+इसमें कमी है।
+यह कमरा बड़ा है।
+我喜欢苹果。
+오늘은 날씨가 좋다.
+วันนี้อากาศดี
 """.strip().split("\n")
 
 
@@ -125,6 +168,13 @@ def test_innocent_words_that_hold_a_listed_one_pass() -> None:
     assert [text for text in INNOCENT if guard(leet=True).check({"text": text})] == []
 
 
+def test_accents_are_folded_where_that_is_asked_for() -> None:
+    spelled = ["ásş", "héll", "naive", "ΣΚΑΤΑ", "año", "hełl", "rąpé"]
+    assert not any(guard().check({"text": text}) for text in spelled if "ł" not in text)
+    assert all(guard(accents=True, words=(*WORDS, "hell")).check({"text": text}) for text in spelled)
+    assert not any(guard(accents=True).check({"text": text}) for text in ("er aß", "はか", "faß"))
+
+
 def test_digits_and_signs_for_letters_are_read_where_that_is_asked_for() -> None:
     spelled = ["h3ll", "a55", "a$s", "d4mn", "t1t", "H3LL!"]
     assert not any(guard().check({"text": text}) for text in spelled)
@@ -139,6 +189,7 @@ def test_listed_words_are_replaced_in_place_and_nothing_else_is() -> None:
         clean("An аss, a class, ａｓｓ - he\u200bll and cafe\u0301 nai\u0308ve!")
         == "An #, a class, # - # and cafe\u0301 #!"
     )
+    assert clean("bad\u0301 a\u0336ss\u200b!我炸弹") == "bad\u0301 #!我#"
     sample = {"text": "a class"}
     assert guard(action="replace").rewrite(sample) is sample
 
@@ -146,7 +197,9 @@ def test_listed_words_are_replaced_in_place_and_nothing_else_is() -> None:
 def test_samples_of_every_shape_are_looked_at() -> None:
     said = [{"role": "user", "content": [{"type": "text", "text": "da"}, {"type": "text", "text": "mn"}]}]
     shapes = [{"text": ["fine", "damn"]}, {"text": {"premise": "a", "hypothesis": "damn"}}, {"messages": said}]
+    shapes.append({"text": ["go", "kill", "yourself"]})
     assert all(guard().check(sample) for sample in shapes)
+    assert guard(action="replace").check(shapes[-1])  # it cannot be said which word to replace
     changed = guard(action="replace").rewrite({"messages": said, "image": None})
     assert isinstance(changed, Change)
     assert changed.value["messages"][0]["content"] == [{"type": "text", "text": "***"}]
@@ -166,11 +219,28 @@ def test_answers_are_refused_or_cleaned_with_all_that_repeats_them() -> None:
     assert changed.value == {"text": "*** good", "segments": [{"text": "***"}]}
     phrase = {"words": [{"word": "kill"}, {"word": "yourself"}]}
     assert isinstance(guard().review({}, phrase), Refusal)
+    tagged = {"tags": ["O", "O"], "words": ["kill", "yourself"], "entities": [{"label": "X", "text": "kill"}]}
+    assert isinstance(guard().review({}, tagged), Refusal)
+    changed = guard(action="replace").review({}, tagged)
+    assert isinstance(changed, Change) and changed.value == {"tags": ["O", "O"]}
+    innocent = {"tags": ["O"], "words": ["class"], "entities": []}
+    assert guard().review({}, innocent) is innocent
+    assert guard(action="replace").review({}, innocent) is innocent
     fine = {"label": "damn", "score": 0.5}  # labels are the model's, and no text
     assert guard().review({}, fine) is fine
 
 
+def test_segments_are_read_as_one_text_and_left_out_where_they_share_what_is_replaced() -> None:
+    said = {"text": "go kill yourself", "segments": [{"text": "go kill"}, {"text": "yourself"}]}
+    assert isinstance(guard().review({}, {"segments": said["segments"]}), Refusal)
+    changed = guard(action="replace").review({}, said)
+    assert isinstance(changed, Change) and changed.value == {"text": "go ***"}
+
+
 def test_a_long_text_is_searched_in_no_time() -> None:
+    start = time.perf_counter()
+    assert guard(action="replace").clean("damn " * 40_000) == "*** " * 40_000
+    assert time.perf_counter() - start < 3
     start = time.perf_counter()
     assert not guard(leet=True).check({"text": "a-" * 10_000 + "é" * 10_000})
     assert time.perf_counter() - start < 3
@@ -211,9 +281,21 @@ def test_a_pattern_that_would_take_for_ever_is_stopped_and_refuses() -> None:
     assert time.perf_counter() - start < 2
 
 
+def test_the_time_of_a_pattern_has_a_bound() -> None:
+    with pytest.raises(UsageError, match="'seconds' is above 0 and up to 60"):
+        pattern(patterns={"a": "b"}, seconds=1e300)
+
+
 @pytest.mark.parametrize(
     ("patterns", "message"),
-    [({"a": "("}, "is no regular expression"), ({"a": "x*"}, "matches nothing"), ({}, "needs a")],
+    [
+        ({"a": "("}, "is no regular expression"),
+        ({"a": "x*"}, "matches nothing"),
+        ({}, "needs a"),
+        ({"a": "(?:(?:(?:a?){500}){500}){500}"}, "are too large"),
+        ({"a": "(?:" * 80 + "a?" + "){2}" * 80}, "are too large"),
+        ({"a": "(" * 2000 + "a" + ")" * 2000}, "is too large: RecursionError"),
+    ],
 )
 def test_a_wrong_pattern_says_what_is_wrong(patterns: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):

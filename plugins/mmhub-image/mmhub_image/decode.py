@@ -45,7 +45,8 @@ def _from_bytes(content: bytes, name: str, policy: Policy, raw: Any) -> Image.Im
             return decode_picture(content, name, policy)
         except MemoryError:
             raise InputError(f"{name} does not fit into memory", "make it smaller") from None
-    *_, pixels = decode_apart(picture_pixels, content, name, policy, bounds)
+    found = list(decode_apart(picture_pixels, content, name, policy, bounds))
+    pixels = found[-1] if found else None
     if not isinstance(pixels, np.ndarray) or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise InputError(f"{name} could not be decoded: its decoder answered nonsense", "it may be made to harm")
     return Image.fromarray(pixels)

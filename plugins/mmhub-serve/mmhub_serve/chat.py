@@ -40,7 +40,7 @@ async def complete_chat(request: Request, pool: Pool, limits: Limits) -> Respons
         _check_converses(served, body.n or 1)
         settings = body.settings(served.model, limits)
         with blaming("messages"):
-            talk = await read_inputs(size_of(request), limits.policy, read_talk, body.messages)
+            talk = await read_inputs(request, limits, read_talk, body.messages)
             if isinstance(talk[-1], Mapping) and talk[-1].get("role") == "assistant":
                 hint = "end with the message to be answered; no answer is gone on with"
                 raise Refused(400, "the last message is the assistant's", hint, param="messages")

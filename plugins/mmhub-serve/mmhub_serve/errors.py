@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmhub.errors import InputError, MmhubError, NotFoundError, UsageError
+from mmhub.interfaces.apart import Busy
 
 _SHOWN = 300  # characters of a message: what a client sent comes back in it
 
@@ -31,7 +32,9 @@ class Refused(Exception):
 
 
 def refusal_of(error: MmhubError, param: str = "") -> Refused:
-    """Return what an error of ours is to a client: its own fault (400, 404) or the server's (500)."""
+    """Return what an error of ours is to a client: its own fault (400, 404) or the server's (500, 503 for a while)."""
+    if isinstance(error, Busy):
+        return Refused(503, error.message, error.hint, code="busy")
     status = 404 if isinstance(error, NotFoundError) else 400 if isinstance(error, (InputError, UsageError)) else 500
     return Refused(status, error.message, error.hint, param=param)
 

@@ -8,30 +8,75 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from starlette.requests import Request
+
 from mmhub.errors import InputError, did_you_mean
 from mmhub.interfaces import Policy, raw_bytes
-from mmhub_serve.bodies import aside
+from mmhub_serve.bodies import aside, size_of
+from mmhub_serve.errors import Refused
+from mmhub_serve.settings import Limits
 
 T = TypeVar("T")
 MEDIA = ("image", "audio")
 _SEND = 'send the file itself: {"base64": "..."}, or "data:image/png;base64,..."'
 
 
-_FETCHING = ThreadPoolExecutor(8, "mmhub-fetch")  # apart from other work: whoever is fetched from may be slow
+_FETCHES, _SHARE = 16, 4  # requests that are fetched for at a time, and those of one client among them
+_FETCHING = ThreadPoolExecutor(_FETCHES, "mmhub-fetch")  # apart from other work: whoever is fetched from may be slow
+_asking: Counter[str] = Counter()  # requests that are fetched for, by client
+_counting = threading.Lock()
+Fetch = Callable[[str, str], bytes]  # (address, name in messages)
 
 
-async def read_inputs(size: int, policy: Policy, call: Callable[[Any, Fetcher], T], given: Any) -> T:
-    """Return `call(given, fetcher)`, in a thread where it may take long; `size` is that of the request in bytes."""
-    fetcher = Fetcher(policy)
-    if not policy.urls:
-        return await aside(size, call, given, fetcher)
-    return await asyncio.get_running_loop().run_in_executor(_FETCHING, call, given, fetcher)
+async def read_inputs(request: Request, limits: Limits, call: Callable[[Any, Fetch], T], given: Any) -> T:
+    """Return `call(given, fetch)`, in a thread where it may take long. It is called again if it asks for an address.
+
+    Raises:
+        Refused: 503, others are fetched for already. Besides what `call` raises.
+    """
+    try:
+        return await aside(size_of(request), call, given, _nothing if limits.policy.urls else Fetcher(limits.policy))
+    except _Asked:
+        pass
+    client = _client(request)
+    with _counting:
+        if _asking.total() >= _FETCHES or _asking[client] >= _SHARE:
+            hint = "ask again later, or send the files themselves"
+            raise Refused(503, "the server fetches for as many requests as it can at a time", hint, code="busy")
+        _asking[client] += 1
+    work = _FETCHING.submit(call, given, Fetcher(limits.policy))
+    work.add_done_callback(lambda _: _done(client))  # a client that hangs up does not end it
+    return await asyncio.wrap_future(work)
+
+
+def _done(client: str) -> None:
+    with _counting:
+        _asking[client] -= 1
+        if not _asking[client]:
+            del _asking[client]
+
+
+def _client(request: Request) -> str:
+    """Who asks: the address of the other side, or what a proxy that vouches for it says."""
+    address = request.client.host if request.client else ""
+    told = request.headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
+    return told if told and request.app.state.settings.behind_proxy else address
+
+
+class _Asked(Exception):
+    """An address stands where a medium is expected."""
+
+
+def _nothing(url: str, name: str) -> bytes:
+    raise _Asked
 
 
 class Fetcher:
@@ -55,7 +100,7 @@ class Fetcher:
         return found
 
 
-def read_sample(given: Mapping[str, Any], fetch: Fetcher) -> dict[str, Any]:
+def read_sample(given: Mapping[str, Any], fetch: Fetch) -> dict[str, Any]:
     """Return a sample whose media, {"base64": text} or data URLs, are bytes; a list holds several.
 
     "messages" are a conversation, as `read_talk` takes it. Bytes, which parts of a form are, stay what they are.
@@ -74,7 +119,7 @@ def read_sample(given: Mapping[str, Any], fetch: Fetcher) -> dict[str, Any]:
     return found
 
 
-def read_talk(messages: Any, fetch: Fetcher) -> Any:
+def read_talk(messages: Any, fetch: Fetch) -> Any:
     """Return a conversation whose pictures and sounds are bytes: parts of OpenAI's kinds and of our own.
 
     The role "developer" is "system". What is malformed otherwise is left to `mmhub.conversation` to say.
@@ -87,7 +132,7 @@ def read_talk(messages: Any, fetch: Fetcher) -> Any:
     return [_message(message, fetch) for message in messages]
 
 
-def _message(message: Any, fetch: Fetcher) -> Any:
+def _message(message: Any, fetch: Fetch) -> Any:
     if not isinstance(message, dict):
         return message
     role = "system" if message.get("role") == "developer" else message.get("role")
@@ -96,7 +141,7 @@ def _message(message: Any, fetch: Fetcher) -> Any:
     return message | {"role": role, "content": parts}
 
 
-def _part(part: Any, fetch: Fetcher) -> Any:
+def _part(part: Any, fetch: Fetch) -> Any:
     """A part of a message: {"type": "image_url", "image_url": {"url"}}, {"type": "input_audio", "input_audio": {"data",
     "format"}}, or ours, {"type": "image", "image": medium}."""
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
@@ -120,12 +165,12 @@ def _part(part: Any, fetch: Fetcher) -> Any:
     return {"type": kind, kind: _medium(value, kind, fetch)}
 
 
-def _own(value: Any, name: str, fetch: Fetcher) -> Any:
+def _own(value: Any, name: str, fetch: Fetch) -> Any:
     """What is no medium as it is: a text, a pair of texts, a number; base64 is decoded here, too."""
     return _medium(value, name, fetch) if isinstance(value, dict) and "base64" in value else value
 
 
-def _medium(value: Any, name: str, fetch: Fetcher) -> bytes:
+def _medium(value: Any, name: str, fetch: Fetch) -> bytes:
     if isinstance(value, bytes):
         return value
     if isinstance(value, dict):

@@ -31,7 +31,7 @@ from mmhub_serve.bodies import (
     size_of,
 )
 from mmhub_serve.errors import Refused
-from mmhub_serve.inputs import Fetcher, read_inputs, read_sample
+from mmhub_serve.inputs import Fetch, read_inputs, read_sample
 from mmhub_serve.pool import Pool
 from mmhub_serve.refusals import blaming, check_count
 from mmhub_serve.schemas import describe
@@ -145,10 +145,10 @@ def _json(name: str, value: str) -> Any:
 async def _samples(request: Request, body: Any, form: Any, info: ModelInfo, limits: Limits) -> list[dict[str, Any]]:
     given = body.samples if form is None else _of_form(form, info)
     check_count(len(given), limits.samples, "samples")
-    return await read_inputs(size_of(request), limits.policy, _read_all, given)
+    return await read_inputs(request, limits, _read_all, given)
 
 
-def _read_all(given: list[dict[str, Any]], fetch: Fetcher) -> list[dict[str, Any]]:
+def _read_all(given: list[dict[str, Any]], fetch: Fetch) -> list[dict[str, Any]]:
     found = []
     for row, sample in enumerate(given):
         with blaming(f"samples[{row}]"):

@@ -23,7 +23,7 @@ class Limits:
         read_seconds: in which a client must take what was sent to it. idle_seconds: between requests of a connection.
         pace: bytes a second that a body must come with. urls: may media be addresses that are fetched, or the hosts
             that they may be fetched from; those of one request have `body` bytes and half a minute together.
-        decoders: processes in which media are decoded, 0 = in the server's own.
+        decoders: processes in which media are decoded, 0 = in the server's own, or in one where addresses are fetched.
     """
 
     body: int = 32 * 2**20
@@ -61,7 +61,7 @@ class Limits:
             max_bytes=self.body,
             max_pixels=self.pixels,
             max_seconds=self.seconds,
-            worker=Bounds(workers=self.decoders) if self.decoders else None,
+            worker=Bounds(workers=self.decoders or 1) if self.decoders or self.urls else None,
         )
 
 

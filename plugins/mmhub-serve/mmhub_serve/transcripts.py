@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from mmhub.errors import UsageError
+from mmhub.errors import InputError, UsageError
+from mmhub.interfaces import Policy
 from mmhub.speech.subtitles import as_text as subtitles
 from mmhub_serve.bodies import Body, answer, aside, lent, only_value, read_form, shaped
 from mmhub_serve.errors import Refused
@@ -52,7 +52,7 @@ async def transcribe(request: Request, pool: Pool, limits: Limits, translate: bo
             except UsageError as error:  # what the model cannot do
                 param = _GRANULARITIES if words else "language" if body.language else "response_format"
                 raise Refused(400, error.message, error.hint, param="model" if translate else param) from None
-    return await _shown(found, content, body, translate)
+    return await _shown(found, content, body, translate, limits.policy)
 
 
 def _is_english(language: str) -> bool:
@@ -71,7 +71,9 @@ def _file(values: list[str | bytes]) -> bytes:
     return values[0]
 
 
-async def _shown(found: dict[str, Any], content: bytes, body: TranscriptBody, translate: bool) -> Response:
+async def _shown(
+    found: dict[str, Any], content: bytes, body: TranscriptBody, translate: bool, policy: Policy
+) -> Response:
     if "refused" in found:
         raise Refused(400, f"the guard {found['guard']} refused: {found['refused']}", code="content_filter")
     kind, text = body.response_format, str(found["text"]).strip()
@@ -81,7 +83,7 @@ async def _shown(found: dict[str, Any], content: bytes, body: TranscriptBody, tr
         return PlainTextResponse(subtitles(found, f".{kind}"))
     if kind == "json":
         return answer({"text": text})
-    seconds = await aside(2**30, _seconds, content, found)
+    seconds = await aside(2**30, _seconds, content, found, policy)
     table: dict[str, Any] = {"task": "translate" if translate else "transcribe", "language": body.language or ""}
     table |= {"duration": seconds}
     wanted = body.timestamp_granularities or ["segment"]
@@ -98,12 +100,13 @@ def _segment(number: int, one: dict[str, Any]) -> dict[str, Any]:
     return {"id": number, "seek": 0, "tokens": [], "temperature": 0.0} | unknown | one
 
 
-def _seconds(content: bytes, found: dict[str, Any]) -> float:
+def _seconds(content: bytes, found: dict[str, Any], policy: Policy) -> float:
     """How long a recording lasts; where nobody can tell, until the last thing was said."""
     try:
-        import soundfile
+        from mmhub_audio.decode import measure  # type: ignore[import-untyped]  # of whoever hears
 
-        return round(float(soundfile.info(io.BytesIO(content)).duration), 3)
-    except (ImportError, RuntimeError):
+        frames, rate = measure(content, policy)
+        return round(frames / rate, 3)
+    except (ImportError, InputError):
         ends = [one["end"] for one in (found.get("segments") or found.get("words") or ())]
         return float(max(ends, default=0.0))

@@ -1,6 +1,7 @@
-"""Where chat templates of strangers run: jinja2's sandbox, with limits to the time they take and what they make.
+"""Where chat templates run: jinja2's sandbox, with limits to the time they take and what they make.
 
 jinja2 keeps templates away from Python; it does not keep them from looping for days or filling all memory in a line.
+What is plainly that is refused here, with a word about it; what is not ends with the process (see `typesetting`).
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def wrap_str_format(self, value: Any) -> Any:
         text = getattr(value, "__self__", None)
-        if isinstance(text, str) and getattr(value, "__name__", "") in ("format", "format_map") and _is_wide(text):
+        if isinstance(text, str) and getattr(value, "__name__", "") in ("format", "format_map") and _pads(text):
             raise SecurityError("it makes a huge text by format")
         return super().wrap_str_format(value)
 
@@ -144,12 +145,20 @@ def _small_power(left: Any, right: Any) -> bool:
 
 
 def _small_format(left: Any, right: Any) -> bool:
-    return not isinstance(left, (str, bytes)) or (isinstance(left, str) and not _is_wide(left))
+    return not isinstance(left, bytes) and not (isinstance(left, str) and _fills(left))
 
 
-def _is_wide(text: str) -> bool:
-    """Does a format fill up to a width that is large, or not known before?"""
-    return re.search(r"\d{5,}|%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{", text) is not None
+# Fields that are filled up to a width that is large, or not known before.
+_FIELDS = re.compile(r"\{[^{}:]*:[^{}]*(\d{5,}|\{)")
+_CONVERSIONS = re.compile(r"%(\([^()]*\))?[-+ #0]*\d*\.?(\d{5,}|\*)")
+
+
+def _fills(text: str) -> bool:
+    return _CONVERSIONS.search(text.replace("%%", "")) is not None
+
+
+def _pads(text: str) -> bool:
+    return _FIELDS.search(text.replace("{{", "").replace("}}", "")) is not None
 
 
 _SMALL: dict[str, Callable[[Any, Any], bool]] = {
@@ -173,14 +182,16 @@ def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _check(name: str, value: Any, given: Iterable[Any]) -> None:
     """Refuse what would make a large text of small ones: filling up, replacing, joining and formatting."""
     given = list(given)
-    wide = name not in _NOT_WIDTHS and any(isinstance(one, int) and abs(one) > _WIDE for one in given)
-    texts = [len(one) for one in given if isinstance(one, str)]
-    grows = name in ("replace", "join", "indent", "wordwrap") and len(value) if hasattr(value, "__len__") else 0
-    formats = name == "format" and isinstance(value, str) and _is_wide(value)
-    if wide or formats or grows * max(texts, default=0) > LONGEST:
+    texts = [one for one in given if isinstance(one, str)]
+    wide = name in _WIDTHS and any(isinstance(one, int) and abs(one) > _WIDE for one in given)
+    formats = name == "format" and isinstance(value, str) and _fills(value)
+    times = len(value) if name in ("join", "indent", "wordwrap") and hasattr(value, "__len__") else 0
+    if name == "replace" and isinstance(value, str) and texts:
+        times = value.count(texts[0])
+    if wide or formats or times * max(map(len, texts), default=0) > LONGEST:
         raise SecurityError(f"it makes a huge text by {name}")
 
 
-_NOT_WIDTHS = frozenset(
-    ("default", "d", "get", "tojson", "append", "index", "count", "truncate", "round", "int", "float")
+_WIDTHS = frozenset(
+    ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap", "batch", "slice", "tojson")
 )

@@ -18,6 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from mmhub.errors import InputError, MmhubError, NotFoundError, TrustError, UsageError
 from mmhub.interfaces import ComponentConfig, decode_config
 from mmhub.reading import TOKENIZER_BYTES, read_plain
+from mmhub_text.growth import check_growth
 
 PAD, UNK, CLS, SEP = SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")  # ids 0 to 3 of every encoder's, trained here
 TEXT_SPECIALS = ("<pad>", "<unk>", "<s>", "</s>")  # the same of tokenizers of texts that are written
@@ -130,10 +131,11 @@ def parse_tokenizer(content: bytes | str, source: str = "tokenizer.json") -> Tok
     """Read a tokenizer.json, without any padding or truncation it may prescribe.
 
     Raises:
-        TrustError: it is damaged.
+        TrustError: it is damaged, or may make a short text so long that it fills all memory.
     """
     try:
         tokenizer = Tokenizer.from_str(content if isinstance(content, str) else content.decode("utf-8"))
+        check_growth(tokenizer)
     except BaseException as error:
         # The library panics on some damaged files, and a panic is not an Exception.
         if isinstance(error, Exception) or is_panic(error):

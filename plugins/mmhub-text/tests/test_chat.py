@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from mmhub.errors import InputError, NotFoundError, TrustError, UsageError
 from mmhub.interfaces import Policy
+from mmhub.interfaces.apart import Busy
 from mmhub_text.chat import BUILT_IN, find_template, render
 from mmhub_text.language_processor import LanguageTextProcessor
+from mmhub_text.sandbox import LONGEST
 from mmhub_text.tokenizer import TokenizerRecipe, train_text_tokenizer
+from mmhub_text.typesetting import lay_out, lay_out_apart
 
 POLICY = Policy()
 LLAMA = """{{- bos_token }}
@@ -46,6 +52,10 @@ You help.<|eot|>
 {% endfor %}
 {% if add_generation_prompt %}<|start|>assistant
 {% endif %}"""
+GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}
+{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}
+{{ '<start_of_turn>' + role + '\n' + (message['content'] | trim) + '<end_of_turn>\n' }}{% endfor %}
+{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
 MISTRAL = """{%- set extra = dict(n=0) %}
 {{- bos_token }}
 {%- for message in messages %}
@@ -88,12 +98,12 @@ def theirs(tokenizer: Tokenizer, template: str, talk: Any, **options: Any) -> li
 
 
 @pytest.mark.parametrize("talk", [TALK, TALK[:1], SYSTEM], ids=["talk", "one", "system"])
-@pytest.mark.parametrize("name", ["llama", "chatml", "mistral", "plain", "built-in"])
+@pytest.mark.parametrize("name", ["llama", "chatml", "mistral", "gemma", "plain", "built-in"])
 def test_a_conversation_gets_the_ids_that_transformers_gives_it(name: str, talk: Any, tokenizer: Tokenizer) -> None:
-    template = {"llama": LLAMA, "chatml": CHATML, "mistral": MISTRAL, "built-in": BUILT_IN["chatml"]}.get(name)
-    template = template or BUILT_IN["plain"]
-    if name == "mistral" and talk is SYSTEM:
-        with pytest.raises(InputError, match="refuses the conversation: roles must alternate"):
+    own = {"llama": LLAMA, "chatml": CHATML, "mistral": MISTRAL, "gemma": GEMMA, "built-in": BUILT_IN["chatml"]}
+    template = own.get(name, BUILT_IN["plain"])
+    if name in ("mistral", "gemma") and talk is SYSTEM:
+        with pytest.raises(InputError, match=r"refuses the conversation: (roles must alternate|no system)"):
             processor_of(tokenizer, template).chat(talk, POLICY)
         return
     ids = processor_of(tokenizer, template).chat(talk, POLICY)
@@ -238,13 +248,112 @@ def test_a_message_cannot_write_control_tokens_in_another_case(role: str) -> Non
         "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     ],
 )
-def test_a_template_that_would_take_all_memory_is_refused(template: str) -> None:
+def test_a_template_that_would_take_all_memory_is_refused(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmhub_text.sandbox.SECONDS", 0.2)
     with pytest.raises(TrustError, match="the chat template"):
         render([{"role": "user", "content": "a"}], template, {})
 
 
-def test_a_template_may_multiply() -> None:
-    assert render([], "{{ '-' * 3 }}{{ 3 * 4.5 }}{{ 2 ** 3 }}{{ [1] * 2 }}", {}) == "---13.58[1, 1]"
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set a=[1] %}" + "{% set a=[a,a] %}" * 40 + "{{ a|string }}",
+        "{% set a=[1] %}{% set c=[1] %}" + "{% set a=[a,a] %}{% set c=[c,c] %}" * 40 + "{{ a==c }}",
+        "{{ ('a'*4000).translate({97:'b'*4000000}) }}",
+    ],
+)
+def test_what_one_call_takes_ends_with_the_process_that_makes_it(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr("mmhub_text.sandbox.SECONDS", 0.1)
+    before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
+    with pytest.raises(TrustError, match="the chat template needs more time or memory than it may"):
+        render(TALK, template, {})
+    assert render(TALK, "{{ messages[0].role }}", {}) == "user"  # another process does it
+    assert time.thread_time() - begun < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+def test_all_processes_busy_is_not_the_templates_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: Any, **__: Any) -> Any:
+        raise Busy("all are busy", "try again")
+        yield
+
+    monkeypatch.setattr("mmhub_text.typesetting.decode_apart", busy)
+    with pytest.raises(InputError, match="could not be used: others take too long"):
+        render(TALK, "x", {})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [np.zeros(1, np.uint8)],
+        [{}, np.full(1, 255, np.uint8)],
+        [{}, {"a": 1}],
+        [{}, np.full(LONGEST + 1, 97, np.uint8)],
+    ],
+)
+def test_an_answer_of_another_process_is_taken_for_a_strangers(answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmhub_text.typesetting.decode_apart", lambda *_, **__: iter(answer))
+    with pytest.raises(TrustError):
+        render(TALK, "x", {})
+
+
+@pytest.mark.parametrize("content", ["a\ud800", "\ud83d\ude00", "\U0001f600 \u2028\0\r\n", "long é " * 70_000])
+@pytest.mark.parametrize("template", [LLAMA, CHATML, GEMMA, MISTRAL], ids=["llama", "chatml", "gemma", "mistral"])
+def test_another_process_writes_what_this_one_would(template: str, content: str) -> None:
+    values = {"messages": [{"role": "user", "content": content}, TALK[1]], "bos_token": "<s>", "eos_token": "</s>"}
+    text = lay_out_apart(template, values)
+    assert text == lay_out(template, values) and content.strip() in text
+
+
+def test_the_time_of_a_template_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")
+    time.tzset()
+    try:
+        here = datetime.now()
+        assert abs(datetime.fromisoformat(render([], "{{ strftime_now('%Y-%m-%dT%H:%M') }}", {})) - here) < timedelta(
+            minutes=2
+        )
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ '-' * 3 }}{{ 3 * 4.5 }}{{ 2 ** 3 }}{{ [1] * 2 }}", "---13.58[1, 1]"),
+        ("{{ 'in 20241201: %s 100%%' % 'x' }}{{ '%s 12345' | format(1) }}", "in 20241201: x 100%1 12345"),
+        ("{{ '{} 20241201 {{\"a\": {}}}'.format(99999, 1) }}", '99999 20241201 {"a": 1}'),
+        ("{{ 'aa'.replace('a', 'b', 99999) }}{{ [1, 2] | sum(start=20000) }}", "bb20003"),
+        ("{{ (messages[0].content * 500000) | replace('<|im_end|>', '') | length }}", "500000"),
+        ("{{ (messages[0].content * 500000).replace('<|im_end|>', '') | length }}", "500000"),
+    ],
+)
+def test_a_template_may_do_what_stays_small(template: str, text: str) -> None:
+    assert render([{"role": "user", "content": "x"}], template, {}) == text
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ '%99999d' % 1 }}",
+        "{{ '%%%99999d' % 1 }}",
+        "{{ '%.99999f' | format(1) }}",
+        "{{ '%*d' % (99999999, 1) }}",
+        "{{ '{:>99999}'.format(1) }}",
+        "{{ '{{{:{}}'.format(1, 99999) }}",
+        "{{ 'a' | center(99999) }}",
+        "{{ 'a'.expandtabs(99999) }}",
+        "{{ ('a' * 5000).replace('a', 'b' * 1000) }}",
+        "{{ ('a' * 5000) | replace('', 'b' * 1000) }}",
+    ],
+)
+def test_a_template_may_not_fill_up_a_text(template: str) -> None:
+    with pytest.raises(TrustError, match=r"the chat template does what none may do: it (makes|computes) a huge"):
+        render([{"role": "user", "content": "x"}], template, {})
 
 
 def test_a_conversation_with_an_id_that_the_checkpoint_does_not_have_is_refused(tokenizer: Tokenizer) -> None:

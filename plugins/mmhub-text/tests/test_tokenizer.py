@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from mmhub.errors import InputError, NotFoundError, TrustError, UsageError
 from mmhub.interfaces import Policy
 from mmhub_text.processor import TextProcessor
-from mmhub_text.tokenizer import SPECIALS, TokenizerRecipe, train_tokenizer
+from mmhub_text.tokenizer import SPECIALS, TokenizerRecipe, parse_tokenizer, train_tokenizer
 
 KINDS = ["word", "bpe", "byte", "unigram"]
 POLICY = Policy()
@@ -215,3 +215,46 @@ def test_an_id_out_of_range_is_refused_when_a_text_has_it(texts: list[str]) -> N
     assert loaded(["cliches"], POLICY).data.numel()
     with pytest.raises(TrustError, match="more ids than"):
         loaded(["beauty"], POLICY)
+
+
+def _with(**parts: Any) -> str:
+    tokenizer = train_tokenizer(TokenizerRecipe(kind="word"), ["a good thing"])
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    return str(tokenizer.to_str())
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"normalizer": normalizers.Sequence([normalizers.Replace("o", "oo")] * 7)}, "its normalizer may make a text"),
+        ({"normalizer": normalizers.Replace(Regex("b*"), "o" * 64)}, "its normalizer may make a text more than 64"),
+        ({"normalizer": normalizers.Prepend("o" * 1001)}, "its normalizer puts more than 1,000 characters"),
+        ({"pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.ByteLevel()] * 4)}, "its pre_tokenizer may make"),
+        ({"decoder": decoders.Sequence([decoders.Replace("o", "oo")] * 7)}, "its decoder may make a text"),
+        ({"post_processor": processors.TemplateProcessing(" ".join(["$A"] * 65), None, [])}, "its post_processor puts"),
+        (
+            {"post_processor": processors.Sequence([processors.TemplateProcessing("$A $A", None, [])] * 7)},
+            "its post_processor puts too much",
+        ),
+        ({"post_processor": processors.TemplateProcessing("$A" + " x" * 1001, None, [("x", 1)])}, "its post_processor"),
+        ({"model": models.BPE(continuing_subword_prefix="o" * 1001)}, "its model has a continuing_subword_prefix"),
+        ({"model": models.WordPiece(unk_token="o", max_input_chars_per_word=10**9)}, "more than 10,000 characters"),
+    ],
+)
+def test_a_tokenizer_that_would_make_much_of_little_is_refused(parts: dict[str, Any], words: str) -> None:
+    with pytest.raises(TrustError, match=words):
+        parse_tokenizer(_with(**parts))
+
+
+def test_a_tokenizer_may_write_blanks_otherwise_and_name_bytes() -> None:
+    quotes = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"'), normalizers.Replace(Regex(" {2,}"), " ")]
+    blanks = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581"), normalizers.NFKD()]
+    back = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    parts = {
+        "normalizer": normalizers.Sequence([*quotes, *blanks]),
+        "pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel()]),
+        "decoder": decoders.Sequence(back),
+        "post_processor": processors.RobertaProcessing(("a", 1), ("b", 2)),
+    }
+    parse_tokenizer(_with(**parts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,6 @@ from mmhub_ui.page import escaped, failure, note
 from mmhub_ui.work import Stream, follow
 
 _SECONDS = 60.0  # of a sound that is explained
-_STEPS = 16  # of integrated gradients: fewer than on the command line, because somebody waits
 _FRAME = (
     "width: 100%; height: 70vh; min-height: 360px; border: 1px solid var(--border-color-primary); border-radius: 4px"
 )
@@ -67,7 +66,7 @@ class ExplainView:
         def work(stream: Stream) -> str:
             check_uploaded(given.files)
             self.context.check_length(given.text, given.pair, given.labels)
-            return self._page((name or "").strip(), method, given)
+            return self._page((name or "").strip(), method, given, lambda: stream(""))
 
         yield [gr.update(value=note("Explaining…"), visible=True), gr.update(visible=False)]
         try:
@@ -76,10 +75,12 @@ class ExplainView:
                     if text is not None:
                         file = gr.update(value=self._saved(text), visible=True)
                         yield [gr.update(value=_framed(text), visible=True), file]
+                    else:
+                        yield [gr.update(), gr.update()]  # here it ends where nobody waits any more
         except MmhubError as error:
             yield [gr.update(value=failure(error, given.files), visible=True), gr.update(visible=False)]
 
-    def _page(self, name: str, method: Any, given: Given) -> str:
+    def _page(self, name: str, method: Any, given: Given, stop: Callable[[], None]) -> str:
         from mmhub.explain import explain
         from mmhub.explain.page import page, short_name, versions
 
@@ -87,7 +88,7 @@ class ExplainView:
             policy = self.context.policy
             policy = replace(policy, max_seconds=min(policy.max_seconds, _SECONDS))
             sample = given.sample(model)
-            found = explain(model, sample, method=method, steps=_STEPS, policy=policy)
+            found = explain(model, sample, method=method, policy=policy, stop=stop)
         facts = {} if self.context.locked else versions()
         return page(found, sample, name=short_name(name), facts=facts, policy=policy)
 

@@ -58,10 +58,10 @@ class TryTab:
             **hidden,
             **_LIMIT,
         )
-        self.stop.click(None, cancels=[run], **hidden)
         why = self.why.ask.click(
             self.explained, [self.name, self.why.method, *self.fields.all], self.why.shown, **hidden, **_LIMIT
         )
+        self.stop.click(None, cancels=[run, why], **hidden)
         emptied = [*self.fields.all, *self.answer.all, *self.why.shown]
         self.clear.click(self.cleared, None, emptied, queue=False, cancels=[why], **hidden)
         said = [self.name, self.talk.message, self.talk.said, self.settings.system, *self.settings.values]

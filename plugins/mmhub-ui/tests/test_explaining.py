@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
+from time import sleep
 from typing import Any
 
 import pytest
 
 from mmhub_ui.context import Context
 from mmhub_ui.tryout import TryTab
+from mmhub_ui.work import follow
 
 pytest.importorskip("captum", reason="needs captum, mmhub[explain]")
 Tiny = Callable[[str], Any]
@@ -42,7 +45,7 @@ def test_a_page_is_shown_in_a_frame_of_its_own_and_kept_as_a_file(tab: TryTab, s
     assert '<span class="' in page and ">&lt;</span>" in page
 
 
-@pytest.mark.parametrize("kind", ["image", "both"])
+@pytest.mark.parametrize("kind", ["image", pytest.param("both", marks=pytest.mark.slow)])
 def test_a_picture_is_explained_patch_by_patch(tab: TryTab, seen: Seen, kind: str, picture: str) -> None:
     frame = explained(tab, seen, kind, None, None, picture)["try-explanation"]
     assert "data:image/png;base64," in frame and html.unescape(frame).count("<rect") >= 16
@@ -76,3 +79,27 @@ def test_a_locked_app_tells_no_versions(in_blocks: Any, seen: Seen) -> None:
     locked: TryTab = in_blocks(lambda: TryTab(Context(names=("text",), locked=True)))
     assert "captum" not in explained(locked, seen, "text", "a good film")["try-explanation"]
     assert "is not offered here" in explained(locked, seen, "image", "a")["try-explanation"]
+
+
+def test_an_explanation_that_nobody_waits_for_ends(tab: TryTab, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = Event(), Event()
+
+    def endless(*_: Any, stop: Callable[[], None], **options: Any) -> None:
+        begun.set()
+        try:
+            while True:
+                stop()
+                sleep(0.01)
+        finally:
+            ended.set()
+
+    def follow_a_while(action: Any) -> Iterator[Any]:
+        pieces = follow(action)
+        yield next(pieces)
+        assert begun.wait(5) and not ended.is_set()
+        pieces.close()
+
+    monkeypatch.setattr("mmhub.explain.explain", endless)
+    monkeypatch.setattr("mmhub_ui.explaining.follow", follow_a_while)
+    list(tab.explained("text", "occlusion", "a good film", *[None] * 4))
+    assert ended.wait(5)
