@@ -315,7 +315,7 @@ class Amount:
     @property
     def modules(self) -> int:
         """How many modules and parameters a model of so many tensors may have."""
-        return 10 * self.tensors + 10_000
+        return 10 * self.tensors + 3_000
 
 
 def amount_in(paths: Iterable[Path]) -> Amount:

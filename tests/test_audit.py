@@ -438,6 +438,7 @@ def test_a_configuration_is_looked_into_wherever_it_lies_and_however_many_files_
     assert said(report, "unread")[0].startswith("2 other files were not looked into")
 
 
+@pytest.mark.slow
 def test_what_has_no_known_name_is_a_warning_and_looked_into_when_asked_for(
     server: FaultyHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -491,6 +492,7 @@ def test_a_signature_is_none_unchecked_valid_or_invalid(
     assert code == 5 and report["signature"]["state"] == "invalid" and "README.md" in report["signature"]["problem"]
 
 
+@pytest.mark.slow
 def test_off_line_what_is_cached_is_looked_at(
     server: FaultyHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

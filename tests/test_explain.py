@@ -178,6 +178,7 @@ def test_the_model_is_left_as_it_was(method: str, monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_others_predict_and_explain_while_a_model_is_explained() -> None:
     model = composed("text", "audio", fusion="attention", text=ATTENDING)
     samples = [{"text": text, "audio": SOUND} for text in TEXTS]
@@ -329,6 +330,7 @@ def test_a_translation_is_explained_by_its_source_and_by_what_was_written() -> N
     assert sum(found.shares.values()) == pytest.approx(found.value - found.baseline, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_of_a_conversation_the_picture_and_the_users_words_have_their_shares() -> None:
     model = mmhub.compose(
         "chat",

@@ -145,6 +145,7 @@ def test_a_modality_is_taken_away_only_where_shares_are_wanted(monkeypatch: pyte
     assert (ends.value, ends.baseline) == pytest.approx((whole.value, whole.baseline), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_pieces_in_no_order_do_not_beat_random_orders() -> None:
     model = composed("text")
     with torch.no_grad():

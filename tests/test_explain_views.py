@@ -232,6 +232,7 @@ def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     assert "end" in shown
 
 
+@pytest.mark.slow
 def test_the_grid_shows_the_strong_patches_at_their_place_also_of_a_fine_one() -> None:
     def cells(attribution: Attribution) -> list[str]:
         lines = render(explained(attribution), {}, colours="256", width=80).splitlines()
@@ -439,6 +440,7 @@ def test_what_strangers_wrote_is_text_in_a_page_and_no_markup() -> None:
     assert text.count("&lt;script&gt;x()") >= 10
 
 
+@pytest.mark.slow
 def test_scores_that_are_no_numbers_break_no_view() -> None:
     for bad in (float("nan"), float("inf"), float("-inf")):
 

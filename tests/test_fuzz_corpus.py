@@ -86,6 +86,7 @@ _json = (
 
 @quickly
 @given(_json)
+@pytest.mark.slow
 def test_json_says_what_was_written(value: Any) -> None:
     from mmhub.reading import parse_json
 

@@ -449,6 +449,7 @@ def test_a_model_measured_on_its_training_data_is_pushed_by_force_alone_and_says
     assert [one["reason"] for one in json.loads(Path(there).read_text())["forced"]] == ["a demonstration", ""]
 
 
+@pytest.mark.slow
 def test_a_composed_model_is_published_with_a_note_and_a_forced_one_gets_a_provenance(hub: str, folder: Path) -> None:
     pushed = push(mmhub.load(folder), REPO, license="mit")
     assert [one.severity for one in pushed.findings] == ["note"]

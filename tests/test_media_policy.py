@@ -641,6 +641,7 @@ def test_a_decoder_writes_no_file(tmp_path: Path) -> None:
     assert not (tmp_path / "written").exists() or not (tmp_path / "written").read_bytes()
 
 
+@pytest.mark.slow
 def test_those_who_wait_too_long_for_a_decoder_are_told() -> None:
     first: Any = decode_apart(hostile_decoders.doubled, b"\1", "'a'", Policy(), SHORT)
     assert next(first) == {"size": 1, "pixels": 50_000_000}
@@ -650,6 +651,7 @@ def test_those_who_wait_too_long_for_a_decoder_are_told() -> None:
     assert apart(hostile_decoders.doubled, bounds=SHORT)[1].tolist() == [2, 4]
 
 
+@pytest.mark.slow
 def test_many_threads_share_the_decoders() -> None:
     bounds, wrong = Bounds(workers=2), []
 
@@ -966,6 +968,7 @@ def test_the_server_refuses_hostile_media_in_the_same_words_and_goes_on(model: A
         assert client.post("/predict", json=body).json()["predictions"] == model.predict([{"image": png(1)}])
 
 
+@pytest.mark.slow
 def test_the_server_answers_other_requests_while_it_fetches(model: Any, site: Site) -> None:
     """The quick one: hostile media, what is fetched, and a fetch that lasts, at one server."""
     import httpx

@@ -490,10 +490,11 @@ def test_calibration_bins_are_those_of_the_metric() -> None:
 @pytest.mark.parametrize("count", [31, 120])
 def test_a_confusion_matrix_grows_with_its_labels_and_takes_any_name(count: int) -> None:
     labels = [f"{LABELS[i % 6]} {i}" for i in range(count)]
+    there = "matplotlib.pyplot" in sys.modules
     image = Image.open(io.BytesIO(draw_confusion(labels, np.eye(count, dtype=int).tolist())))
     assert image.format == "PNG"
     assert 400 < image.size[1] < 2500
-    assert "matplotlib.pyplot" not in sys.modules, "a program's own figures are left alone"
+    assert ("matplotlib.pyplot" in sys.modules) == there, "a program's own figures are left alone"
 
 
 def test_a_scatter_takes_numbers_that_are_not_finite() -> None:

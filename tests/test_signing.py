@@ -190,6 +190,7 @@ def test_a_file_that_would_be_fetched_and_was_not_signed_is_refused(
     assert refusal(REPO, public) == f"'{REPO}' holds '{added}', which is not among the signed files"
 
 
+@pytest.mark.slow
 def test_a_file_that_is_never_fetched_is_named(
     server: FaultyHub, public: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +206,7 @@ def test_nothing_of_a_refused_model_is_fetched_but_what_is_small(server: FaultyH
     assert not [path for method, path, _ in server.log if method == "GET" and path.endswith("safetensors")]
 
 
+@pytest.mark.slow
 def test_the_command_refuses_in_one_line_with_its_exit_code(
     server: FaultyHub, public: Path, capsys: pytest.CaptureFixture[str], published: dict[str, bytes]
 ) -> None:
@@ -226,6 +228,7 @@ def test_another_models_and_an_older_versions_signature_are_refused(
     assert "README.md" in refusal(REPO, public)
 
 
+@pytest.mark.slow
 def test_a_whole_older_version_passes_for_a_signature_has_no_date(
     server: FaultyHub, key: Path, public: Path, published: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -234,6 +237,7 @@ def test_a_whole_older_version_passes_for_a_signature_has_no_date(
     assert pull(REPO, verify=public), "who must have the newest pins a commit"
 
 
+@pytest.mark.slow
 def test_another_whole_model_of_the_same_signer_is_refused_and_a_folder_tells_its_name(
     server: FaultyHub, key: Path, public: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,6 +259,7 @@ def test_another_key_is_refused_and_so_is_no_signature(server: FaultyHub, public
     assert refusal(REPO, public) == f"'{REPO}' at {COMMIT[:12]} is not signed: it holds no 'model.sig'"
 
 
+@pytest.mark.slow
 def test_a_part_is_checked_too(server: FaultyHub, public: Path, fresh_cache: Callable[[], None]) -> None:
     assert pull(f"{REPO}#text", verify=public)
     fresh_cache()
@@ -621,6 +626,7 @@ def test_a_pulled_signature_is_not_published_for_something_else(
     assert "holds no 'model.sig'" in refusal(REPO, public)
 
 
+@pytest.mark.slow
 def test_what_is_not_here_is_not_signed(hub: str, small: Path, key: Path) -> None:
     push(small, REPO, license="mit")
     api = HfApi(endpoint=hub, token=False)
@@ -705,6 +711,7 @@ def test_a_project_can_ask_for_more_and_never_for_less(
     assert load(REPO), "whom the user names counts for the project"
 
 
+@pytest.mark.slow
 def test_a_push_that_nobody_would_take_is_refused(
     hub: str, small: Path, key: Path, public: Path, tmp_path: Path
 ) -> None:

@@ -82,6 +82,7 @@ def test_rows_keep_their_marks_when_others_end() -> None:
             both.select([1])
 
 
+@pytest.mark.slow
 def test_on_average_over_keys_nothing_is_more_or_less_probable() -> None:
     torch.manual_seed(0)
     scores = torch.randn(1, 6)
