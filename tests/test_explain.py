@@ -387,6 +387,16 @@ def test_of_an_answer_that_a_guard_changes_no_token_is_shown() -> None:
     assert writer(masked).explain({"text": "ab"}, target="c", **QUICK).steps[0].text == "c"
 
 
+def test_what_a_guard_refuses_is_not_explained() -> None:
+    pytest.importorskip("mmhub_guards")
+    listed = {"use": "wordlist", "config": {"words": ["lovely"]}}
+    parts, decoder = {"text": PARTS["text"]}, {"use": "classification", "config": {"labels": ["no", "yes"]}}
+    labels = mmhub.compose(encoders=parts, decoder=decoder, texts=TEXTS, guards=[listed]).eval()
+    for model in (labels, writer(listed)):
+        with pytest.raises(InputError, match="wordlist refuses this sample"):
+            model.explain({"text": "a lovely day"}, **QUICK)
+
+
 def test_what_is_explained_is_what_guards_let_through() -> None:
     pytest.importorskip("mmhub_guards")
     hidden = {"use": "wordlist", "config": {"words": ["secret"], "action": "replace", "on": ["input"]}}

@@ -113,8 +113,8 @@ def _guarded(
     taken: list[tuple[Mapping[str, Any], dict[str, Any]]] = []
 
     def answers(passed: Sequence[Mapping[str, Any]], _: Sequence[int]) -> list[dict[str, Any]]:
-        taken.append((passed[0], answer_of(passed[0])))
-        return [dict(taken[0][1])]
+        taken.extend((one, answer_of(one)) for one in passed)  # of one sample, which may have been refused
+        return [dict(given) for _, given in taken]
 
     seen, said = partial(_seen, model, True), partial(_seen, model, False)
     (answer,) = model.guarded([sample], answers, seen, policy, said)
