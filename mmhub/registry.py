@@ -49,6 +49,7 @@ class HubSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     require_pinned: bool = False
     require_signed: bool = False
     require_statements: bool = False
+    refuse_overlap: bool = False
     signers: dict[str, str | Identity] = {}
 
 
@@ -162,6 +163,10 @@ class Registries:
     def wants_statements(self) -> Path | None:
         """Return the file that sets `require_statements`: nothing is pushed that says not what it was trained on."""
         return next((file.path for file in self.files if file.hub.require_statements), None)
+
+    def refuses_overlap(self) -> Path | None:
+        """Return the file that sets `refuse_overlap`: nothing is pushed that was measured on what it was trained on."""
+        return next((file.path for file in self.files if file.hub.refuse_overlap), None)
 
     def named(self) -> Iterator[Named]:
         """Yield every model name of every scope, in order of precedence; aliases are not expanded."""

@@ -131,7 +131,8 @@ def _overlaps(folder: Path, facts: Mapping[str, Any]) -> Iterator[Finding]:
         share, repeats = (_share(found.get(key)) for key in ("exact_share", "repeats"))
         if share <= NOTED:
             continue
-        refused = share - repeats > REFUSED
+        strict = read_registries().refuses_overlap()
+        refused = strict is not None and share - repeats > REFUSED
         yield Finding(
             kind="overlap",
             message=f"{overlap_line(found)}: measured results say little of new inputs",
