@@ -70,7 +70,10 @@ def test_from_a_recipe_to_a_model_loaded_by_name(project: Path, here: Run, cli: 
     assert set(report["subsets"]) == {"image", "audio", "image+audio"}
 
     pushed = result(*here("push", "runs/shapes/model", "team/shapes", "--tag", "v1", "--json", "-q"))
-    expected = {"repo", "url", "commit", "files", "deleted", "left_out", "pull_request", "dry_run", "changed"}
+    expected = {"repo", "url", "commit", "files", "deleted", "left_out", "pull_request", "dry_run", "changed"} | {
+        "signed",
+        "findings",
+    }
     assert set(pushed) == expected
     (project / "registry.toml").write_text(
         f'schema = 1\n[models.shapes]\nref = "hub:team/shapes"\ncommit = "{pushed["commit"]}"\n'
@@ -78,7 +81,7 @@ def test_from_a_recipe_to_a_model_loaded_by_name(project: Path, here: Run, cli: 
     cache = {"HF_HUB_CACHE": str(project / "cache")}
     done = cli("pull", "shapes", "--json", **cache)
     pulled = result(done.returncode, done.stdout, done.stderr)
-    assert set(pulled) == {"name", "path", "task", "files"}
+    assert set(pulled) == {"name", "path", "task", "files", "signed_as"}
     assert pulled["files"] == pushed["files"]
 
     both = cli("predict", "shapes", "--image", "2.png", "--audio", "3.flac", "--json", **cache)
