@@ -81,7 +81,7 @@ def test_from_a_recipe_to_a_model_loaded_by_name(project: Path, here: Run, cli: 
     cache = {"HF_HUB_CACHE": str(project / "cache")}
     done = cli("pull", "shapes", "--json", **cache)
     pulled = result(done.returncode, done.stdout, done.stderr)
-    assert set(pulled) == {"name", "path", "task", "files", "signed_as"}
+    assert set(pulled) == {"name", "path", "task", "files", "signed_by", "signed_as"}
     assert pulled["files"] == pushed["files"]
 
     both = cli("predict", "shapes", "--image", "2.png", "--audio", "3.flac", "--json", **cache)
