@@ -24,7 +24,9 @@ from tests.fuzz.targets import TARGETS, allowed
 
 ROOT = Path(__file__).parents[2]
 CORPUS = Path(__file__).parent / "corpus"
-SECONDS, CLOCK, MEGABYTES = 2, 10, 300  # an input may take; megabytes beyond what the target took before the first
+PATIENCE = float(os.environ.get("MMHUB_FUZZ_PATIENCE", "1"))  # how much slower a machine, such as a CI's, may be
+SECONDS, CLOCK = 2 * PATIENCE, round(10 * PATIENCE)  # an input may take
+MEGABYTES = 300  # beyond what the target took before the first
 _LONGEST = {"safetensors": 8192, "picture": 8192, "sound": 8192, "tokenizer": 8192}
 
 
@@ -59,7 +61,7 @@ def fuzz(name: str, arguments: list[str]) -> None:
         try:
             allowed(read, content)
             if time.thread_time() - begun > SECONDS:
-                raise TimeoutError(f"it computes for more than {SECONDS} seconds")
+                raise TimeoutError(f"it computes for more than {SECONDS:g} seconds")
         except BaseException as error:
             if type(error).__name__ == "PanicException":
                 raise RuntimeError(f"a panic came through: {error}") from None
@@ -128,7 +130,7 @@ def table(results: list[Result], seconds: int) -> str:
         f"- date: {time.strftime('%Y-%m-%d')}; commit: {commit.strip()}",
         f"- command: `python -m tests.fuzz.run {' '.join(sys.argv[1:])}`",
         f"- machine: {os.cpu_count()} cores, Python {platform.python_version()}, atheris (libFuzzer)",
-        f"- allowed for an input: {SECONDS} s of computing, {CLOCK} s by the clock, {MEGABYTES} MB beyond the start",
+        f"- allowed for an input: {SECONDS:g} s of computing, {CLOCK} s by the clock, {MEGABYTES} MB beyond the start",
         f"- work: {seconds} s a target; edges and features are libFuzzer's coverage of mmhub's own Python",
         f"- {sum(one.runs for one in results):,} executions, {sum(one.crash is not None for one in results)} crashes",
         "",
