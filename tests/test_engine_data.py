@@ -98,6 +98,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes_whatever_its_batches(
         assert curve(run) == curve(whole.out)
 
 
+@pytest.mark.slow
 def test_a_resumed_stream_may_stop_where_an_epoch_ends(tmp_path: Path) -> None:
     table = noisy(tmp_path)
     shards(tmp_path)

@@ -26,6 +26,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "provenance.json").read_text()))
 
 
+@pytest.mark.slow
 def test_a_base_on_a_hub_is_pinned_and_in_the_card_also_after_a_resume(
     hub: str, tables: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -560,7 +560,7 @@ def test_a_decoder_gives_the_same_here_and_apart() -> None:
         pytest.param("fail", BOUNDS, "its decoder died", id="a bug"),
         pytest.param("drip", SHORT, "within 0.5 s", id="an answer that never ends"),
         pytest.param("chatter", BOUNDS, "answered nonsense", id="facts that never end"),
-        pytest.param("crumble", BOUNDS, "answered nonsense", id="empty arrays that never end"),
+        pytest.param("crumble", BOUNDS, "answered nonsense", id="empty arrays that never end", marks=pytest.mark.slow),
         pytest.param("shout", SHORT, "could not be decoded", id="no messages"),
     ],
 )

@@ -189,6 +189,7 @@ def test_an_editable_folder_is_installed_locked_and_rolled_back(uv_env: Environm
     assert uv_env.state() == before
 
 
+@pytest.mark.slow
 def test_uploads_of_the_last_days_are_held_back(uv_env: Environment, index: PackageIndex) -> None:
     index.wheel("mmhub-good", "1.1", plugin=True, days_old=1)
     index.wheel("mmhub-young", plugin=True, days_old=2)
@@ -301,6 +302,7 @@ def test_uninstall_removes_plugins_and_only_those_that_nobody_needs(uv_env: Envi
     assert uv_env.versions() == HELD
 
 
+@pytest.mark.slow
 def test_a_lock_is_restored_exactly_elsewhere(tmp_path: Path, uv_env: Environment, index: PackageIndex) -> None:
     from packaging.pylock import Pylock
 
@@ -522,6 +524,7 @@ def test_wheels_and_lists_on_disk_are_installed(uv_env: Environment, index: Pack
     assert packages[1]["archive"]["path"] == "mmhub_mine-1.0-py3-none-any.whl"
 
 
+@pytest.mark.slow
 def test_no_package_replaces_files_of_somebody_else(uv_env: Environment, index: PackageIndex) -> None:
     (uv_env.root / "bin" / "git").write_text("of conda, or of nobody")
     (uv_env.site / "linked").symlink_to(uv_env.work)

@@ -159,6 +159,7 @@ def test_questions_and_answers_are_trained_evaluated_and_predicted(tmp_path: Pat
     assert set(answer["embeddings"]) == {"text"}
 
 
+@pytest.mark.slow
 def test_two_frozen_encoders_run_once_and_the_head_learns_from_what_is_kept(tmp_path: Path) -> None:
     recipe = of_pictures(pictures(tmp_path / "pairs.parquet"), epochs=10, learning_rate=1e-2)
     for part in recipe["model"]["encoders"].values():
