@@ -198,3 +198,15 @@ def test_a_client_of_the_server_cannot_choose_the_watermark(lm: Any) -> None:
     errors = pytest.importorskip("mmhub_serve.errors")
     with pytest.raises(errors.Refused, match="watermark"):
         writing.settings_of(lm, {"watermark": None}, settings.Limits())
+
+
+def test_the_key_is_not_kept_beside_a_table_that_is_answered(
+    mmhub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
+    monkeypatch.setattr(
+        "mmhub.cli.predict.predict_rows", lambda model, data, out, same, how, as_json: kept.append(same)
+    )
+    table, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    mmhub("predict", "some", "--data", table, "--out", out, "--temperature", 1, "--watermark", "a secret")
+    assert "watermark" in kept[0] and "a secret" not in str(kept)

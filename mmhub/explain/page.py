@@ -33,8 +33,9 @@ from mmhub.explain.heat import (
     title,
 )
 from mmhub.explain.records import Attribution, Explanation
-from mmhub.explain.sources import SECONDS, marked, picture_of, raw_of, wav, wave_of
+from mmhub.explain.sources import SECONDS, marked, picture_of, raw_of, wave_of
 from mmhub.interfaces import Policy
+from mmhub.report.media import wav
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -182,7 +183,7 @@ class _Shelf:
         if attribution.kind == "patch":
             return replace(view, svg=self._picture(attribution, raw, scale, within))
         sound = None if raw is None or within else wave_of(raw, self._policy)
-        uri = self._taken("audio/wav", wav(sound)) if sound else ""
+        uri = self._taken("audio/wav", wav(sound.samples, sound.rate)) if sound else ""
         cut = f"{view.note}, of which the first {SECONDS:.0f} s" if sound and sound.seconds > SECONDS else view.note
         return replace(view, svg=wave(attribution, scale, sound), source=uri, note=cut)
 

@@ -6,7 +6,6 @@ The model has read the same inputs before, within the same policy; what cannot b
 from __future__ import annotations
 
 import io
-import wave
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-RATE = 16_000  # Hz of a sound in a page, at most
 SECONDS = 120.0  # of a sound that are shown, at most
 _TURNED = (5, 6, 7, 8)  # orientations in Exif by a quarter
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -226,20 +224,3 @@ def _samples(raw: Any) -> tuple[Any, Any] | None:
         return None
     large = [getattr(part, "ndim", 0) > 0 for part in raw]
     return (raw if large[0] else raw[::-1]) if sum(large) == 1 else None
-
-
-def wav(sound: Wave) -> bytes:
-    """Return a 16-bit WAV file; a rate above 16 kHz is lowered, well enough to listen to."""
-    import numpy as np
-
-    samples, rate = sound.samples, sound.rate
-    if rate > RATE:
-        count = int(len(samples) * RATE / rate)
-        samples, rate = np.interp(np.arange(count) * (rate / RATE), np.arange(len(samples)), samples), RATE
-    out = io.BytesIO()
-    with wave.open(out, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes((np.nan_to_num(samples).clip(-1, 1) * 32767).astype("<i2").tobytes())
-    return out.getvalue()

@@ -234,7 +234,12 @@ def _scaled(samples: np.ndarray) -> np.ndarray:
 
 
 def _wav(samples: np.ndarray, rate: int, seconds: float) -> tuple[str, bytes, str]:
-    """Make a 16-bit WAV of one channel; a rate above 16 kHz is lowered, well enough to listen to."""
+    note = f"the first {SECONDS:.0f} of {seconds:.1f} s" if seconds > SECONDS else ""
+    return "audio/wav", wav(samples, rate), note
+
+
+def wav(samples: np.ndarray, rate: int) -> bytes:
+    """Return a 16-bit WAV file of one channel; a rate above 16 kHz is lowered, well enough to listen to."""
     if rate > RATE:
         count = int(len(samples) * RATE / rate)
         samples, rate = np.interp(np.arange(count) * (rate / RATE), np.arange(len(samples)), samples), RATE
@@ -244,8 +249,7 @@ def _wav(samples: np.ndarray, rate: int, seconds: float) -> tuple[str, bytes, st
         file.setsampwidth(2)
         file.setframerate(rate)
         file.writeframes((np.nan_to_num(samples).clip(-1, 1) * 32767).astype("<i2").tobytes())
-    note = f"the first {SECONDS:.0f} of {seconds:.1f} s" if seconds > SECONDS else ""
-    return "audio/wav", out.getvalue(), note
+    return out.getvalue()
 
 
 def _sound_type(content: bytes) -> str:
